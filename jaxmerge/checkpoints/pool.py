@@ -1,0 +1,223 @@
+"""The pool: K checkpoints of one architecture, restored into their places on the mesh.
+
+The pool is kept as K trees rather than stacked `[K, ...]` leaves: each checkpoint is restored into
+the very arrays that the merge reads, nothing is copied to stack it, and the merge of K separate
+leaves runs at the memory's speed on every platform measured (BUILD.md, "Where the pool lives").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxmerge import sharding
+from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints.digest import LeafDigest, digests, fingerprint
+from jaxmerge.checkpoints.source import Source
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.trees import PyTree, byte_count, differences, named_leaves, parameter_count
+
+FORMATS = {"orbax": orbax}  # by the name in `Source.format`; the first that recognises a path
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What `pool.json` says of a checkpoint."""
+
+    name: str
+    source: str
+    format: str
+    bytes: int
+    parameters: int
+    dtype: str  # of the stored leaves, comma separated where there are several
+    fingerprint: str  # of names, shapes, dtypes and values; see digest.fingerprint
+
+
+class Pool(NamedTuple):
+    """K checkpoints in memory."""
+
+    names: tuple[str, ...]
+    trees: tuple[PyTree, ...]
+    records: tuple[Record, ...]
+    architecture: Mapping[str, Any]
+
+
+def survey(patterns: Sequence[str], *, subtree: str = "") -> tuple[Source, ...]:
+    """Finds the checkpoints and compares their metadata; reads no data.
+
+    Args:
+        patterns: directories, or patterns such as `pools/quickstart/*`, whose matches are sorted.
+        subtree: where in each checkpoint the parameters are; "" for all of it.
+
+    Raises:
+        JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
+            then every difference of leaf names, shapes, dtypes and architectures is listed.
+    """
+    paths = [path for pattern in patterns for path in _find(pattern)]
+    if len(paths) < 2:
+        raise JaxmergeError(
+            "a pool needs at least two checkpoints",
+            where="pool.checkpoints",
+            found=f"{len(paths)} in {list(patterns)}",
+        )
+    sources = tuple(
+        FORMATS[_format(path)].describe(name, path, subtree)
+        for name, path in zip(_names(paths), paths)
+    )
+    _check_alike(sources)
+    return sources
+
+
+def load(
+    sources: Sequence[Source],
+    mesh: Mesh,
+    rules: sharding.Rules,
+    *,
+    dtype: str = "",
+    on_loaded: Callable[[Record], None] = lambda record: None,
+) -> Pool:
+    """Restores the checkpoints one after the other, each straight into its shards, and checks them.
+
+    Args:
+        sources: from `survey`.
+        mesh: where the pool lies; need not be the mesh that saved it.
+        rules: see `sharding.shardings`.
+        dtype: cast floating-point leaves to this; "" keeps each as stored.
+        on_loaded: called after each checkpoint.
+
+    Raises:
+        JaxmergeError: a file is missing or cut short; a checksum differs from the one written with
+            the checkpoint; a value is NaN or infinite; leaves that can't be averaged differ.
+    """
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        sources[0].abstract,
+        sharding.shardings(sources[0].abstract, rules, mesh),
+    )
+    trees, records = [], []
+    first_digests: dict[str, LeafDigest] = {}
+    for source in sources:
+        tree = FORMATS[source.format].restore(source, placed)
+        found = digests(tree)
+        first_digests = first_digests or found
+        _check_values(source, tree, found, first_digests)
+        records.append(_record(source, tree, found))
+        trees.append(_cast(tree, dtype))
+        on_loaded(records[-1])
+    return Pool(
+        names=tuple(source.name for source in sources),
+        trees=tuple(trees),
+        records=tuple(records),
+        architecture=sources[0].architecture,
+    )
+
+
+def _find(pattern: str) -> list[epath.Path]:
+    path = orbax.absolute(pattern)
+    if any(mark in path.name for mark in "*?["):
+        found = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+        found = [match for match in found if _format(match)]
+    else:
+        found = [path] if path.exists() else []
+        if found and not _format(path):
+            raise JaxmergeError(
+                "this is no checkpoint",
+                where=str(path),
+                expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}",
+            )
+    if not found:
+        raise JaxmergeError("there is no checkpoint here", where=str(path))
+    return found
+
+
+def _format(path: epath.Path) -> str:
+    return next((name for name, module in FORMATS.items() if module.recognises(path)), "")
+
+
+def _names(paths: Sequence[epath.Path]) -> list[str]:
+    """The directory names, with as many parents as it takes to tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    twice = [str(path) for path, count in Counter(paths).items() if count > 1]
+    raise JaxmergeError(
+        "a checkpoint is listed more than once", where="pool.checkpoints", found=", ".join(twice)
+    )
+
+
+def _check_alike(sources: Sequence[Source]) -> None:
+    lines = differences({source.name: source.abstract for source in sources})
+    first = sources[0]
+    lines += [
+        f"{source.name}: architecture {key} is {source.architecture.get(key)!r}, "
+        f"in {first.name} {first.architecture.get(key)!r}"
+        for source in sources[1:]
+        for key in sorted({*first.architecture, *source.architecture})
+        if source.architecture.get(key) != first.architecture.get(key)
+    ]
+    if lines:
+        raise JaxmergeError(
+            "the checkpoints can't be merged:\n  " + "\n  ".join(lines), where="pool.checkpoints"
+        )
+
+
+def _check_values(
+    source: Source,
+    tree: PyTree,
+    found: Mapping[str, LeafDigest],
+    first: Mapping[str, LeafDigest],
+) -> None:
+    wrong = [
+        name for name, checksum in source.checksums.items() if found[name].checksum != checksum
+    ]
+    if wrong:
+        raise JaxmergeError(
+            f"the data are not those that were saved, in leaf {', '.join(wrong)}",
+            where=source.path,
+            expected=f"checksum {source.checksums[wrong[0]]}",
+            found=found[wrong[0]].checksum,
+        )
+    not_finite = [name for name, digest in found.items() if not digest.finite]
+    if not_finite:
+        raise JaxmergeError(
+            f"the checkpoint holds NaN or infinite values, in leaf {', '.join(not_finite)}",
+            where=source.path,
+        )
+    for name, leaf in named_leaves(tree).items():
+        same = found[name].checksum == first[name].checksum
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) and not same:
+            raise JaxmergeError(
+                f"leaf {name} is not floating point and differs, so it can't be merged",
+                where=source.path,
+                expected="the same values as in the first checkpoint of the pool",
+            )
+
+
+def _record(source: Source, tree: PyTree, found: dict[str, LeafDigest]) -> Record:
+    return Record(
+        name=source.name,
+        source=source.path,
+        format=source.format,
+        bytes=byte_count(tree),
+        parameters=parameter_count(tree),
+        dtype=",".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)})),
+        fingerprint=fingerprint(tree, found),
+    )
+
+
+def _cast(tree: PyTree, dtype: str) -> PyTree:
+    if not dtype:
+        return tree
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)

@@ -1,0 +1,30 @@
+"""What is known of a checkpoint before its data are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxmerge.trees import PyTree
+
+
+class Source(NamedTuple):
+    """A checkpoint on disk.
+
+    Attributes:
+        name: unique in its pool.
+        path: absolute, or a URL such as `gs://bucket/run/checkpoint`.
+        format: the module of `jaxmerge.checkpoints` that reads it.
+        abstract: its parameters as `ShapeDtypeStruct`, as stored.
+        subtree: where in the checkpoint the parameters are, such as `params`; "" for all of it.
+        architecture: what rebuilds the model; {} where the checkpoint does not say.
+        checksums: per leaf name, written when it was saved; {} where it was saved by others.
+    """
+
+    name: str
+    path: str
+    format: str
+    abstract: PyTree
+    subtree: str
+    architecture: Mapping[str, Any]
+    checksums: Mapping[str, str]

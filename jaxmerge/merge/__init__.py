@@ -1,0 +1,1 @@
+"""Merges: pure functions of parameter trees."""

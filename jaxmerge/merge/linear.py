@@ -1,0 +1,131 @@
+"""The linear merge: theta = sum_k w_k theta_k.
+
+Soups (arXiv 2203.05482), weighted averages and every search of jaxmerge are this one sum. It is
+written per leaf and lifted once: over the leaves of a tree, over a population of weight vectors,
+and over the shards of a mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.trees import PyTree, named_leaves
+
+
+def weighted_sum(leaves: Sequence[Array], weights_K: Float[Array, " K"]) -> Array:
+    """sum_k w_k x_k for one leaf, accumulated in float32 (or wider) and rounded once, to nearest.
+
+    A weight of exactly 0 leaves its checkpoint out, NaN and all, and -0.0 is the neutral element
+    of addition (+0.0 is not: -0.0 + 0.0 = 0.0), so one-hot weights return x_k bit for bit.
+    Leaves that are not floating point are copied from the first checkpoint.
+    """
+    dtype = leaves[0].dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return leaves[0]
+    wide = jnp.promote_types(dtype, jnp.float32)
+    total = jnp.array(-0.0, wide)
+    for leaf, weight in zip(leaves, weights_K.astype(wide)):
+        total = total + jnp.where(weight == 0, jnp.array(-0.0, wide), weight * leaf.astype(wide))
+    return total.astype(dtype)
+
+
+def linear(trees: Sequence[PyTree], weights: Float[Array, "*P K"]) -> PyTree:
+    """The linear merge of K trees that are alike, on the devices where they lie.
+
+    Args:
+        trees: K pytrees of arrays with the same structure, shapes, dtypes and shardings.
+        weights: `[K]`, or `[P, K]` for a population.
+
+    Returns:
+        A tree like the others; for a population every leaf has a leading axis P, spread over the
+        mesh axis `pop` when the leaves lie on a mesh that has one.
+
+    Raises:
+        JaxmergeError: the number of weights is not the number of trees, or leaves that are not
+            floating point differ.
+
+    >>> linear([{"x": jnp.zeros(2)}, {"x": jnp.ones(2)}], jnp.array([0.25, 0.75]))["x"]
+    Array([0.75, 0.75], dtype=float32)
+    """
+    weights = jnp.asarray(weights)
+    if weights.ndim not in (1, 2) or weights.shape[-1] != len(trees):
+        raise JaxmergeError(
+            "a linear merge takes one weight per checkpoint",
+            where="weights",
+            expected=f"shape ({len(trees)},) or (P, {len(trees)})",
+            found=str(weights.shape),
+        )
+    check_equal_integers([named_leaves(tree) for tree in trees])
+    return program(trees[0], population=weights.ndim == 2)(tuple(trees), weights)
+
+
+def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
+    """Raises `JaxmergeError` unless leaves that can't be averaged are the same in all trees."""
+    for name, leaf in trees[0].items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        for k, tree in enumerate(trees[1:], start=1):
+            if not np.array_equal(leaf, tree[name]):
+                raise JaxmergeError(
+                    "a leaf that is not floating point differs, so it can't be merged",
+                    where=name,
+                    expected="the same values in every checkpoint",
+                    found=f"{leaf.dtype} values that differ between checkpoints 0 and {k}",
+                )
+
+
+def program(like: PyTree, *, population: bool) -> Callable[[tuple[PyTree, ...], Array], PyTree]:
+    """The compiled merge `(K trees, weights) -> tree` for trees that lie where `like` does.
+
+    Args:
+        like: a tree of arrays, or of `ShapeDtypeStruct` with shardings.
+        population: whether weights are `[P, K]` rather than `[K]`.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    placed = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    if len(placed) < len(leaves):
+        return _program(None, structure, (), population)
+    specs = tuple(sharding.spec for sharding in placed)
+    return _program(placed[0].mesh, structure, specs, population)
+
+
+@functools.cache
+def _program(
+    mesh: Mesh | None,
+    structure: jax.tree_util.PyTreeDef,
+    specs: tuple[PartitionSpec, ...],
+    population: bool,
+) -> Callable[[tuple[PyTree, ...], Array], PyTree]:
+    def merge(trees: tuple[PyTree, ...], weights: Array) -> PyTree:
+        def one(weights_K: Array) -> PyTree:
+            return jax.tree.map(lambda *leaves: weighted_sum(leaves, weights_K), *trees)
+
+        return jax.vmap(one)(weights) if population else one(weights)
+
+    if mesh is None:
+        return jax.jit(merge)
+    # Every output shard is made of the same shard of each input: said so with shard_map, since the
+    # partitioner, left to itself, may move whole leaves between the chips.
+    axis = "pop" if "pop" in mesh.axis_names else None
+    outer = (axis,) if population else ()
+    tree_specs = structure.unflatten(specs)
+    out_specs = jax.tree.map(
+        lambda spec: PartitionSpec(*outer, *spec),
+        tree_specs,
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
+
+    def merge_shards(trees: tuple[PyTree, ...], weights: Array) -> PyTree:
+        in_specs = ((tree_specs,) * len(trees), PartitionSpec(*outer))
+        local = jax.shard_map(merge, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+        return local(trees, weights)
+
+    return jax.jit(merge_shards)

@@ -1,0 +1,1 @@
+"""Models: the contract that evaluation needs, and the decoders that fulfil it."""

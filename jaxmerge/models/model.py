@@ -1,0 +1,75 @@
+"""What evaluation needs of a model: a few pure functions of a parameter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Params = Any  # a pytree of arrays
+State = Any  # a pytree of arrays: what a model keeps between two tokens
+
+# apply(params, tokens_BxT) -> logits_BxTxV, causal: logits[:, t] depend on tokens[:, :t + 1] alone
+Apply = Callable[[Params, Int[Array, "B T"]], Float[Array, "B T V"]]
+
+
+class Model(NamedTuple):
+    """A language model as pure functions.
+
+    Attributes:
+        apply: `(params, tokens_BxT) -> logits_BxTxV`; causal.
+        prefill: `(params, tokens_BxT, padding_B, slots) -> (logits_BxV, state)`. Rows are padded on
+            the left by `padding_B` tokens; the state has room for `slots` tokens; the logits are
+            those after the last token.
+        decode: `(params, tokens_B, state) -> (logits_BxV, state)`; one token on.
+        init: `key -> params`, or None where the model can't make its own parameters.
+        sharding_rules: see `jaxmerge.sharding.shardings`.
+        vocabulary: tokens it knows, or 0 where it doesn't say.
+        architecture: what `checkpoints.orbax.save` writes beside the parameters, so that the
+            checkpoint can be opened without being told; {} where there is no such description.
+    """
+
+    apply: Apply
+    prefill: Callable[..., tuple[Float[Array, "B V"], State]]
+    decode: Callable[..., tuple[Float[Array, "B V"], State]]
+    init: Callable[[Array], Params] | None = None
+    sharding_rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ((".*", ()),)
+    vocabulary: int = 0
+    architecture: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+
+
+class _Written(NamedTuple):
+    """The state of a model without a cache: all tokens so far, padded on the right."""
+
+    tokens_BxS: Int[Array, "B S"]
+    length_B: Int[Array, " B"]
+
+
+def from_apply(apply: Apply) -> Model:
+    """A model out of a causal `apply` alone.
+
+    Without a cache each new token reads the whole sequence again, so generation costs about
+    `slots` times the work; log-likelihoods cost the same as with a cache.
+    """
+
+    def last_logits(params: Params, written: _Written) -> Float[Array, "B V"]:
+        logits_BxSxV = apply(params, written.tokens_BxS)
+        last_B = written.length_B - 1
+        return jnp.take_along_axis(logits_BxSxV, last_B[:, None, None], axis=1)[:, 0]
+
+    def prefill(params, tokens_BxT, padding_B, slots):
+        left_aligned = jax.vmap(lambda row, padding: jnp.roll(row, -padding))(tokens_BxT, padding_B)
+        T = tokens_BxT.shape[1]
+        written = _Written(jnp.pad(left_aligned, ((0, 0), (0, slots - T))), T - padding_B)
+        return last_logits(params, written), written
+
+    def decode(params, tokens_B, written):
+        here_BxS = jnp.arange(written.tokens_BxS.shape[1])[None] == written.length_B[:, None]
+        tokens_BxS = jnp.where(here_BxS, tokens_B[:, None], written.tokens_BxS)
+        written = _Written(tokens_BxS, written.length_B + 1)
+        return last_logits(params, written), written
+
+    return Model(apply=apply, prefill=prefill, decode=decode)
