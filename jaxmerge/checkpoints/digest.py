@@ -8,6 +8,7 @@ sums travel.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
+from jaxmerge.checkpoints.source import Source
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, named_leaves
 
 
@@ -42,6 +45,20 @@ def fingerprint(tree: PyTree, leaf_digests: dict[str, LeafDigest]) -> str:
         for name, leaf in sorted(named_leaves(tree).items())
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def check_digests(source: Source, found: Mapping[str, LeafDigest]) -> None:
+    """Raises `JaxmergeError` unless the leaves are those that were saved, as far as is known."""
+    wrong = [
+        name for name, checksum in source.checksums.items() if found[name].checksum != checksum
+    ]
+    if wrong:
+        raise JaxmergeError(
+            f"the data are not those that were saved, in leaf {', '.join(wrong)}",
+            where=source.path,
+            expected=f"checksum {source.checksums[wrong[0]]}",
+            found=found[wrong[0]].checksum,
+        )
 
 
 @jax.jit

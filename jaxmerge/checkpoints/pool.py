@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxmerge import sharding
 from jaxmerge.checkpoints import orbax
-from jaxmerge.checkpoints.digest import LeafDigest, digests, fingerprint
+from jaxmerge.checkpoints.digest import LeafDigest, check_digests, digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, byte_count, differences, named_leaves, parameter_count
@@ -175,16 +175,7 @@ def _check_values(
     found: Mapping[str, LeafDigest],
     first: Mapping[str, LeafDigest],
 ) -> None:
-    wrong = [
-        name for name, checksum in source.checksums.items() if found[name].checksum != checksum
-    ]
-    if wrong:
-        raise JaxmergeError(
-            f"the data are not those that were saved, in leaf {', '.join(wrong)}",
-            where=source.path,
-            expected=f"checksum {source.checksums[wrong[0]]}",
-            found=found[wrong[0]].checksum,
-        )
+    check_digests(source, found)
     not_finite = [name for name, digest in found.items() if not digest.finite]
     if not_finite:
         raise JaxmergeError(

@@ -1,0 +1,181 @@
+"""Every field of a config, its unit and its reason; and the check of a config before a run.
+
+A config file is Python with a function `get_config()` that returns `jaxmerge.config.default()` with
+fields set. Only the entry points know of configs: everything below them takes plain arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from jaxmerge import space
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.search.baselines import BASELINES
+from jaxmerge.tasks import TASKS
+
+
+def default() -> ml_collections.ConfigDict:
+    """The config with every field at its default; locked, so that a misspelt field is refused."""
+    config = ml_collections.ConfigDict()
+
+    config.seed = 0  # of the search and the random baseline; tasks have their own
+
+    config.pool = ml_collections.ConfigDict()
+    # Directories or patterns, such as ("pools/quickstart/*",); at least two checkpoints.
+    config.pool.checkpoints = ()
+    config.pool.subtree = ""  # where in a checkpoint the parameters are: "params"; "": all of it
+    # "" reads the architecture that is saved with the checkpoint; "decoder" takes it from
+    # model_args; "module:function" calls function(**model_args), which returns a
+    # jaxmerge.models.model.Model, or apply(params, tokens_BxT) -> logits_BxTxV.
+    config.pool.model = ""
+    config.pool.model_args = ml_collections.ConfigDict()
+    config.pool.tokenizer = "bytes"  # or "module:function", which returns a Tokenizer
+    config.pool.dtype = ""  # cast on load, such as "bfloat16"; "": as stored
+
+    config.mesh = ml_collections.ConfigDict()
+    # Sizes of the axes; their product is the number of devices used. One may be -1: all the rest.
+    config.mesh.pop = -1  # candidates at a time, each on its own devices
+    config.mesh.data = 1  # examples of one candidate are spread over these
+    config.mesh.fsdp = 1  # parameters are spread over fsdp x tensor
+    config.mesh.tensor = 1
+    config.mesh.cpu_devices = 0  # > 0: run on the CPU, split into this many devices
+
+    config.evaluate = ml_collections.ConfigDict()
+    config.evaluate.candidates_per_step = 0  # merged models that exist at a time; 0: mesh.pop
+    config.evaluate.batch_size = 64  # rows that go through a model at a time
+    config.evaluate.vmap_candidates = 0  # side by side on a device; 0: 1 on CPU, else all of a step
+
+    config.objective = ml_collections.ConfigDict()
+    config.objective.tasks = ()  # names: of jaxmerge.tasks.TASKS, or of fields of `tasks` below
+    config.objective.weights = ()  # one positive number per task, normalised to sum 1; (): equal
+    config.objective.search_examples = 192  # of each task; they steer the search
+    config.objective.test_examples = 1000  # of each task; they are what is reported
+    config.heldout = ()  # tasks that the search never sees, scored for winner and best individual
+
+    # Arguments of tasks by name, such as tasks.sums = {"builder": "my_tasks:sums", "digits": 3}.
+    # A builder is called with them and with search and test (numbers of examples).
+    config.tasks = ml_collections.ConfigDict()
+
+    config.space = ml_collections.ConfigDict()
+    config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.space
+    config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of jaxmerge.space
+
+    config.search = ml_collections.ConfigDict()
+    config.search.strategy = "CMA_ES"  # any name in evosax.algorithms
+    config.search.population = 0  # candidates per generation; 0: 4 + floor(3 ln K)
+    config.search.budget = 200  # evaluations; what is left below a whole generation is not used
+    config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
+    config.search.sigma = 0.5  # standard deviation of the first generation, in genotype units
+    config.search.params = ml_collections.ConfigDict()  # fields of the strategy's evosax Params
+    config.search.save_seconds = 60.0  # between saves of the strategy's state
+
+    config.baselines = tuple(BASELINES)  # names of jaxmerge.search.baselines.BASELINES
+    config.export = True  # write the winner as a checkpoint to WORKDIR/merged
+
+    # XLA's compiled programs are kept here between runs; "": they are not.
+    config.compilation_cache = "~/.cache/jaxmerge/xla"
+
+    config.lock()
+    for free in (config.pool.model_args, config.tasks, config.search.params):
+        free.unlock()
+    return config
+
+
+def reference() -> str:
+    """The fields of a config with their defaults and comments, as they stand in `default`."""
+    lines = [line.strip() for line in inspect.getsource(default).splitlines()]
+    fields = [line for line in lines if re.match(r"#|config\.\S+ = ", line)]
+    sections = [
+        name
+        for name, value in default().items()
+        if isinstance(value, ml_collections.ConfigDict) and value
+    ]
+    shown = [line for line in fields if not re.match(rf"config\.({'|'.join(sections)}) = ", line)]
+    return "Fields of a config:\n  " + "\n  ".join(shown).replace(
+        "ml_collections.ConfigDict()", "{}"
+    )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses what can be known to be wrong before anything is read.
+
+    Raises:
+        JaxmergeError: names the field.
+    """
+    space.check(config.space.constraint, config.space.bounds)
+    if not config.pool.checkpoints:
+        raise JaxmergeError("no checkpoints are named", where="pool.checkpoints")
+    if not config.objective.tasks:
+        raise JaxmergeError("no tasks are named", where="objective.tasks")
+    both = set(config.objective.tasks) & set(config.heldout)
+    if both:
+        raise JaxmergeError(
+            "a held-out task must not steer the search", where="heldout", found=", ".join(both)
+        )
+    for name in (*config.objective.tasks, *config.heldout):
+        if name not in TASKS and "builder" not in config.tasks.get(name, {}):
+            raise JaxmergeError(
+                "unknown task",
+                where="objective.tasks and heldout",
+                expected=f"one of {', '.join(TASKS)}, or a field of `tasks` with a builder",
+                found=name,
+            )
+    unknown = [name for name in config.baselines if name not in BASELINES]
+    if unknown:
+        raise JaxmergeError(
+            "unknown baseline", where="baselines", expected=", ".join(BASELINES), found=unknown[0]
+        )
+    weights = config.objective.weights
+    if weights and (len(weights) != len(config.objective.tasks) or min(weights) <= 0):
+        raise JaxmergeError(
+            "needs one positive number per task",
+            where="objective.weights",
+            expected=f"{len(config.objective.tasks)} numbers",
+            found=str(weights),
+        )
+    for name in ("search_examples", "test_examples"):
+        if config.objective[name] < 1:
+            raise JaxmergeError(
+                "must be at least 1", where=f"objective.{name}", found=str(config.objective[name])
+            )
+
+
+def task_weights(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """Weights of the tasks in the objective, by name; they sum to 1."""
+    names = config.objective.tasks
+    raw = config.objective.weights or (1.0,) * len(names)
+    return {name: weight / sum(raw) for name, weight in zip(names, raw)}
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as dicts, lists, strings and numbers."""
+    return _plain(config.to_dict())
+
+
+def imported(path: str, where: str) -> Callable[..., Any]:
+    """The function that `module:function` names.
+
+    Raises:
+        JaxmergeError: there is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise JaxmergeError(
+            "can't be imported", where=where, expected="module:function", found=f"{path}: {error}"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,238 @@
+"""The run directory: everything a run knows, written so that no instant can tear it.
+
+Whole files are written under a temporary name and renamed; the log and the per-example scores only
+grow. A candidate counts as evaluated when its line in `candidates.jsonl` is complete; its
+per-example scores are on disk before that line is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxmerge.errors import JaxmergeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One evaluated candidate: a line of `candidates.jsonl`.
+
+    Attributes:
+        id: its line number, from 0.
+        generation: of the search; 0 for all others.
+        origin: `individual`, `baseline:NAME`, `search` or `final`.
+        name: of the checkpoint or the baseline; `search` for a candidate of the search.
+        split: the examples it was scored on: `search`, `test`, or `heldout` for the test examples
+            of the held-out tasks.
+        row: its row in each file of `examples/SPLIT/`.
+        weights: one merge weight per checkpoint, in pool order.
+        scores: mean score of each task.
+        n: number of examples of each task.
+        seconds: of wall time it took, its share of the step it was part of.
+    """
+
+    id: int
+    generation: int
+    origin: str
+    name: str
+    split: str
+    row: int
+    weights: tuple[float, ...]
+    scores: dict[str, float]
+    n: dict[str, int]
+    seconds: float
+
+
+class RunDirectory:
+    """An open run directory; made if it is missing.
+
+    Args:
+        path: the directory.
+        config: the resolved config; must equal that of the run that made the directory.
+
+    Raises:
+        JaxmergeError: the directory belongs to a run with another config (every field that differs
+            is named), or is used by a running process, or its log is garbled.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any]):
+        check(path, config)
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path / ".lock")
+        self.write_json("config.json", config)
+        self._log = self.path / "candidates.jsonl"
+        self._log.touch()
+        self.candidates = _read_log(self._log)
+
+    def close(self) -> None:
+        """Lets another process use the directory."""
+        self._lock.close()
+
+    def read_json(self, name: str) -> Any:
+        """What a JSON file says; None where there is none."""
+        path = self.path / name
+        return _read_json(path) if path.exists() else None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file whole."""
+        with replacing(self.path / name) as temporary:
+            temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def append(self, candidates: Sequence[Candidate], scores: Mapping[str, np.ndarray]) -> None:
+        """Records evaluated candidates, durably: first their examples, then their lines.
+
+        Args:
+            candidates: with consecutive ids and rows, of one split.
+            scores: per task `[C, N]`.
+        """
+        first = candidates[0]
+        for task, scores_CxN in scores.items():
+            file = self._examples(first.split, task)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            data = np.ascontiguousarray(scores_CxN, "<f4")
+            with open(file, "r+b" if file.exists() else "w+b") as stream:
+                stream.seek(first.row * data.shape[1] * 4)
+                stream.write(data.tobytes())
+                _sync(stream)
+        lines = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in candidates)
+        with open(self._log, "ab") as stream:
+            stream.write(lines.encode())
+            _sync(stream)
+        self.candidates.extend(candidates)
+
+    def cut(self, count: int) -> None:
+        """Forgets all candidates but the first `count`."""
+        lines = self._log.read_bytes().splitlines(keepends=True)[:count]
+        with replacing(self._log) as temporary:
+            temporary.write_bytes(b"".join(lines))
+        del self.candidates[count:]
+
+    def examples(self, candidate: Candidate) -> dict[str, Float[np.ndarray, " N"]]:
+        """The per-example scores of a candidate, by task."""
+        rows = {}
+        for task, count in candidate.n.items():
+            offset = candidate.row * count * 4
+            file = self._examples(candidate.split, task)
+            rows[task] = np.fromfile(file, "<f4", count=count, offset=offset)
+            if len(rows[task]) != count:
+                raise JaxmergeError(
+                    f"the scores of candidate {candidate.id} are missing", where=str(file)
+                )
+        return rows
+
+    def _examples(self, split: str, task: str) -> Path:
+        return self.path / "examples" / split / f"{task}.f32"
+
+
+def check(path: str | Path, config: Mapping[str, Any]) -> None:
+    """Raises `JaxmergeError` unless a run of this config can use the directory; writes nothing."""
+    path = Path(path)
+    if (path / "config.json").exists():
+        _check_same_config(path / "config.json", config)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise JaxmergeError("there is something here, and it is no run directory", where=str(path))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write; takes the place of `path`, durably, when the block ends."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    with open(temporary, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """An open file that no other process holds; the system lets go of it with the process."""
+    stream = path.open("wb")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise JaxmergeError(
+            "another process is running in this directory", where=str(path.parent)
+        ) from error
+    return stream
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise JaxmergeError("can't be read as JSON", where=str(path), found=str(error)) from error
+
+
+def _read_log(path: Path) -> list[Candidate]:
+    """All complete lines; what a kill left of the last one is cut off."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        with open(path, "r+b") as stream:
+            stream.truncate(end)
+            _sync(stream)
+    candidates = []
+    for number, line in enumerate(data[:end].splitlines()):
+        try:
+            fields = json.loads(line)
+            candidate = Candidate(**{**fields, "weights": tuple(fields["weights"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise JaxmergeError(
+                f"line {number + 1} can't be read", where=str(path), found=str(error)
+            ) from error
+        if candidate.id != number:
+            raise JaxmergeError(
+                f"line {number + 1} is out of order",
+                where=str(path),
+                expected=f"id {number}",
+                found=f"id {candidate.id}",
+            )
+        candidates.append(candidate)
+    return candidates
+
+
+def _check_same_config(path: Path, config: Mapping[str, Any]) -> None:
+    recorded = _flat(_read_json(path))
+    now = _flat(json.loads(json.dumps(config)))
+    absent = "(absent)"
+    lines = [
+        f"{field}: {recorded.get(field, absent)!r} there, {now.get(field, absent)!r} now"
+        for field in sorted({*recorded, *now})
+        if recorded.get(field, absent) != now.get(field, absent)
+    ]
+    if lines:
+        raise JaxmergeError(
+            "the directory was made with another config; take another --workdir, or the same "
+            "config:\n  " + "\n  ".join(lines),
+            where=str(path.parent),
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Search over merge weights: strategies, baselines at equal budget, and the loop around them."""

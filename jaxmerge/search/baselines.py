@@ -1,0 +1,108 @@
+"""What a search has to beat, each at a stated number of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmerge.rundir import Candidate
+from jaxmerge.search.archive import Archive, Request
+
+
+class Setting(NamedTuple):
+    """What a baseline may use: the individuals' scores, and evaluations on the search split."""
+
+    archive: Archive
+    individuals: Sequence[Candidate]
+    task_weights: Mapping[str, float]
+    budget: int  # evaluations that the search has
+    seed: int
+
+
+class Found(NamedTuple):
+    """A method's choice, and how many evaluations it took beyond those of the individuals."""
+
+    name: str
+    candidate: Candidate
+    evaluations: int
+
+
+def objective(candidate: Candidate, task_weights: Mapping[str, float]) -> float:
+    """sum_t w_t score_t: what the search maximises."""
+    return sum(weight * candidate.scores[task] for task, weight in task_weights.items())
+
+
+def best(candidates: Sequence[Candidate], task_weights: Mapping[str, float]) -> Candidate:
+    """The candidate of the highest objective; of equals, the first."""
+    return max(
+        candidates, key=lambda candidate: (objective(candidate, task_weights), -candidate.id)
+    )
+
+
+def individuals(archive: Archive, names: Sequence[str]) -> list[Candidate]:
+    """Every checkpoint by itself."""
+    one_hot = np.eye(len(names), dtype=np.float32)
+    return archive.evaluate(
+        "search", [Request("individual", name, row) for name, row in zip(names, one_hot)]
+    )
+
+
+def uniform(setting: Setting) -> Found:
+    """w_k = 1/K."""
+    return _single("uniform", setting, range(len(setting.individuals)))
+
+
+def best_per_task(setting: Setting) -> Found:
+    """The average of the best checkpoint of each task; one that is best at two counts twice."""
+    chosen = [
+        int(np.argmax([individual.scores[task] for individual in setting.individuals]))
+        for task in setting.task_weights
+    ]
+    return _single("best-per-task", setting, chosen)
+
+
+def greedy(setting: Setting) -> Found:
+    """Greedy soup (arXiv 2203.05482, recipe 1).
+
+    Checkpoints are tried in order of their own objective, best first; one is kept when the average
+    of those kept so far and it is at least as good as without it. K - 1 evaluations.
+    """
+    order = sorted(
+        range(len(setting.individuals)),
+        key=lambda k: -objective(setting.individuals[k], setting.task_weights),
+    )
+    kept, soup = order[:1], setting.individuals[order[0]]
+    for k in order[1:]:
+        tried = _single("greedy", setting, [*kept, k]).candidate
+        if objective(tried, setting.task_weights) >= objective(soup, setting.task_weights):
+            kept, soup = [*kept, k], tried
+    return Found("greedy", soup, len(order) - 1)
+
+
+def random(setting: Setting) -> Found:
+    """The best of as many uniform draws from the simplex (Dirichlet(1)) as the search evaluates."""
+    generator = np.random.Generator(np.random.PCG64(setting.seed))
+    drawn = generator.dirichlet(np.ones(len(setting.individuals)), setting.budget)
+    candidates = setting.archive.evaluate(
+        "search",
+        [Request("baseline:random", "random", row) for row in drawn.astype(np.float32)],
+    )
+    return Found("random", best(candidates, setting.task_weights), setting.budget)
+
+
+BASELINES: dict[str, Callable[[Setting], Found]] = {
+    "uniform": uniform,
+    "best-per-task": best_per_task,
+    "greedy": greedy,
+    "random": random,
+}
+
+
+def _single(name: str, setting: Setting, chosen: Sequence[int]) -> Found:
+    """Evaluates the average of the chosen checkpoints."""
+    weights = np.bincount(chosen, minlength=len(setting.individuals)) / len(chosen)
+    request = Request(f"baseline:{name}", name, weights.astype(np.float32))
+    (candidate,) = setting.archive.evaluate("search", [request])
+    return Found(name, candidate, 1)

@@ -1,0 +1,107 @@
+"""The search: ask, evaluate, tell, within a budget; goes on where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints.digest import check_digests, digests
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.rundir import Candidate
+from jaxmerge.search.archive import Archive, Request
+from jaxmerge.search.baselines import best, objective
+from jaxmerge.search.strategies import State, Strategy
+
+ToWeights = Callable[[Float[np.ndarray, "P D"]], Float[np.ndarray, "P K"]]
+
+
+def search(
+    archive: Archive,
+    strategy: Strategy,
+    to_weights: ToWeights,
+    *,
+    task_weights: Mapping[str, float],
+    budget: int,
+    seed: int,
+    states: Path,
+    save_seconds: float = 60.0,
+) -> Candidate:
+    """Runs `budget // population` generations; returns the best candidate of all of them.
+
+    The strategy's state is saved every `save_seconds`, and the log has every candidate. Started
+    again, the search takes up the newest state and asks the log before it evaluates: the result is
+    the same wherever it was stopped.
+
+    Args:
+        archive: evaluates on the split `search`.
+        strategy: asks for genotypes.
+        to_weights: genotypes to merge weights; see `jaxmerge.space`.
+        task_weights: of the objective; sum to 1.
+        budget: evaluations at most.
+        seed: of the strategy.
+        states: directory for the strategy's state.
+        save_seconds: least time between two saves; 0 saves every generation.
+
+    Raises:
+        JaxmergeError: the budget is less than one generation.
+    """
+    population = strategy.population
+    generations = budget // population
+    if not generations:
+        raise JaxmergeError(
+            "the budget is less than one generation",
+            where="search.budget",
+            expected=f"at least search.population, {population}",
+            found=str(budget),
+        )
+    state = strategy.init(seed)
+    first, state = _restore(states, state, archive.recorded("search") // population)
+    archive.skip("search", first * population)
+    saved = time.monotonic()
+    for generation in range(first, generations):
+        z_PxD, state = strategy.ask(seed, generation, state)
+        candidates = archive.evaluate(
+            "search",
+            [Request("search", "search", row, generation) for row in to_weights(z_PxD)],
+        )
+        fitness_P = np.array([objective(candidate, task_weights) for candidate in candidates])
+        state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
+        if time.monotonic() - saved >= save_seconds and generation + 1 < generations:
+            _save(states, generation + 1, state)
+            saved = time.monotonic()
+    return best([past for past in archive.past if past.origin == "search"], task_weights)
+
+
+def _save(states: Path, generation: int, state: State) -> None:
+    """Writes the state before `generation`, then forgets the older ones."""
+    states.mkdir(exist_ok=True)
+    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    path = states / str(generation)
+    if path.exists():  # of a run that was killed and has come here again: the same state
+        shutil.rmtree(path)
+    orbax.save(path, leaves)
+    for older in states.iterdir():
+        if older != path:
+            shutil.rmtree(older)
+
+
+def _restore(states: Path, fresh: State, recorded: int) -> tuple[int, State]:
+    """The newest finished state whose generations are all in the log, or the fresh one."""
+    found = [int(path.name) for path in states.glob("*") if path.name.isdigit()]
+    usable = [generation for generation in found if generation <= recorded]
+    if not usable:
+        return 0, fresh
+    path = orbax.absolute(states / str(max(usable)))
+    source = orbax.describe("state", path)
+    values = orbax.restore(source, source.abstract)
+    check_digests(source, digests(values))
+    leaves, structure = jax.tree.flatten(fresh)
+    restored = [np.asarray(values[f"leaf{i}"]) for i in range(len(leaves))]
+    return max(usable), structure.unflatten(restored)
