@@ -153,14 +153,9 @@ def _prepare(
     examples = task.splits.get(split, ())
     if not examples:
         raise JaxmergeError(f"the {split} split has no examples", where=f"task {task.name}")
-    if task.kind == "generation":
-        run = functools.partial(
-            generate, model, max_new_tokens=task.max_new_tokens, stop=tokenizer.stop
-        )
-        rows = len(examples)
-    else:
-        run = functools.partial(log_likelihood, model)
-        rows = sum(len(example.choices) for example in examples)
+    generates = task.kind == "generation"
+    run = _generation(model, task.max_new_tokens, tokenizer.stop) if generates else _choice(model)
+    rows = len(examples) if generates else sum(len(example.choices) for example in examples)
     over_data = NamedSharding(mesh, PartitionSpec("data"))
     return _Prepared(
         task=task,
@@ -174,6 +169,18 @@ def _prepare(
     )
 
 
+# Cached, as is the program made of them: splits, tasks and runs that can share a compiled program do.
+@functools.cache
+def _generation(model: Model, max_new_tokens: int, stop: int) -> Callable[..., Array]:
+    return functools.partial(generate, model, max_new_tokens=max_new_tokens, stop=stop)
+
+
+@functools.cache
+def _choice(model: Model) -> Callable[..., Array]:
+    return functools.partial(log_likelihood, model)
+
+
+@functools.cache
 def population_program(
     run: Callable[..., Array], mesh: Mesh, vmap_candidates: int
 ) -> Callable[..., Array]:

@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
     with _timed(seconds, "load"):
         directory, pool, evaluators, strategy, task_weights = prepare(config, workdir)
 
-    with Progress(_evaluations(config, pool, strategy), task_weights) as progress:
+    progress = Progress(_evaluations(config, pool, strategy), task_weights)
+    with closing(directory), progress:
         archive = Archive(directory, evaluators, progress.candidates)
         with _timed(seconds, "individuals"):
             individuals = baselines.individuals(archive, pool.names)
@@ -106,23 +107,22 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
                 uniform = [method for method in found if method.name == "uniform"]
                 heldout = results.test_heldout(archive, [winner, favourite, *uniform])
 
-    with _timed(seconds, "export"):
-        if config.export:
-            _export(directory, pool, winner)
-    with _timed(seconds, "statistics"):
-        findings = results.collect(
-            directory, pool.names, task_weights, alone, found, winner, tested, heldout
-        )
-    findings = {
-        "version": 1,
-        "command": command,
-        **findings,
-        "seconds": {phase: round(taken, 3) for phase, taken in seconds.items()},
-        **results.environment(),
-    }
-    directory.write_json("results.json", findings)
-    report.write(directory.path)
-    directory.close()
+        with _timed(seconds, "export"):
+            if config.export:
+                _export(directory, pool, winner)
+        with _timed(seconds, "statistics"):
+            findings = results.collect(
+                directory, pool.names, task_weights, alone, found, winner, tested, heldout
+            )
+        findings = {
+            "version": 1,
+            "command": command,
+            **findings,
+            "seconds": {phase: round(taken, 3) for phase, taken in seconds.items()},
+            **results.environment(),
+        }
+        directory.write_json("results.json", findings)
+        report.write(directory.path)
     return findings
 
 

@@ -72,7 +72,11 @@ class RunDirectory:
         self.write_json("config.json", config)
         self._log = self.path / "candidates.jsonl"
         self._log.touch()
-        self.candidates = _read_log(self._log)
+        try:
+            self.candidates = _read_log(self._log)
+        except JaxmergeError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Lets another process use the directory."""

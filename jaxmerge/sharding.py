@@ -67,7 +67,7 @@ def shardings(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
         rules: searched in order with the leaf's name, such as `layers/query`.
     """
 
-    def place(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def place(name: str, leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
         axes = next((axes for regex, axes in rules if re.search(regex, name)), ())
         if len(axes) > len(leaf.shape):
             raise JaxmergeError(

@@ -5,7 +5,12 @@ The only file that imports `orbax.checkpoint.v1`, which is still experimental.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import gc
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,12 +22,14 @@ from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, map_named
 
-# What Orbax and TensorStore raise for files that are missing, cut short or garbled.
+# What Orbax raises for metadata that are missing, cut short or garbled.
 _BROKEN = (OSError, ValueError, KeyError, TypeError, ocp.errors.InvalidLayoutError)
+_METADATA = "_CHECKPOINT_METADATA"
+_MARKERS = (_METADATA, "_METADATA", "orbax.checkpoint")
 
 
 def save(
-    path: str | epath.Path, params: PyTree, *, architecture: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str], params: PyTree, *, architecture: Mapping[str, Any] | None = None
 ) -> None:
     """Writes the parameters as one sharded checkpoint, with a checksum of every leaf.
 
@@ -41,21 +48,18 @@ def save(
     if path.exists():
         raise JaxmergeError("there is something here already", where=str(path))
     checksums = {name: digest.checksum for name, digest in digests(params).items()}
+    ours: Any = {"checksums": checksums, "architecture": dict(architecture or {})}
     context = ocp.Context()
     context.array.saving.use_compression = False
     with context:
-        ocp.save(
-            path,
-            params,
-            custom_metadata={
-                "jaxmerge": {"checksums": checksums, "architecture": dict(architecture or {})}
-            },
-        )
+        ocp.save(path, params, custom_metadata={"jaxmerge": ours})
 
 
 def recognises(path: epath.Path) -> bool:
-    """Whether there is an Orbax checkpoint here."""
-    return path.is_dir() and ocp.is_orbax_checkpoint(path)
+    """Whether there is a finished Orbax checkpoint here."""
+    # Orbax itself takes any directory for a checkpoint, even an empty one.
+    marked = path.is_dir() and any((path / marker).exists() for marker in _MARKERS)
+    return marked and ocp.is_orbax_checkpoint(path)
 
 
 def describe(name: str, path: epath.Path, subtree: str = "") -> Source:
@@ -70,6 +74,9 @@ def describe(name: str, path: epath.Path, subtree: str = "") -> Source:
         raise JaxmergeError(
             "the checkpoint's metadata can't be read", where=str(path), found=_first_line(error)
         ) from error
+    if metadata.init_timestamp_nsecs is None and (path / _METADATA).exists():
+        # Orbax logs this and goes on; the checksums would be lost.
+        raise JaxmergeError("the checkpoint's metadata can't be read", where=str(path / _METADATA))
     tree = metadata.metadata
     for key in filter(None, subtree.split("/")):
         if not isinstance(tree, Mapping) or key not in tree:
@@ -78,7 +85,8 @@ def describe(name: str, path: epath.Path, subtree: str = "") -> Source:
                 f"the checkpoint has no subtree {subtree!r}", where=str(path), found=f"keys: {keys}"
             )
         tree = tree[key]
-    ours = (metadata.custom_metadata or {}).get("jaxmerge", {})
+    custom: Any = metadata.custom_metadata or {}
+    ours = custom.get("jaxmerge", {})
     return Source(
         name=name,
         path=str(path),
@@ -105,22 +113,27 @@ def restore(source: Source, abstract: PyTree) -> PyTree:
         wanted = {key: wanted}
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(source.subtree)
-    try:
-        with context:
-            tree = ocp.load(source.path, wanted)
-            jax.block_until_ready(tree)
-    except _BROKEN as error:
-        raise JaxmergeError(
-            "the checkpoint's data can't be read: a file is missing or cut short",
-            where=source.path,
-            found=_first_line(error),
-        ) from error
+    tree = None
+    with _muted():
+        try:
+            with context:
+                tree = ocp.load(source.path, wanted)
+                jax.block_until_ready(tree)
+        except Exception as error:  # Orbax has no narrower type for a file that is cut short
+            reason = _first_line(error.__cause__ if type(error) is Exception else error)
+        if tree is None:
+            gc.collect()
+            raise JaxmergeError(
+                "the checkpoint's data can't be read: a file is missing or cut short",
+                where=source.path,
+                found=reason,
+            )
     for key in filter(None, source.subtree.split("/")):
         tree = tree[key]
     return tree
 
 
-def absolute(path: str | epath.Path) -> epath.Path:
+def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """The path as Orbax wants it: absolute, or a URL left as it is."""
     path = epath.Path(path).expanduser()
     return path if "://" in str(path) else path.resolve()
@@ -137,6 +150,19 @@ def _abstract(path: str, name: str, found: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(found.shape, found.dtype)
 
 
-def _first_line(error: BaseException) -> str:
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Keeps the reads that a failed load leaves behind from printing a stack trace each."""
+    asyncio_log = logging.getLogger("asyncio")
+    before = sys.unraisablehook, sys.excepthook, asyncio_log.disabled
+    sys.unraisablehook = sys.excepthook = lambda *_: None
+    asyncio_log.disabled = True
+    try:
+        yield
+    finally:
+        sys.unraisablehook, sys.excepthook, asyncio_log.disabled = before
+
+
+def _first_line(error: BaseException | None) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

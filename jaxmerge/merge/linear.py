@@ -23,21 +23,25 @@ from jaxmerge.trees import PyTree, named_leaves
 def weighted_sum(leaves: Sequence[Array], weights_K: Float[Array, " K"]) -> Array:
     """sum_k w_k x_k for one leaf, accumulated in float32 (or wider) and rounded once, to nearest.
 
-    A weight of exactly 0 leaves its checkpoint out, NaN and all, and -0.0 is the neutral element
-    of addition (+0.0 is not: -0.0 + 0.0 = 0.0), so one-hot weights return x_k bit for bit.
+    A weight of exactly 0 leaves its checkpoint out, NaN and all, and a single weight of 1 copies
+    its checkpoint: arithmetic would turn subnormal values into 0 on most devices. So one-hot
+    weights return x_k bit for bit.
     Leaves that are not floating point are copied from the first checkpoint.
     """
     dtype = leaves[0].dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         return leaves[0]
     wide = jnp.promote_types(dtype, jnp.float32)
-    total = jnp.array(-0.0, wide)
+    alone = jnp.sum(weights_K != 0) == 1
+    total = jnp.array(-0.0, wide)  # the neutral element; +0.0 is not: -0.0 + 0.0 = 0.0
     for leaf, weight in zip(leaves, weights_K.astype(wide)):
-        total = total + jnp.where(weight == 0, jnp.array(-0.0, wide), weight * leaf.astype(wide))
+        value = leaf.astype(wide)
+        added = jnp.where(alone & (weight == 1), value, total + weight * value)
+        total = jnp.where(weight == 0, total, added)
     return total.astype(dtype)
 
 
-def linear(trees: Sequence[PyTree], weights: Float[Array, "*P K"]) -> PyTree:
+def linear(trees: Sequence[PyTree], weights: Float[Array | np.ndarray, "*P K"]) -> PyTree:
     """The linear merge of K trees that are alike, on the devices where they lie.
 
     Args:

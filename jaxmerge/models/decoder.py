@@ -11,6 +11,7 @@ Letters in names are the dimensions of the package glossary (`jaxmerge.__doc__`)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -212,8 +213,9 @@ class _Decoding(NamedTuple):
     slot: Int[Array, ""]  # the next slot to write, the same for every row
 
 
+@functools.cache
 def decoder(config: DecoderConfig) -> Model:
-    """The decoder of this shape as a `Model`."""
+    """The decoder of this shape as a `Model`: always the same, so that its programs are shared."""
     module = Decoder(config)
 
     def run(params, tokens, positions, mask, start=0, cache=None):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,9 @@ State = Any  # a pytree of arrays: what a model keeps between two tokens
 Apply = Callable[[Params, Int[Array, "B T"]], Float[Array, "B T V"]]
 
 
-class Model(NamedTuple):
-    """A language model as pure functions.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A language model as pure functions. Two models are equal when they are the same object.
 
     Attributes:
         apply: `(params, tokens_BxT) -> logits_BxTxV`; causal.
@@ -38,7 +40,7 @@ class Model(NamedTuple):
     init: Callable[[Array], Params] | None = None
     sharding_rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ((".*", ()),)
     vocabulary: int = 0
-    architecture: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+    architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class _Written(NamedTuple):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
 from jaxmerge.checkpoints import orbax
@@ -100,7 +101,14 @@ def _restore(states: Path, fresh: State, recorded: int) -> tuple[int, State]:
         return 0, fresh
     path = orbax.absolute(states / str(max(usable)))
     source = orbax.describe("state", path)
-    values = orbax.restore(source, source.abstract)
+    here = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    values = orbax.restore(
+        source,
+        jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            source.abstract,
+        ),
+    )
     check_digests(source, digests(values))
     leaves, structure = jax.tree.flatten(fresh)
     restored = [np.asarray(values[f"leaf{i}"]) for i in range(len(leaves))]

@@ -7,7 +7,8 @@ decisions of a run do not depend on its mesh.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -82,7 +83,6 @@ def evosax(
     settings = _params(name, algorithm, params or {})
     start = np.zeros(dimension, np.float32) if mean is None else np.asarray(mean, np.float32)
     evolves_population = name in population_based_algorithms
-    cpu = jax.local_devices(backend="cpu")[0]
 
     def key(seed: int, *path: int) -> jax.Array:
         key = jax.random.key(seed)
@@ -91,7 +91,7 @@ def evosax(
         return key
 
     def init(seed: int) -> State:
-        with jax.default_device(cpu):
+        with _on_host():
             if evolves_population:
                 first, worst = first_population(seed), jnp.full(population, _WORST)
                 return algorithm.init(key(seed, 0), first, worst, settings)
@@ -102,7 +102,7 @@ def evosax(
         return jax.random.normal(key(seed, 1), (population, dimension)).at[0].set(0.0)
 
     def ask(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
-        with jax.default_device(cpu):
+        with _on_host():
             if evolves_population and generation == 0:
                 x_PxD = first_population(seed)
             else:
@@ -114,7 +114,7 @@ def evosax(
     ) -> State:
         cost_P = np.where(np.isfinite(fitness_P), -fitness_P, _WORST).astype(np.float32)
         x_PxD = (z_PxD - start) / np.float32(sigma)
-        with jax.default_device(cpu):
+        with _on_host():
             if evolves_population and generation == 0:
                 return algorithm.init(key(seed, 0), x_PxD, cost_P, settings)
             if name in _SVES:
@@ -123,6 +123,14 @@ def evosax(
             return state
 
     return Strategy(population, init, ask, tell)
+
+
+@contextmanager
+def _on_host() -> Iterator[None]:
+    """The first CPU device; and rank promotion, which evosax needs, though a caller forbids it."""
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(cpu), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _algorithm(algorithms: Mapping[str, Any], name: str, dimension: int, population: int) -> Any:
@@ -149,7 +157,8 @@ def _algorithm(algorithms: Mapping[str, Any], name: str, dimension: int, populat
     if name in ("GuidedES", "ASEBO"):
         extra = {"subspace_dims": 1}
     try:
-        return algorithms[name](size, solution=jnp.zeros(dimension), **extra)
+        with _on_host():
+            return algorithms[name](size, solution=jnp.zeros(dimension), **extra)
     except AssertionError as error:  # how evosax refuses a population
         raise JaxmergeError(
             f"{name} can't have this population: {error}",
@@ -159,7 +168,8 @@ def _algorithm(algorithms: Mapping[str, Any], name: str, dimension: int, populat
 
 
 def _params(name: str, algorithm: Any, changes: Mapping[str, Any]) -> Any:
-    defaults = algorithm.default_params
+    with _on_host():
+        defaults = algorithm.default_params
     known = [field for field in vars(defaults) if not field.startswith("_")]
     unknown = [field for field in changes if field not in known]
     if unknown:

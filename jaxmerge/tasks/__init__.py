@@ -1,0 +1,20 @@
+"""Tasks: questions with disjoint splits, judged by exact programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxmerge.tasks.arithmetic import arithmetic
+from jaxmerge.tasks.common import Task
+from jaxmerge.tasks.counting import counting
+from jaxmerge.tasks.instructions import instructions
+from jaxmerge.tasks.programs import programs
+from jaxmerge.tasks.sorting import sorting
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "arithmetic": arithmetic,
+    "instructions": instructions,
+    "programs": programs,
+    "sorting": sorting,
+    "counting": counting,
+}

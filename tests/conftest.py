@@ -1,0 +1,27 @@
+"""Every test runs on 8 CPU devices, with shapes checked, and with warnings and surprises as errors."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Array annotations of the whole package are checked on every call.
+install_import_hook("jaxmerge", "beartype.beartype")
+
+
+@pytest.fixture
+def compilations():
+    """A function that says how many programs XLA has compiled since the test began."""
+    count = 0
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: count
+    jax.monitoring.unregister_event_duration_listener(listen)

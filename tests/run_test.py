@@ -1,0 +1,334 @@
+"""Whole runs on a tiny pool: results, resume, export, meshes, errors."""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jsonschema
+import numpy as np
+import pytest
+
+from jaxmerge import config as configs
+from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints.pool import survey
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.merge.linear import linear
+from jaxmerge.run import run
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    return tiny.pool(tmp_path_factory.mktemp("pool"))
+
+
+def _tiny(config, pool: Path):
+    """Any config, cut down to the tiny pool and a handful of examples."""
+    config.pool.checkpoints = (f"{pool}/*",)
+    config.mesh = {"pop": 2, "data": 1, "fsdp": 1, "tensor": 1, "cpu_devices": 0}
+    config.tasks.generation = {"builder": "tests.tiny:generation"}
+    config.tasks.choice = {"builder": "tests.tiny:choice"}
+    config.tasks.unseen = {"builder": "tests.tiny:generation", "seed": 5}
+    config.objective.tasks = ("generation", "choice")
+    config.objective.weights = ()
+    config.heldout = ("unseen",)
+    config.objective.search_examples = 10
+    config.objective.test_examples = 20
+    config.evaluate.batch_size = 8
+    config.search.population = 4
+    config.search.budget = 14
+    config.search.save_seconds = 0.0
+    config.compilation_cache = ""
+    return config
+
+
+def _log(workdir: Path) -> list[dict]:
+    """The log without times."""
+    lines = [json.loads(line) for line in (workdir / "candidates.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(pool, tmp_path_factory):
+    """A finished run: its directory and what it found."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, run(_tiny(configs.default(), pool), str(workdir), "the command")
+
+
+def test_results_follow_the_schema(finished):
+    workdir, found = finished
+    schema = json.loads((ROOT / "jaxmerge/results.schema.json").read_text())
+    written = json.loads((workdir / "results.json").read_text())
+    jsonschema.validate(written, schema)
+    assert written == json.loads(json.dumps(found))
+
+
+def test_the_log_has_every_evaluation(finished):
+    workdir, found = finished
+    log = _log(workdir)
+    # 3 individuals; uniform, best per task, 2 greedy, 12 random; 12 searched (3 generations of 4);
+    # on test 3 + 4 + 1, held out 3.
+    origins = [line["origin"] for line in log]
+    assert {origin: origins.count(origin) for origin in origins} == {
+        "individual": 3,
+        "baseline:uniform": 1,
+        "baseline:best-per-task": 1,
+        "baseline:greedy": 2,
+        "baseline:random": 12,
+        "search": 12,
+        "final": 11,
+    }
+    assert found["evaluations"] == 31
+
+
+def test_search_and_test_never_share_an_example(finished):
+    """The test scores are of other examples than the search scores, and of all of them."""
+    log = _log(finished[0])
+    assert {line["n"]["generation"] for line in log if line["split"] == "search"} == {10}
+    assert {line["n"]["generation"] for line in log if line["split"] == "test"} == {20}
+    task = tiny.generation(search=10, test=20)
+    prompts = {split: {example.prompt for example in task.splits[split]} for split in task.splits}
+    assert not prompts["search"] & prompts["test"]
+
+
+def test_scores_of_individuals_are_those_of_the_checkpoints(finished):
+    """Example by example, against a plain forward pass over the unpadded text."""
+    workdir, _ = finished
+    choice = tiny.choice(search=10, test=20)
+    model = tiny.model()
+    params = tiny.trees(3)[1]
+    expected = []
+    for example in choice.splits["search"]:
+        rated = []
+        for option in example.choices:
+            tokens = np.frombuffer((example.prompt + option).encode(), np.uint8)[None].astype(int)
+            log_p = jax.nn.log_softmax(model.apply(params, tokens))[0]
+            start = len(example.prompt)
+            ll = sum(float(log_p[t - 1, tokens[0, t]]) for t in range(start, tokens.shape[1]))
+            rated.append(ll / len(option))
+        expected.append(float(example.choices[int(np.argmax(rated))] == example.target))
+    scores = np.fromfile(workdir / "examples/search/choice.f32", "<f4").reshape(-1, 10)
+    np.testing.assert_array_equal(scores[1], expected)
+
+
+def test_report_and_table(finished):
+    workdir, _ = finished
+    html = (workdir / "report.html").read_text()
+    assert "model1" in html
+    assert "http://" not in html.split("<script")[0]
+
+
+def test_the_export_is_the_merge_and_a_pool_member(finished, pool, tmp_path):
+    workdir, found = finished
+    merged = workdir / "merged" / "orbax"
+    source = orbax.describe("merged", orbax.absolute(merged))
+    restored = orbax.restore(source, jax.tree.map(_on_first_device, source.abstract))
+    weights = np.array(list(found["best"]["weights"].values()), np.float32)
+    expected = linear(tiny.trees(3), weights)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    sources = survey([f"{pool}/*", str(merged)])
+    assert [source.name for source in sources] == ["model0", "model1", "model2", "orbax"]
+    config = _tiny(configs.default(), pool)
+    config.pool.checkpoints = (f"{pool}/*", str(merged))
+    config.search.budget, config.baselines, config.heldout = 4, (), ()
+    again = run(config, str(tmp_path / "again"))
+    individual = next(entry for entry in again["individuals"] if entry["name"] == "orbax")
+    assert individual["search"] == found["best"]["search"]
+
+
+def _on_first_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+
+def test_a_finished_run_is_not_run_again(finished, pool, compilations):
+    workdir, found = finished
+    log = (workdir / "candidates.jsonl").read_bytes()
+    again = run(_tiny(configs.default(), pool), str(workdir), "the command")
+    assert (workdir / "candidates.jsonl").read_bytes() == log
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+
+
+def test_another_pool_is_refused(finished, tmp_path):
+    """The same paths with other contents are not the same run."""
+    workdir, _ = finished
+    config = json.loads((workdir / "config.json").read_text())
+    (pattern,) = config["pool"]["checkpoints"]
+    original = Path(pattern).parent
+    moved = original.rename(tmp_path / "moved")
+    try:
+        for k, tree in enumerate(tiny.trees(3, scale=2.0)):
+            orbax.save(original / f"model{k}", tree, architecture=tiny.model().architecture)
+        with pytest.raises(JaxmergeError, match="fingerprint"):
+            run(_tiny(configs.default(), original), str(workdir))
+    finally:
+        original.rename(tmp_path / "other")
+        moved.rename(original)
+
+
+@pytest.mark.parametrize("axes", [(2, 1, 2, 2), (2, 2, 2, 1), (8, 1, 1, 1)])
+def test_every_mesh_gives_the_same_candidates(finished, pool, tmp_path, axes):
+    """The log is the same, scores included.
+
+    Splitting a matrix product over `fsdp` or `tensor` changes the order of its sums, so logits
+    move by about 1e-6 of their size; a score moves only where two tokens or two choices are nearer
+    to each other than that, which no example of these tasks is.
+    """
+    config = _tiny(configs.default(), pool)
+    config.mesh = dict(zip(("pop", "data", "fsdp", "tensor", "cpu_devices"), (*axes, 0)))
+    run(config, str(tmp_path))
+    one = _tiny(configs.default(), pool)
+    one.mesh.pop = 1
+    run(one, str(tmp_path / "one"))
+    assert _log(tmp_path) == _log(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_config_runs_in_its_tiny_form(path, pool, tmp_path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = run(_tiny(module.get_config(), pool), str(tmp_path))
+    assert found["best"]["test_objective"] > 0
+
+
+CONFIG_FILE = """
+from jaxmerge import config as configs
+from tests.run_test import _tiny
+
+def get_config():
+    config = _tiny(configs.default(), {pool!r})
+    config.mesh.cpu_devices = 2
+    config.compilation_cache = {cache!r}
+    {change}
+    return config
+"""
+
+
+class Command:
+    """The command line on the tiny pool."""
+
+    def __init__(self, directory: Path, pool: Path, change: str = ""):
+        self.workdir = directory / "run"
+        self.config = directory / "config.py"
+        cache = str(directory / "cache")
+        self.config.write_text(CONFIG_FILE.format(pool=str(pool), cache=cache, change=change))
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "jaxmerge.run"),
+                *(f"--config={self.config}", f"--workdir={self.workdir}", *flags),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    def run(self, *flags: str) -> tuple[int, str, str]:
+        process = self.start(*flags)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
+    """SIGKILL, then the same command, until it ends; as one run that was never stopped."""
+    (tmp_path / "whole").mkdir()
+    whole = Command(tmp_path / "whole", pool)
+    code, out, err = whole.run()
+    assert code == 0, err
+    assert "test scores" in out
+    (tmp_path / "killed").mkdir()
+    killed = Command(tmp_path / "killed", pool)
+    instants = random.Random(0)
+    kills = 0
+    for _ in range(4):
+        process = killed.start()
+        log = killed.workdir / "candidates.jsonl"
+        lines_before = len(log.read_text().splitlines()) if log.exists() else 0
+        # Wait for the first new candidate, so that each try gets somewhere; then any moment.
+        while process.poll() is None:
+            if log.exists() and len(log.read_text().splitlines()) > lines_before:
+                break
+            time.sleep(0.01)
+        time.sleep(instants.uniform(0, 0.5))
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert kills >= 2
+    code, _, err = killed.run()
+    assert code == 0, err
+    assert _log(killed.workdir) == _log(whole.workdir)
+    results = [json.loads((c.workdir / "results.json").read_text()) for c in (whole, killed)]
+    assert results[0]["best"] == results[1]["best"]
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "named"),
+    [
+        ("", ["--config.serach.budget=3"], "search"),
+        ("config.search.bugdet = 3", [], "budget"),
+        ("", ["--config.search.budget=many"], "budget"),
+        ("config.pool.checkpoints = ('/nowhere/at/all',)", [], "/nowhere/at/all"),
+        ("config.objective.search_examples = 0", [], "objective.search_examples"),
+        ("config.tasks.choice.builder = 'tests.tiny:chioce'", [], "tests.tiny:chioce"),
+        ("config.objective.tasks = ('generatoin',)", [], "generatoin"),
+        ("config.search.strategy = 'CMAES'", [], "CMA_ES"),
+    ],
+)
+def test_mistakes_end_in_one_message(pool, tmp_path, change, flags, named):
+    command = Command(tmp_path, pool, change)
+    code, out, err = command.run(*flags)
+    assert code == 2, err
+    assert named in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not command.workdir.exists()
+
+
+def test_help_explains_itself():
+    shown = subprocess.run(
+        [sys.executable, "-m", "jaxmerge.run", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "--workdir" in shown
+    assert "config.search.sigma = 0.5  # standard deviation" in shown
+
+
+def test_a_broken_pool_writes_nothing(pool, tmp_path):
+    """NaN in one checkpoint is found on load, before the run directory is made."""
+    broken = tmp_path / "pool"
+    tiny.pool(broken, 2)
+    bad = tiny.trees(1)[0]
+    bad["layers"]["up"] = bad["layers"]["up"].at[1, 2, 3].set(np.nan)
+    orbax.save(broken / "sick", bad, architecture=tiny.model().architecture)
+    with pytest.raises(JaxmergeError, match=r"sick.*NaN.*layers/up"):
+        run(_tiny(configs.default(), broken), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_split_writes_nothing(pool, tmp_path):
+    config = _tiny(configs.default(), pool)
+    config.tasks.choice.search = 0
+    with pytest.raises(JaxmergeError, match=r"task choice.*no examples"):
+        run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

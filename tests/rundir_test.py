@@ -1,0 +1,149 @@
+"""The run directory: what survives, and what is refused."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.rundir import Candidate, RunDirectory, check, replacing
+
+CONFIG = {"seed": 0, "search": {"budget": 10, "params": {}}, "heldout": ["a", "b"]}
+
+
+def _candidate(number: int, split: str = "search", row: int | None = None) -> Candidate:
+    return Candidate(
+        id=number,
+        generation=0,
+        origin="search",
+        name="search",
+        split=split,
+        row=number if row is None else row,
+        weights=(0.1, 0.9),
+        scores={"sums": 0.5},
+        n={"sums": 3},
+        seconds=0.25,
+    )
+
+
+def _scores(*rows: float) -> dict[str, np.ndarray]:
+    return {"sums": np.array([[row, row + 1, row + 2] for row in rows])}
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens the run directory of the test, closing what was open of it before."""
+    directories = []
+
+    def open_again() -> RunDirectory:
+        for directory in directories:
+            directory.close()
+        directories.append(RunDirectory(tmp_path, CONFIG))
+        return directories[-1]
+
+    yield open_again
+    for directory in directories:
+        directory.close()
+
+
+def test_candidates_and_examples_come_back(opened, tmp_path):
+    directory = opened()
+    directory.append([_candidate(0), _candidate(1)], _scores(0.0, 10.0))
+    directory.append([_candidate(2, "test", 0)], _scores(20.0))
+    again = opened()
+    assert again.candidates == [_candidate(0), _candidate(1), _candidate(2, "test", 0)]
+    for candidate, first in zip(again.candidates, (0.0, 10.0, 20.0)):
+        np.testing.assert_array_equal(again.examples(candidate)["sums"], first + np.arange(3))
+
+
+def test_a_torn_line_is_forgotten(opened, tmp_path):
+    """Cut anywhere in the last line, the log is that of the candidates before."""
+    directory = opened()
+    directory.append([_candidate(0), _candidate(1)], _scores(0.0, 10.0))
+    log = tmp_path / "candidates.jsonl"
+    whole = log.read_bytes()
+    second_line = whole.index(b"\n") + 1
+    for end in range(second_line, len(whole)):
+        log.write_bytes(whole[:end])
+        directory = opened()
+        assert directory.candidates == [_candidate(0)]
+        assert log.read_bytes() == whole[:second_line]
+
+
+def test_cut_and_go_on(opened, tmp_path):
+    directory = opened()
+    directory.append([_candidate(n) for n in range(4)], _scores(0, 10, 20, 30))
+    directory.cut(2)
+    directory.append([_candidate(2)], _scores(50))
+    again = opened()
+    assert [candidate.id for candidate in again.candidates] == [0, 1, 2]
+    assert again.examples(again.candidates[2])["sums"][0] == 50
+
+
+def test_a_garbled_log_is_refused(opened, tmp_path):
+    directory = opened()
+    directory.append([_candidate(0), _candidate(1)], _scores(0.0, 10.0))
+    log = tmp_path / "candidates.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    for garbled, named in (
+        ("{}\n" + lines[1], "line 1"),
+        (lines[0] + "no json\n" + lines[1], "line 2"),
+        (lines[1] + lines[0], "out of order"),
+    ):
+        log.write_text(garbled)
+        with pytest.raises(JaxmergeError, match=named):
+            opened()
+
+
+def test_missing_examples_are_named(opened, tmp_path):
+    directory = opened()
+    directory.append([_candidate(0)], _scores(0.0))
+    (tmp_path / "examples/search/sums.f32").write_bytes(b"\0" * 8)
+    with pytest.raises(JaxmergeError, match=r"sums\.f32"):
+        directory.examples(directory.candidates[0])
+
+
+def test_another_config_is_refused_by_field(tmp_path):
+    RunDirectory(tmp_path, CONFIG).close()
+    other = {"seed": 0, "search": {"budget": 20, "params": {}}, "heldout": ["a"], "new": 1}
+    with pytest.raises(JaxmergeError) as caught:
+        RunDirectory(tmp_path, other)
+    message = str(caught.value)
+    assert "search.budget: 10 there, 20 now" in message
+    assert "heldout" in message
+    assert "new" in message
+    assert "seed" not in message
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_tuples_are_the_lists_they_are_written_as(tmp_path):
+    RunDirectory(tmp_path, CONFIG).close()
+    check(tmp_path, {**CONFIG, "heldout": ("a", "b")})
+
+
+def test_a_foreign_directory_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(JaxmergeError, match="no run directory"):
+        RunDirectory(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_in_use_is_refused(opened, tmp_path):
+    directory = opened()
+    with pytest.raises(JaxmergeError, match="another process"):
+        RunDirectory(tmp_path, CONFIG)
+    directory.close()
+    RunDirectory(tmp_path, CONFIG).close()
+
+
+def test_replacing_keeps_the_old_file_until_the_new_is_whole(tmp_path):
+    file = tmp_path / "value.json"
+    file.write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), replacing(file) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert file.read_text() == "old"
+    with replacing(file) as temporary:
+        temporary.write_text("new")
+    assert file.read_text() == "new"

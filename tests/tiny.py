@@ -1,0 +1,66 @@
+"""Random tiny models, pools and tasks, made in a moment."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxmerge.checkpoints import orbax
+from jaxmerge.models.decoder import DecoderConfig, decoder
+from jaxmerge.models.model import Model
+from jaxmerge.tasks.common import Example, Task
+from jaxmerge.trees import PyTree
+
+DECODER = DecoderConfig(
+    vocab=256, width=16, layers=2, heads=4, kv_heads=2, head_width=4, feed_forward=32
+)
+
+
+def model(config: DecoderConfig = DECODER) -> Model:
+    return decoder(config)
+
+
+def trees(count: int, config: DecoderConfig = DECODER, scale: float = 3.0) -> list[PyTree]:
+    """Parameters of a few models; scaled up, so that their outputs differ from each other."""
+    init = jax.jit(decoder(config).init)
+    return [
+        jax.tree.map(lambda leaf: leaf * scale, init(jax.random.key(seed))) for seed in range(count)
+    ]
+
+
+def pool(directory: Path, count: int = 3) -> Path:
+    """Saves a pool of random models."""
+    for k, tree in enumerate(trees(count)):
+        orbax.save(directory / f"model{k}", tree, architecture=model().architecture)
+    return directory
+
+
+def letters(seed: int, count: int) -> list[str]:
+    """Random lower-case strings of 3 to 12 letters."""
+    rng = np.random.default_rng(seed)
+    return [
+        "".join(chr(97 + c) for c in rng.integers(26, size=rng.integers(3, 13)))
+        for _ in range(count)
+    ]
+
+
+def _vowels(example: Example, output: str) -> float:
+    """A score that moves with every byte, even for a model that was never trained."""
+    return sum(ord(character) % 7 == 0 for character in output) / max(len(output), 1)
+
+
+def generation(*, search: int = 12, test: int = 20, seed: int = 0) -> Task:
+    prompts = letters(seed, search + test)
+    examples = [Example(prompt, "aeiou") for prompt in prompts]
+    splits = {"search": examples[:search], "test": examples[search:]}
+    return Task("generation", "generation", splits, judge=_vowels, max_new_tokens=6)
+
+
+def choice(*, search: int = 12, test: int = 20, seed: int = 1) -> Task:
+    prompts, options = letters(seed, search + test), letters(seed + 1, 4 * (search + test))
+    examples = [
+        Example(prompt, options[4 * i], tuple(options[4 * i : 4 * i + 2 + i % 3]))
+        for i, prompt in enumerate(prompts)
+    ]
+    splits = {"search": examples[:search], "test": examples[search:]}
+    return Task("choice", "multiple_choice", splits, normalize="bytes")
