@@ -1,0 +1,63 @@
+"""Search for the linear combination of checkpoints that beats all of them, on JAX.
+
+The command line is `python -m jaxmerge.run --help`. From Python, the names below are what there is;
+each is imported when it is first used, so that `import jaxmerge` is quick and starts nothing.
+
+Letters in names of arrays are dimensions, as in `weights_PxK`:
+
+    P  population          B  batch               D  model width
+    K  checkpoints         T  sequence            F  feed-forward width
+    L  layers              S  cache length        H  query heads
+    G  layer groups        V  vocabulary          J  key/value heads
+    N  examples            C  head width (models), candidates of a step (evaluation)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {  # public name -> module
+    "Archive": "search.archive",
+    "Bytes": "tokenizer",
+    "Candidate": "rundir",
+    "DecoderConfig": "models.decoder",
+    "Evaluator": "evaluate",
+    "Example": "tasks.common",
+    "JaxmergeError": "errors",
+    "Model": "models.model",
+    "Pool": "checkpoints.pool",
+    "RunDirectory": "rundir",
+    "Task": "tasks.common",
+    "decoder": "models.decoder",
+    "default_config": "config:default",
+    "evosax": "search.strategies",
+    "from_apply": "models.model",
+    "front": "pareto",
+    "generate": "generate",
+    "hypervolume": "pareto",
+    "interval": "stats",
+    "linear": "merge.linear",
+    "load_pool": "checkpoints.pool:load",
+    "log_likelihood": "generate",
+    "make_mesh": "sharding",
+    "paired": "stats",
+    "run": "run",
+    "save": "checkpoints.orbax",
+    "search": "search.loop",
+    "shardings": "sharding",
+    "survey": "checkpoints.pool",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(f"jaxmerge.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -169,7 +169,7 @@ def _prepare(
     )
 
 
-# Cached, as is the program made of them: splits, tasks and runs that can share a compiled program do.
+# Cached, as is the program made of them: splits, tasks and runs share what is compiled.
 @functools.cache
 def _generation(model: Model, max_new_tokens: int, stop: int) -> Callable[..., Array]:
     return functools.partial(generate, model, max_new_tokens=max_new_tokens, stop=stop)

@@ -155,7 +155,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Prepared:
         for name, tasks in splits.items()
     }
     directory = RunDirectory(workdir, configs.plain(config))
-    _record_pool(directory, pool)
+    try:
+        _record_pool(directory, pool)
+    except JaxmergeError:
+        directory.close()
+        raise
     return Prepared(directory, pool, evaluators, strategy, configs.task_weights(config))
 
 

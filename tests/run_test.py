@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_scores_of_individuals_are_those_of_the_checkpoints(finished):
     for example in choice.splits["search"]:
         rated = []
         for option in example.choices:
-            tokens = np.frombuffer((example.prompt + option).encode(), np.uint8)[None].astype(int)
+            tokens = jnp.array([list((example.prompt + option).encode())])
             log_p = jax.nn.log_softmax(model.apply(params, tokens))[0]
             start = len(example.prompt)
             ll = sum(float(log_p[t - 1, tokens[0, t]]) for t in range(start, tokens.shape[1]))

@@ -171,6 +171,7 @@ def train_pool(
     init, train = make_trainer(model)
     stages = {"trunk": trunk, **branches}
     pool = {}
+    assert model.init is not None  # a decoder makes its own parameters
     start = jax.jit(model.init)(jax.random.key(seed))
     # disable=None: no bar where the output is no terminal.
     with tqdm(total=sum(s.steps for s in stages.values()), unit="step", disable=None) as bar:

@@ -154,13 +154,12 @@ def _abstract(path: str, name: str, found: Any) -> jax.ShapeDtypeStruct:
 def _muted() -> Iterator[None]:
     """Keeps the reads that a failed load leaves behind from printing a stack trace each."""
     asyncio_log = logging.getLogger("asyncio")
-    before = sys.unraisablehook, sys.excepthook, asyncio_log.disabled
-    sys.unraisablehook = sys.excepthook = lambda *_: None
-    asyncio_log.disabled = True
+    before = sys.unraisablehook, asyncio_log.disabled
+    sys.unraisablehook, asyncio_log.disabled = lambda _: None, True
     try:
         yield
     finally:
-        sys.unraisablehook, sys.excepthook, asyncio_log.disabled = before
+        sys.unraisablehook, asyncio_log.disabled = before
 
 
 def _first_line(error: BaseException | None) -> str:

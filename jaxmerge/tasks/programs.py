@@ -1,4 +1,4 @@
-"""What does a small Python program print? One of four choices."""
+"""What does a small Python program evaluate to? One of four choices."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.splits import draw_splits
 
-# A program without its last statement's `print(...)` brackets, what it prints, and wrong answers
-# that a careless reader would give.
+# Statements and a last expression, what it evaluates to, and what a careless reader would say.
 Program = tuple[str, str, list[str]]
 
 
@@ -56,15 +55,16 @@ PROGRAMS: tuple[Callable[[np.random.Generator], Program], ...] = (
 
 
 def _draw(rng: np.random.Generator) -> Example:
-    source, printed, wrong = PROGRAMS[rng.integers(len(PROGRAMS))](rng)
+    source, value, wrong = PROGRAMS[rng.integers(len(PROGRAMS))](rng)
     spare = map(str, rng.permutation(19))
     wrong = list(dict.fromkeys([*wrong, *spare]))
-    choices = [printed, *[choice for choice in wrong if choice != printed][:3]]
-    return Example(f"{source} -> ", printed, tuple(choices[i] for i in rng.permutation(4)))
+    # The beginning of the right choice (1 of 14) would always be at least as likely as all of it.
+    choices = [value, *[choice for choice in wrong if not value.startswith(choice)][:3]]
+    return Example(f"{source} -> ", value, tuple(choices[i] for i in rng.permutation(4)))
 
 
 def programs(*, seed: int = 0, train: int = 1000, search: int = 192, test: int = 1000) -> Task:
-    """`a=3;b=5;print(a+b) # ` -> `8`, out of `3`, `5`, `2` and `8`; chance is 1/4.
+    """`a=3;b=5;a+b -> ` -> `8`, out of `3`, `5`, `2` and `8`; chance is 1/4.
 
     Args:
         seed: which examples are drawn.
