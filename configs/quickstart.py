@@ -4,16 +4,15 @@ python tools/make_pool.py --out=pools/quickstart
 python -m jaxmerge.run --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-import ml_collections
-
-from jaxmerge.config import default
+from jaxmerge.config import Config, default
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     config = default()
     config.pool.checkpoints = ("pools/quickstart/*",)
     config.mesh.cpu_devices = 2  # two candidates at a time, a core each
     config.objective.tasks = ("arithmetic", "instructions", "programs")
     config.heldout = ("sorting", "counting")
-    config.search.budget = 120
+    config.objective.search_examples = 128
+    config.search.budget = 100
     return config

@@ -49,8 +49,6 @@ _HOME = {  # public name -> module
     "survey": "checkpoints.pool",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -60,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(_HOME)

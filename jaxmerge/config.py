@@ -19,10 +19,13 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.search.baselines import BASELINES
 from jaxmerge.tasks import TASKS
 
+# A locked ml_collections.ConfigDict; its fields, made at run time, are unknown to type checkers.
+Config = Any
 
-def default() -> ml_collections.ConfigDict:
+
+def default() -> Config:
     """The config with every field at its default; locked, so that a misspelt field is refused."""
-    config = ml_collections.ConfigDict()
+    config: Config = ml_collections.ConfigDict()
 
     config.seed = 0  # of the search and the random baseline; tasks have their own
 
@@ -102,7 +105,7 @@ def reference() -> str:
     )
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: Config) -> None:
     """Refuses what can be known to be wrong before anything is read.
 
     Raises:
@@ -146,14 +149,14 @@ def check(config: ml_collections.ConfigDict) -> None:
             )
 
 
-def task_weights(config: ml_collections.ConfigDict) -> dict[str, float]:
+def task_weights(config: Config) -> dict[str, float]:
     """Weights of the tasks in the objective, by name; they sum to 1."""
     names = config.objective.tasks
     raw = config.objective.weights or (1.0,) * len(names)
     return {name: weight / sum(raw) for name, weight in zip(names, raw)}
 
 
-def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def plain(config: Config) -> dict[str, Any]:
     """The config as dicts, lists, strings and numbers."""
     return _plain(config.to_dict())
 

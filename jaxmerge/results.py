@@ -18,12 +18,12 @@ from jaxmerge.search.baselines import Found, objective
 _PACKAGES = ("jaxmerge", "jax", "jaxlib", "flax", "orbax-checkpoint", "evosax", "numpy")
 
 
-def test_all(archive: Archive, methods: Sequence[Found]) -> list[Candidate]:
+def score_on_test(archive: Archive, methods: Sequence[Found]) -> list[Candidate]:
     """Scores the choice of each method on the test split."""
     return archive.evaluate("test", [_final(found) for found in methods])
 
 
-def test_heldout(archive: Archive, methods: Sequence[Found]) -> dict[str, dict[str, float]]:
+def score_heldout(archive: Archive, methods: Sequence[Found]) -> dict[str, dict[str, float]]:
     """Scores of the choices on the held-out tasks, by method."""
     tested = archive.evaluate("heldout", [_final(found) for found in methods])
     return {candidate.name: candidate.scores for candidate in tested}

@@ -35,6 +35,7 @@ from jaxmerge import report, results, rundir, space
 from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.pool import Pool, load, survey
 from jaxmerge.checkpoints.source import Source
+from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
 from jaxmerge.merge.linear import linear
@@ -62,7 +63,7 @@ class Prepared(NamedTuple):
     task_weights: dict[str, float]
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> dict[str, Any]:
+def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     """The whole run; returns what results.json says.
 
     Args:
@@ -85,7 +86,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
         with _timed(seconds, "baselines"):
             budget = config.search.budget // strategy.population * strategy.population
             setting = Setting(archive, individuals, task_weights, budget, config.seed)
-            found = [baselines.BASELINES[name](setting) for name in config.baselines]
+            found = [baselines.BASELINES[name].find(setting) for name in config.baselines]
         with _timed(seconds, "search"):
             best = search(
                 archive,
@@ -100,12 +101,12 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
         with _timed(seconds, "test"):
             alone = [Found(candidate.name, candidate, 1) for candidate in individuals]
             winner = Found("search", best, budget)
-            tested = results.test_all(archive, [*alone, *found, winner])
+            tested = results.score_on_test(archive, [*alone, *found, winner])
             heldout = {}
             if config.heldout:
                 favourite = next(one for one in alone if one.candidate == _best(setting))
                 uniform = [method for method in found if method.name == "uniform"]
-                heldout = results.test_heldout(archive, [winner, favourite, *uniform])
+                heldout = results.score_heldout(archive, [winner, favourite, *uniform])
 
         with _timed(seconds, "export"):
             if config.export:
@@ -126,7 +127,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
     return findings
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str) -> Prepared:
+def prepare(config: Config, workdir: str) -> Prepared:
     """Checks everything that can be checked early, then loads the pool."""
     configs.check(config)
     _start_jax(config)
@@ -163,7 +164,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Prepared:
     return Prepared(directory, pool, evaluators, strategy, configs.task_weights(config))
 
 
-def _start_jax(config: ml_collections.ConfigDict) -> None:
+def _start_jax(config: Config) -> None:
     if config.mesh.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
@@ -172,12 +173,12 @@ def _start_jax(config: ml_collections.ConfigDict) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def _mesh(config: ml_collections.ConfigDict) -> Mesh:
+def _mesh(config: Config) -> Mesh:
     axes = config.mesh
     return make_mesh(pop=axes.pop, data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
 
 
-def _model(config: ml_collections.ConfigDict, sources: Sequence[Source]) -> Model:
+def _model(config: Config, sources: Sequence[Source]) -> Model:
     named, arguments = config.pool.model, config.pool.model_args.to_dict()
     if not named:
         arguments = dict(sources[0].architecture)
@@ -199,13 +200,13 @@ def _model(config: ml_collections.ConfigDict, sources: Sequence[Source]) -> Mode
     return built if isinstance(built, Model) else from_apply(built)
 
 
-def _tokenizer(config: ml_collections.ConfigDict) -> Tokenizer:
+def _tokenizer(config: Config) -> Tokenizer:
     if config.pool.tokenizer == "bytes":
         return Bytes()
     return configs.imported(config.pool.tokenizer, "pool.tokenizer")()
 
 
-def _task(config: ml_collections.ConfigDict, name: str) -> Task:
+def _task(config: Config, name: str) -> Task:
     arguments = config.tasks.get(name, ml_collections.ConfigDict()).to_dict()
     builder = arguments.pop("builder", "")
     build = configs.imported(builder, f"tasks.{name}.builder") if builder else TASKS[name]
@@ -222,7 +223,7 @@ def _task(config: ml_collections.ConfigDict, name: str) -> Task:
     return dataclasses.replace(task, name=name)
 
 
-def _strategy(config: ml_collections.ConfigDict, checkpoints: int) -> strategies.Strategy:
+def _strategy(config: Config, checkpoints: int) -> strategies.Strategy:
     start = config.search.init
     if start and len(start) != checkpoints:
         raise JaxmergeError(
@@ -265,15 +266,13 @@ def _record_pool(directory: RunDirectory, pool: Pool) -> None:
     directory.write_json("pool.json", {"checkpoints": records})
 
 
-def _evaluations(
-    config: ml_collections.ConfigDict, pool: Pool, strategy: strategies.Strategy
-) -> int:
+def _evaluations(config: Config, pool: Pool, strategy: strategies.Strategy) -> int:
     """How many candidates the run will have scored at its end, on all splits."""
     K, budget = len(pool.names), config.search.budget // strategy.population * strategy.population
-    cost = {"uniform": 1, "best-per-task": 1, "greedy": K - 1, "random": budget}
-    methods = K + len(config.baselines) + 1
+    found = sum(baselines.BASELINES[name].evaluations(K, budget) for name in config.baselines)
+    tested = K + len(config.baselines) + 1
     heldout = 2 + ("uniform" in config.baselines) if config.heldout else 0
-    return K + sum(cost[name] for name in config.baselines) + budget + methods + heldout
+    return K + found + budget + tested + heldout
 
 
 def _best(setting: Setting) -> Any:

@@ -1,4 +1,4 @@
-"""Every test runs on 8 CPU devices, with shapes checked, and with warnings and surprises as errors."""
+"""Every test runs on 8 CPU devices, with shapes checked and with warnings as errors."""
 
 import jax
 import pytest
@@ -18,7 +18,7 @@ def compilations():
     """A function that says how many programs XLA has compiled since the test began."""
     count = 0
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         nonlocal count
         count += event == "/jax/core/compile/backend_compile_duration"
 

@@ -61,7 +61,7 @@ def _run(path, lives=float("inf"), budget=40, save_seconds=0.0, strategy="CMA_ES
         individuals = baselines.individuals(archive, NAMES)
         setting = Setting(archive, individuals, TASKS, 10, seed=0)
         for baseline in baselines.BASELINES.values():
-            baseline(setting)
+            baseline.find(setting)
         best = search(
             archive,
             STRATEGIES[strategy],
@@ -214,9 +214,19 @@ def test_greedy_soup_may_stay_alone():
 
 def test_best_per_task_counts_twice_who_is_best_twice():
     scores = {"a": [0.0, 1, 0, 0], "b": [0.0, 2, 1, 0], "c": [5.0, 1, 0, 0]}
-    rated = [_rated(k, {task: float(values[k]) for task, values in scores.items()}) for k in range(4)]
+    rated = [
+        _rated(k, {task: float(values[k]) for task, values in scores.items()}) for k in range(4)
+    ]
     found = baselines.best_per_task(Setting(Table({}), rated, dict.fromkeys(scores, 1 / 3), 10, 0))
     np.testing.assert_allclose(found.candidate.weights, [1 / 3, 2 / 3, 0, 0], rtol=1e-6)
+
+
+def test_baselines_cost_what_they_say(tmp_path):
+    """10 is the budget that `_run` gives them."""
+    lines, *_ = _run(tmp_path)
+    for name, baseline in baselines.BASELINES.items():
+        made = sum(line["origin"] == f"baseline:{name}" for line in lines)
+        assert made == baseline.evaluations(len(NAMES), 10)
 
 
 def test_random_draws_from_the_simplex(tmp_path):

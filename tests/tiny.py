@@ -22,7 +22,9 @@ def model(config: DecoderConfig = DECODER) -> Model:
 
 def trees(count: int, config: DecoderConfig = DECODER, scale: float = 3.0) -> list[PyTree]:
     """Parameters of a few models; scaled up, so that their outputs differ from each other."""
-    init = jax.jit(decoder(config).init)
+    made = decoder(config).init
+    assert made is not None
+    init = jax.jit(made)
     return [
         jax.tree.map(lambda leaf: leaf * scale, init(jax.random.key(seed))) for seed in range(count)
     ]

@@ -67,9 +67,6 @@ def _leaf_digest(leaf: Array) -> tuple[UInt32[Array, " 2"], Bool[Array, ""]]:
     `mix` is a bijection: any change of a single word changes the first sum; other changes go unseen
     with a chance of about 2^-64, exchanged words of 2^-32.
     """
-    # Not a maximum: over several devices it loses NaN, at least on CPU.
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    finite = jnp.all(jnp.isfinite(leaf.astype(jnp.float32))) if floating else jnp.bool_(True)
     words = _words(leaf)
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
@@ -79,7 +76,18 @@ def _leaf_digest(leaf: Array) -> tuple[UInt32[Array, " 2"], Bool[Array, ""]]:
         others = [other for other in range(words.ndim) if other != axis]
         position += jnp.expand_dims(hashed, others)
     mixed = _mix(words ^ position)
-    return jnp.stack([jnp.sum(mixed), jnp.sum(mixed * (position | 1))]), finite
+    # One reduction for both sums: two would keep `mixed`, as large as the leaf, in between.
+    lanes = jax.lax.reduce(
+        (mixed, mixed * (position | 1)),
+        (jnp.uint32(0), jnp.uint32(0)),
+        lambda one, other: (one[0] + other[0], one[1] + other[1]),
+        tuple(range(words.ndim)),
+    )
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    # 0 * x is NaN for NaN and infinity; a sum needs no memory and, unlike a maximum, passes NaN on
+    # from one device to the others.
+    zero = jnp.sum(0 * leaf.astype(jnp.float32)) if floating else jnp.zeros(())
+    return jnp.stack(lanes), jnp.isfinite(zero)
 
 
 def _words(leaf: Array) -> Array:

@@ -6,6 +6,7 @@ The only file that imports `orbax.checkpoint.v1`, which is still experimental.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -113,8 +114,11 @@ def restore(source: Source, abstract: PyTree) -> PyTree:
         wanted = {key: wanted}
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(source.subtree)
+    # Bytes on their way from disk: two leaves, however large the checkpoint.
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
+    context.memory.read_concurrent_bytes = max(2**26, 2 * max(sizes, default=0))
     tree = None
-    with _muted():
+    with _muted(), _buffers_returned():
         try:
             with context:
                 tree = ocp.load(source.path, wanted)
@@ -160,6 +164,26 @@ def _muted() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook, asyncio_log.disabled = before
+
+
+@contextlib.contextmanager
+def _buffers_returned() -> Iterator[None]:
+    """Lets glibc give large buffers back to the system as soon as they are freed.
+
+    It would keep those below 32 MiB for the thread that read them: more than a checkpoint in all.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    libc.mallopt(mmap_threshold, 2**20)
+    try:
+        yield
+    finally:
+        # Where glibc's own adjustment ends: big enough for what a program uses again and again.
+        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**26)
 
 
 def _first_line(error: BaseException | None) -> str:

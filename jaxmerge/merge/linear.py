@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,9 @@ def linear(trees: Sequence[PyTree], weights: Float[Array | np.ndarray, "*P K"]) 
             expected=f"shape ({len(trees)},) or (P, {len(trees)})",
             found=str(weights.shape),
         )
-    check_equal_integers([named_leaves(tree) for tree in trees])
-    return program(trees[0], population=weights.ndim == 2)(tuple(trees), weights)
+    placed = tuple(jax.tree.map(jnp.asarray, tree) for tree in trees)
+    check_equal_integers([named_leaves(tree) for tree in placed])
+    return program(placed[0], population=weights.ndim == 2)(placed, weights)
 
 
 def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
@@ -104,7 +106,7 @@ def program(like: PyTree, *, population: bool) -> Callable[[tuple[PyTree, ...], 
 @functools.cache
 def _program(
     mesh: Mesh | None,
-    structure: jax.tree_util.PyTreeDef,
+    structure: Any,
     specs: tuple[PartitionSpec, ...],
     population: bool,
 ) -> Callable[[tuple[PyTree, ...], Array], PyTree]:

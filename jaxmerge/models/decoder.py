@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -94,7 +94,7 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, start, cache):
+    def __call__(self, x_BxTxD, positions_BxT, mask_BxTxS, start, cache) -> Any:
         config = self.config
         normed = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BxTxD)
         attended, cache = self._attention(normed, positions_BxT, mask_BxTxS, start, cache)
@@ -152,11 +152,12 @@ class Decoder(nn.Module):
         self.embedding = self.param(
             "embedding", nn.initializers.normal(config.width**-0.5), (config.vocab, config.width)
         )
+        over_layers: Any = (nn.broadcast, nn.broadcast, nn.broadcast, 0)  # the cache alone has L
         scanned = nn.scan(
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=over_layers,
             length=config.layers,
         )
         self.layers = scanned(config)
@@ -186,8 +187,8 @@ class Decoder(nn.Module):
             cache: keys and values so far, or None to attend within `tokens` alone.
         """
         x_BxTxD = self.embedding[tokens_BxT]
-        x_BxTxD, cache = self.layers(x_BxTxD, positions_BxT, mask_BxTxS, start, cache)
-        return self.final_norm(x_BxTxD), None if cache is None else Cache(*cache)
+        x_BxTxD, written = self.layers(x_BxTxD, positions_BxT, mask_BxTxS, start, cache)
+        return self.final_norm(x_BxTxD), None if written is None else Cache(*written)
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits in float32."""
@@ -218,10 +219,10 @@ def decoder(config: DecoderConfig) -> Model:
     """The decoder of this shape as a `Model`: always the same, so that its programs are shared."""
     module = Decoder(config)
 
-    def run(params, tokens, positions, mask, start=0, cache=None):
+    def run(params, tokens, positions, mask, start=0, cache=None) -> Any:
         return module.apply({"params": params}, tokens, positions, mask, start, cache)
 
-    def logits(params, hidden):
+    def logits(params, hidden) -> Any:
         return module.apply({"params": params}, hidden, method="logits")
 
     def apply(params, tokens_BxT):

@@ -92,11 +92,18 @@ def random(setting: Setting) -> Found:
     return Found("random", best(candidates, setting.task_weights), setting.budget)
 
 
-BASELINES: dict[str, Callable[[Setting], Found]] = {
-    "uniform": uniform,
-    "best-per-task": best_per_task,
-    "greedy": greedy,
-    "random": random,
+class Baseline(NamedTuple):
+    """A method, and how many evaluations it makes for K checkpoints and the search's budget."""
+
+    find: Callable[[Setting], Found]
+    evaluations: Callable[[int, int], int]
+
+
+BASELINES = {
+    "uniform": Baseline(uniform, lambda K, budget: 1),
+    "best-per-task": Baseline(best_per_task, lambda K, budget: 1),
+    "greedy": Baseline(greedy, lambda K, budget: K - 1),
+    "random": Baseline(random, lambda K, budget: budget),
 }
 
 
