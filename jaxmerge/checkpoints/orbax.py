@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -158,12 +159,21 @@ def _abstract(path: str, name: str, found: Any) -> jax.ShapeDtypeStruct:
 def _muted() -> Iterator[None]:
     """Keeps the reads that a failed load leaves behind from printing a stack trace each."""
     asyncio_log = logging.getLogger("asyncio")
-    before = sys.unraisablehook, asyncio_log.disabled
+    hook, disabled = sys.unraisablehook, asyncio_log.disabled
     sys.unraisablehook, asyncio_log.disabled = lambda _: None, True
+    hook_after = hook
     try:
         yield
+    except JaxmergeError:
+        hook_after = functools.partial(_unless_late, hook)  # some end after the load has
+        raise
     finally:
-        sys.unraisablehook, asyncio_log.disabled = before
+        sys.unraisablehook, asyncio_log.disabled = hook_after, disabled
+
+
+def _unless_late(hook: Callable[[Any], object], unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 @contextlib.contextmanager
