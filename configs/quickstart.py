@@ -14,5 +14,6 @@ def get_config() -> Config:
     config.objective.tasks = ("arithmetic", "instructions", "programs")
     config.heldout = ("sorting", "counting")
     config.objective.search_examples = 128
+    config.objective.test_examples = 600
     config.search.budget = 100
     return config

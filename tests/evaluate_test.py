@@ -26,7 +26,7 @@ WEIGHTS_PxK = np.array(
 WIDTH = 40  # longer than any prompt with its choice or continuation
 
 
-def make_evaluator(sizes: dict[str, int] | None = None, tasks=(WRITE, CHOOSE), **options: Any):
+def make_evaluator(sizes: Any = None, tasks=(WRITE, CHOOSE), **options: Any):
     """An evaluator of the pool on a mesh, by default of one device."""
     mesh = make_mesh(**(sizes or {}))
     placed = [jax.device_put(t, shardings(t, MODEL.sharding_rules, mesh)) for t in TREES]
@@ -149,7 +149,8 @@ def test_a_mesh_gives_the_same_scores(sizes, per_step):
 def test_candidates_and_examples_lie_where_promised():
     """Candidates on `pop`, examples on `data`: a device holds its part of either."""
     evaluator = make_evaluator({"pop": 2, "data": 4}, tasks=[WRITE], candidates_per_step=4)
-    ((_, (tokens, padding)),) = evaluator._tasks[0].microbatches
+    ((_, arrays),) = evaluator._tasks[0].microbatches
+    tokens, padding = jax.tree.map(jnp.asarray, arrays)  # they are on the devices already
     assert {shard.data.shape[0] for shard in tokens.addressable_shards} == {8 // 4}
     assert {shard.data.shape for shard in padding.addressable_shards} == {(8 // 4,)}
     _, ((output,),) = evaluator._launch(WEIGHTS_PxK[:4])
