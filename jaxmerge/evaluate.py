@@ -25,6 +25,8 @@ from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tokenizer import Tokenizer
 from jaxmerge.trees import PyTree
 
+_WITHIN_A_MODEL = ("data", "fsdp", "tensor")  # mesh axes that need collectives
+
 Scores = dict[str, Float[np.ndarray, "P N"]]  # per task: one score per candidate and example
 
 
@@ -81,8 +83,11 @@ class Evaluator:
         self.candidates_per_step = -(-candidates_per_step // pop) * pop
         self._trees, self._tokenizer, self._mesh = tuple(trees), tokenizer, mesh
         self._merge = linear.program(trees[0], population=True)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        # Between CPU devices, collectives of programs that queue up can wait for each other's
+        # threads for ever (jaxlib 0.10.2): there, one program at a time.
+        self._one_at_a_time = on_cpu and any(mesh.shape[axis] > 1 for axis in _WITHIN_A_MODEL)
         if not vmap_candidates:
-            on_cpu = mesh.devices.flat[0].platform == "cpu"
             vmap_candidates = 1 if on_cpu else self.candidates_per_step // pop
         self._tasks = [
             _prepare(
@@ -123,9 +128,15 @@ class Evaluator:
         )
         merged = self._merge(self._trees, weights)
         return count, [
-            [prepared.program(merged, *arrays) for _, arrays in prepared.microbatches]
+            [
+                self._started(prepared.program(merged, *batch.arrays))
+                for batch in prepared.microbatches
+            ]
             for prepared in self._tasks
         ]
+
+    def _started(self, output: Array) -> Array:
+        return jax.block_until_ready(output) if self._one_at_a_time else output
 
     def _collect(self, count: int, outputs: list[list[Array]]) -> Scores:
         scores = {}

@@ -23,10 +23,10 @@ def log_likelihood(
     """
     logits_BxTxV = model.apply(params, tokens_BxT[:, :-1]).astype(jnp.float32)
     targets_BxT = tokens_BxT[:, 1:]
-    # No gather: with V over `tensor` and B over `data` inside a manual `pop`, XLA's partitioner
-    # aborts the process on one.
-    chosen_BxTxV = targets_BxT[:, :, None] == jnp.arange(logits_BxTxV.shape[-1])[None, None]
-    chosen_BxT = jnp.sum(jnp.where(chosen_BxTxV, logits_BxTxV, 0.0), axis=-1)
+    # Not take_along_axis: with V over `tensor` and B over `data` inside a manual `pop`, XLA's
+    # partitioner aborts the process on its batched gather (jaxlib 0.10.2).
+    B, T = targets_BxT.shape
+    chosen_BxT = logits_BxTxV[jnp.arange(B)[:, None], jnp.arange(T)[None], targets_BxT]
     log_p_BxT = chosen_BxT - jax.nn.logsumexp(logits_BxTxV, axis=-1)
     return jnp.sum(jnp.where(scored_BxT[:, 1:], log_p_BxT, 0.0), axis=-1)
 

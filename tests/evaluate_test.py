@@ -131,9 +131,8 @@ def test_steps_are_the_same_a_few_rows_at_a_time(evaluator, monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "per_step"),
     [
-        ({"pop": 2, "fsdp": 2, "tensor": 2}, 2),
+        ({"pop": 2, "fsdp": 2, "tensor": 2}, 4),
         ({"pop": 2, "data": 2, "tensor": 2}, 3),  # rounded up to 4
-        ({"data": 8}, 5),
     ],
     ids=str,
 )
@@ -150,7 +149,7 @@ def test_candidates_and_examples_lie_where_promised():
     """Candidates on `pop`, examples on `data`: a device holds its part of either."""
     evaluator = make_evaluator({"pop": 2, "data": 4}, tasks=[WRITE], candidates_per_step=4)
     ((_, arrays),) = evaluator._tasks[0].microbatches
-    tokens, padding = jax.tree.map(jnp.asarray, arrays)  # they are on the devices already
+    tokens, padding = map(jnp.asarray, arrays)  # they are on the devices already
     assert {shard.data.shape[0] for shard in tokens.addressable_shards} == {8 // 4}
     assert {shard.data.shape for shard in padding.addressable_shards} == {(8 // 4,)}
     _, ((output,),) = evaluator._launch(WEIGHTS_PxK[:4])
@@ -158,10 +157,9 @@ def test_candidates_and_examples_lie_where_promised():
     assert {shard.data.shape[0] for shard in output.addressable_shards} == {4 // 2}
 
 
-@pytest.mark.parametrize("side_by_side", [2, 4])
-def test_vmap_of_candidates_gives_the_same_scores(side_by_side):
-    """One after the other (as `evaluator` does on CPU), two by two, or all of a step at once."""
-    evaluator = make_evaluator(candidates_per_step=4, vmap_candidates=side_by_side)
+def test_vmap_of_candidates_gives_the_same_scores():
+    """Side by side in twos, two after two; `evaluator` has them one after the other on CPU."""
+    evaluator = make_evaluator(candidates_per_step=4, vmap_candidates=2)
     assert_equal(evaluator(WEIGHTS_PxK), expected())
 
 
@@ -176,10 +174,12 @@ def test_nothing_compiles_after_the_first_generation(compilations):
     assert compilations() == before
 
 
-@pytest.mark.parametrize("sizes", [{}, {"pop": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_nothing_but_tokens_and_log_likelihoods_leaves_the_device(monkeypatch, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "per_step"), [({}, 2), ({"pop": 2, "fsdp": 2, "tensor": 2}, 4)], ids=str
+)
+def test_nothing_but_tokens_and_log_likelihoods_leaves_the_device(monkeypatch, sizes, per_step):
     """And nothing but weights goes there."""
-    evaluator = make_evaluator(sizes, candidates_per_step=4)
+    evaluator = make_evaluator(sizes, candidates_per_step=per_step)
     evaluator(WEIGHTS_PxK)
     fetched, sent = [], []
     get, put = jax.device_get, jax.device_put
@@ -192,15 +192,16 @@ def test_nothing_but_tokens_and_log_likelihoods_leaves_the_device(monkeypatch, s
         with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
             jnp.asarray(WEIGHTS_PxK)
     assert_equal(scores, expected())
-    # 2 steps of 4; 7 prompts are a microbatch of 8, the choices some of 8 rows each.
+    # 7 prompts are a microbatch of 8, the choices some of 8 rows each.
+    steps, C = -(-len(WEIGHTS_PxK) // per_step), per_step
     questions = sum(len(example.choices) for example in CHOOSE.splits["search"])
-    step = [((4, 8, WRITE.max_new_tokens), "int32")] + -(-questions // 8) * [((4, 8), "float32")]
-    assert [(x.shape, str(x.dtype)) for x in fetched] == 2 * step
-    assert [(x.shape, str(x.dtype)) for x in sent] == 2 * [((4, 3), "float32")]
+    step = [((C, 8, WRITE.max_new_tokens), "int32")] + -(-questions // 8) * [((C, 8), "float32")]
+    assert [(x.shape, str(x.dtype)) for x in fetched] == steps * step
+    assert [(x.shape, str(x.dtype)) for x in sent] == steps * [((C, 3), "float32")]
 
 
-def test_judging_overlaps_the_next_step(monkeypatch):
-    """Step i + 1 is on its way to the device before step i is fetched and judged."""
+def test_judging_overlaps_the_device(monkeypatch):
+    """Step i + 1 is on its way before step i is fetched and judged; no third step is."""
     events: list[str] = []
 
     def judge(example: Example, output: str) -> float:
@@ -211,29 +212,15 @@ def test_judging_overlaps_the_next_step(monkeypatch):
     launch, get = evaluator._launch, jax.device_get
     monkeypatch.setattr(evaluator, "_launch", lambda w: events.append("launch") or launch(w))
     monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or get(x))
-    steps = evaluator.steps(WEIGHTS_PxK)
     seen = []
-    for step in steps:
-        seen.append([event for i, event in enumerate(events) if events[:i][-1:] != [event]])
+    for step in evaluator.steps(WEIGHTS_PxK):
+        seen.append((len(step["generation"]), *events))
         events.clear()
-        assert len(step["generation"]) in (1, 2)
     assert seen == [
-        ["launch", "fetch", "judge"],  # two launches, told apart below
-        ["launch", "fetch", "judge"],
-        ["fetch", "judge"],
+        (2, "launch", "launch", "fetch", *14 * ["judge"]),
+        (2, "launch", "fetch", *14 * ["judge"]),
+        (1, "fetch", *7 * ["judge"]),
     ]
-
-
-def test_two_steps_are_launched_before_the_first_is_waited_for(evaluator, monkeypatch):
-    """And no third: at most two populations of merged models exist at a time."""
-    launched = []
-    launch = evaluator._launch
-    monkeypatch.setattr(evaluator, "_launch", lambda w: launched.append(len(w)) or launch(w))
-    steps = evaluator.steps(WEIGHTS_PxK)
-    next(steps)
-    assert launched == [2, 2]
-    next(steps)
-    assert launched == [2, 2, 1]
 
 
 def test_an_empty_split_is_refused():

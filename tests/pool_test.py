@@ -213,13 +213,27 @@ def test_integers_that_differ(saved, tmp_path):
     assert "leaf steps" in error.what
 
 
-def test_a_damaged_checkpoint_is_found_while_loading(saved, tmp_path):
+def _cut(data: bytearray) -> None:
+    del data[len(data) // 2 :]
+
+
+def _flip(data: bytearray) -> None:
+    data[len(data) // 2] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(_cut, "can't be read"), (_flip, "not those that were saved, in leaf layers/query")],
+)
+def test_a_damaged_checkpoint_is_found_while_loading(saved, tmp_path, damage, said):
     """The others of the pool are fine; `on_loaded` has heard of those before it alone."""
     damaged = Path(shutil.copytree(saved / "b", tmp_path / "b"))
-    data = max(damaged.rglob("ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    file = max(damaged.rglob("ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    damage(data)
+    file.write_bytes(data)
     seen: list[pool.Record] = []
-    with pytest.raises(JaxmergeError, match="can't be read") as caught:
+    with pytest.raises(JaxmergeError, match=said) as caught:
         survey_and_load([saved / "a", damaged, saved / "c"], on_loaded=seen.append)
     assert caught.value.where == str(damaged)
     assert [record.name for record in seen] == ["a"]
