@@ -14,6 +14,7 @@ their units and defaults, are in jaxmerge/config.py.
 from __future__ import annotations
 
 import dataclasses
+import logging as python_logging
 import os
 import shlex
 import sys
@@ -325,13 +326,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags, config file included; what is wrong in them is the user's to mend."""
     try:
         rest = flags.FLAGS(argv)
+        for name in ("config", "workdir"):
+            if not flags.FLAGS[name].present:
+                raise JaxmergeError(f"--{name} is missing; --help says how to use it")
+        flags.FLAGS.config.to_dict()  # a config file that can't be loaded says so when it is used
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise JaxmergeError(str(error).strip("'\""), where="command line or config file") from error
+        said = str(error.args[0] if error.args else error)
+        raise JaxmergeError(said, where="command line or config file") from error
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it opens
-    for name in ("config", "workdir"):
-        if not flags.FLAGS[name].value:
-            raise JaxmergeError(f"--{name} is missing; --help says how to use it")
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it opens,
+        python_logging.getLogger("asyncio").disabled = True  # and of reads that it gave up
     return rest
 
 

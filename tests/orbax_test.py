@@ -1,6 +1,5 @@
 """Orbax checkpoints: written and read on any mesh, and refused when anything is wrong with them."""
 
-import gc
 import shutil
 import subprocess
 import sys
@@ -159,17 +158,14 @@ def _cut(fraction: float):
 @pytest.mark.parametrize(
     "damage", [_cut(0.0), _cut(0.3), _cut(0.9), Path.unlink], ids=["empty", "30%", "90%", "deleted"]
 )
-def test_missing_data_are_refused_quietly(copy, mesh, damage, capfd):
-    """One error that names the directory; Orbax's unfinished reads print no stack traces."""
+def test_missing_data_are_refused(copy, mesh, damage):
+    """One error of two lines, which name the directory and what TensorStore said."""
     damage(data_file(copy))
     with pytest.raises(JaxmergeError, match="missing or cut short") as caught:
         load(copy, mesh)
     assert caught.value.where == str(copy)
     assert caught.value.found
     assert len(str(caught.value).splitlines()) == 2
-    del caught
-    gc.collect()
-    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/_METADATA"])

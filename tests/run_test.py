@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints import orbax
@@ -151,6 +152,18 @@ def _on_first_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
 
+def test_a_model_that_is_only_an_apply(finished, tmp_path):
+    """Plain Orbax checkpoints and an import path give the scores that our own format gives."""
+    for k, tree in enumerate(tiny.trees(3)):
+        ocp.save(tmp_path / f"pool/model{k}", {"params": tree, "step": k})
+    config = _tiny(configs.default(), tmp_path / "pool")
+    config.pool.subtree, config.pool.model = "params", "tests.tiny:plain_apply"
+    config.search.budget, config.baselines, config.heldout = 4, (), ()
+    found = run(config, str(tmp_path / "run"))
+    own = finished[1]["individuals"]
+    assert [one["search"] for one in found["individuals"]] == [one["search"] for one in own]
+
+
 def test_a_finished_run_is_not_run_again(finished, pool, compilations):
     workdir, found = finished
     log = (workdir / "candidates.jsonl").read_bytes()
@@ -275,6 +288,20 @@ def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
     assert _log(killed.workdir) == _log(whole.workdir)
     results = [json.loads((c.workdir / "results.json").read_text()) for c in (whole, killed)]
     assert results[0]["best"] == results[1]["best"]
+
+
+@pytest.mark.slow
+def test_stopped_by_hand_it_says_how_to_go_on(pool, tmp_path):
+    command = Command(tmp_path, pool)
+    process = command.start()
+    log = command.workdir / "candidates.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

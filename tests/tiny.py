@@ -66,3 +66,8 @@ def choice(*, search: int = 12, test: int = 20, seed: int = 1) -> Task:
     ]
     splits = {"search": examples[:search], "test": examples[search:]}
     return Task("choice", "multiple_choice", splits, normalize="bytes")
+
+
+def plain_apply():
+    """A model that is only a causal `apply`, as a user's own would be: no cache, no description."""
+    return model().apply

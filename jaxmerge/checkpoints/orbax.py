@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -119,7 +117,7 @@ def restore(source: Source, abstract: PyTree) -> PyTree:
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
     context.memory.read_concurrent_bytes = max(2**26, 2 * max(sizes, default=0))
     tree = None
-    with _muted(), _buffers_returned():
+    with _buffers_returned():
         try:
             with context:
                 tree = ocp.load(source.path, wanted)
@@ -153,27 +151,6 @@ def _abstract(path: str, name: str, found: Any) -> jax.ShapeDtypeStruct:
             found=type(found).__name__,
         )
     return jax.ShapeDtypeStruct(found.shape, found.dtype)
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Keeps the reads that a failed load leaves behind from printing a stack trace each."""
-    asyncio_log = logging.getLogger("asyncio")
-    hook, disabled = sys.unraisablehook, asyncio_log.disabled
-    sys.unraisablehook, asyncio_log.disabled = lambda _: None, True
-    hook_after = hook
-    try:
-        yield
-    except JaxmergeError:
-        hook_after = functools.partial(_unless_late, hook)  # some end after the load has
-        raise
-    finally:
-        sys.unraisablehook, asyncio_log.disabled = hook_after, disabled
-
-
-def _unless_late(hook: Callable[[Any], object], unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        hook(unraisable)
 
 
 @contextlib.contextmanager
