@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {  # public name -> module
+_HOME = {  # public name -> module; none is the name of a module of the package
     "Archive": "search.archive",
     "Bytes": "tokenizer",
     "Candidate": "rundir",
@@ -34,7 +34,6 @@ _HOME = {  # public name -> module
     "evosax": "search.strategies",
     "from_apply": "models.model",
     "front": "pareto",
-    "generate": "generate",
     "hypervolume": "pareto",
     "interval": "stats",
     "linear": "merge.linear",
@@ -42,9 +41,7 @@ _HOME = {  # public name -> module
     "log_likelihood": "generate",
     "make_mesh": "sharding",
     "paired": "stats",
-    "run": "run",
     "save": "checkpoints.orbax",
-    "search": "search.loop",
     "shardings": "sharding",
     "survey": "checkpoints.pool",
 }

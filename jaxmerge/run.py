@@ -335,7 +335,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise JaxmergeError(said, where="command line or config file") from error
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it opens,
-        python_logging.getLogger("asyncio").disabled = True  # and of reads that it gave up
+        python_logging.getLogger("asyncio").disabled = True  # and of each read that it gave up.
+        sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)
     return rest
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import jaxmerge
+
 PACKAGE = Path(__file__).parents[1] / "jaxmerge"
 
 # Lowest first. A module may import modules of lower layers, and of its own layer.
@@ -74,3 +76,13 @@ def test_without_jax(module):
 def test_one_file_knows_the_experimental_orbax():
     users = [path for path in FILES if "orbax.checkpoint" in path.read_text()]
     assert [path.name for path in users] == ["orbax.py"]
+
+
+def test_public_names_are_what_they_say():
+    """Each can be had, is documented, and is not hidden by a module of the same name."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in FILES}
+    for name in dir(jaxmerge):
+        assert name not in modules
+        assert getattr(jaxmerge, name).__doc__, name
+    with pytest.raises(AttributeError, match="no_such"):
+        jaxmerge.no_such  # noqa: B018

@@ -327,6 +327,20 @@ def test_mistakes_end_in_one_message(pool, tmp_path, change, flags, named):
     assert not command.workdir.exists()
 
 
+def test_a_truncated_checkpoint_ends_in_one_message(tmp_path):
+    """Orbax's other reads of that checkpoint end after the error; nothing of them is shown."""
+    broken = tiny.pool(tmp_path / "pool")
+    data = max((broken / "model1").rglob("d/*"), key=lambda file: file.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    command = Command(tmp_path, broken)
+    code, out, err = command.run()
+    assert code == 2
+    assert out == ""
+    assert [line.split(":")[0].strip() for line in err.splitlines()] == ["jaxmerge", "found"]
+    assert str(broken / "model1") in err
+    assert not command.workdir.exists()
+
+
 def test_help_explains_itself():
     shown = subprocess.run(
         [sys.executable, "-m", "jaxmerge.run", "--help"],

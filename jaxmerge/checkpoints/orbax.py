@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -116,21 +115,17 @@ def restore(source: Source, abstract: PyTree) -> PyTree:
     # Bytes on their way from disk: two leaves, however large the checkpoint.
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
     context.memory.read_concurrent_bytes = max(2**26, 2 * max(sizes, default=0))
-    tree = None
-    with _buffers_returned():
-        try:
-            with context:
-                tree = ocp.load(source.path, wanted)
-                jax.block_until_ready(tree)
-        except Exception as error:  # Orbax has no narrower type for a file that is cut short
-            reason = _first_line(error.__cause__ if type(error) is Exception else error)
-        if tree is None:
-            gc.collect()
-            raise JaxmergeError(
-                "the checkpoint's data can't be read: a file is missing or cut short",
-                where=source.path,
-                found=reason,
-            )
+    try:
+        with _buffers_returned(), context:
+            tree = ocp.load(source.path, wanted)
+            jax.block_until_ready(tree)
+    except Exception as error:  # Orbax has no narrower type for a file that is cut short
+        cause = error.__cause__ if type(error) is Exception else error
+        raise JaxmergeError(
+            "the checkpoint's data can't be read: a file is missing or cut short",
+            where=source.path,
+            found=_first_line(cause),
+        ) from error
     for key in filter(None, source.subtree.split("/")):
         tree = tree[key]
     return tree
