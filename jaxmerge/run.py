@@ -19,6 +19,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -315,8 +316,11 @@ def console() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except JaxmergeError as error:
-        print(f"jaxmerge: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"jaxmerge: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(
+            2
+        )  # at once: reads that Orbax gave up would complain of it while Python shuts down
     except KeyboardInterrupt:
         print("jaxmerge: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -334,10 +338,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
         said = str(error.args[0] if error.args else error)
         raise JaxmergeError(said, where="command line or config file") from error
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it opens,
-        python_logging.getLogger("asyncio").disabled = True  # and of each read that it gave up.
-        sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)
+        _quiet()
     return rest
+
+
+def _quiet() -> None:
+    """Orbax tells of each file it opens, and of each read that it gives up on a damaged one."""
+    logging.set_verbosity(logging.WARNING)
+    python_logging.getLogger("asyncio").disabled = True
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)
 
 
 if __name__ == "__main__":
