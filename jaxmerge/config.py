@@ -50,7 +50,7 @@ def default() -> Config:
     config.mesh.cpu_devices = 0  # > 0: run on the CPU, split into this many devices
 
     config.evaluate = ml_collections.ConfigDict()
-    config.evaluate.candidates_per_step = 0  # merged models that exist at a time; 0: mesh.pop
+    config.evaluate.candidates_per_step = 0  # merged together, two such steps exist; 0: mesh.pop
     config.evaluate.batch_size = 64  # rows that go through a model at a time
     config.evaluate.vmap_candidates = 0  # side by side on a device; 0: 1 on CPU, else all of a step
 

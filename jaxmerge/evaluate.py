@@ -50,7 +50,8 @@ class Evaluator:
         tasks: what to score on; names are unique.
         split: `search` or `test`.
         mesh: from `sharding.make_mesh`; candidates are spread over `pop`, examples over `data`.
-        candidates_per_step: merged models that exist at a time; rounded up to a multiple of `pop`.
+        candidates_per_step: models that are merged together; rounded up to a multiple of `pop`. Up
+            to two steps exist at a time, since one is launched before the last is judged.
         batch_size: rows that go through a model at a time; rounded up to a multiple of `data`.
         vmap_candidates: of a device's candidates, how many run side by side in one program; 0
             chooses: 1 on CPU (one after the other is 2 to 3 times faster there), else all.
@@ -118,7 +119,7 @@ class Evaluator:
             yield self._collect(*waiting)
 
     def _launch(self, weights_CxK: np.ndarray) -> tuple[int, list[list[Array]]]:
-        """Enqueues a step; nothing here waits for the device."""
+        """Enqueues a step; waits for the device only where programs must not queue up."""
         count = len(weights_CxK)
         # The last step is filled up with a candidate it has: every step has the same shape.
         filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - count, axis=0)

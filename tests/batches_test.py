@@ -183,3 +183,12 @@ def test_choices_by_hand(normalize, expected):
     scores = batches.judge_choices(task, examples, Words(), LOG_LIKELIHOOD_CxR)
     np.testing.assert_array_equal(scores, np.array(expected, np.float32))
     assert scores.dtype == np.float32
+
+
+@pytest.mark.parametrize("given", [float("nan"), -0.1, 1.5, float("inf")])
+def test_a_score_outside_its_range_is_refused(given):
+    """One NaN would make the mean, the log and the report meaningless."""
+    task = Task("odd", "generation", {}, judge=lambda example, output: given)
+    tokens = np.full((1, 1, 3), Bytes.stop, np.int32)
+    with pytest.raises(JaxmergeError, match="task odd"):
+        batches.judge_texts(task, [Example("a", "b")], Bytes(), tokens)

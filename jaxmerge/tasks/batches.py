@@ -62,7 +62,11 @@ def judge_texts(
     tokenizer: Tokenizer,
     tokens_CxRxM: Int[np.ndarray, "C R M"],
 ) -> Float[np.ndarray, "C R"]:
-    """Scores of generated tokens, row r being example r."""
+    """Scores of generated tokens, row r being example r.
+
+    Raises:
+        JaxmergeError: the task's judge gave something outside [0, 1].
+    """
     stop = tokenizer.stop
 
     def text(row: np.ndarray) -> str:
@@ -73,7 +77,15 @@ def judge_texts(
         [task.judge(example, text(row)) for example, row in zip(examples, rows)]
         for rows in tokens_CxRxM
     ]
-    return np.asarray(scores, np.float32)
+    scores_CxR = np.asarray(scores, np.float32)
+    if not ((scores_CxR >= 0) & (scores_CxR <= 1)).all():  # NaN is neither
+        raise JaxmergeError(
+            "the judge gave a score that is none",
+            where=f"task {task.name}",
+            expected="a number from 0 to 1",
+            found=str(next(s for s in scores_CxR.flat if not 0 <= s <= 1)),
+        )
+    return scores_CxR
 
 
 def judge_choices(
