@@ -112,9 +112,9 @@ def restore(source: Source, abstract: PyTree) -> PyTree:
         wanted = {key: wanted}
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(source.subtree)
-    # Bytes on their way from disk: two leaves, however large the checkpoint.
+    # Bytes on their way from disk: one leaf, or small ones together; it must exceed the largest.
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
-    context.memory.read_concurrent_bytes = max(2**26, 2 * max(sizes, default=0))
+    context.memory.read_concurrent_bytes = max(2**26, max(sizes, default=0) + 2**20)
     try:
         with _buffers_returned(), context:
             tree = ocp.load(source.path, wanted)
