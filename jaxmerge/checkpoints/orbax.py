@@ -166,6 +166,7 @@ def _buffers_returned() -> Iterator[None]:
         # Where glibc's own adjustment ends: big enough for what a program uses again and again.
         libc.mallopt(mmap_threshold, 2**25)
         libc.mallopt(trim_threshold, 2**26)
+        libc.malloc_trim(0)
 
 
 def _first_line(error: BaseException | None) -> str:
