@@ -21,7 +21,7 @@ _HOME = {  # public name -> module; none is the name of a module of the package
     "Archive": "search.archive",
     "Bytes": "tokenizer",
     "Candidate": "rundir",
-    "DecoderConfig": "models.decoder",
+    "DecoderConfig": "models.architecture",
     "Evaluator": "evaluate",
     "Example": "tasks.common",
     "JaxmergeError": "errors",

@@ -41,7 +41,8 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
 from jaxmerge.merge.linear import linear
-from jaxmerge.models.decoder import DecoderConfig, decoder
+from jaxmerge.models.architecture import DecoderConfig
+from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, from_apply
 from jaxmerge.progress import Progress
 from jaxmerge.rundir import RunDirectory
@@ -193,7 +194,7 @@ def _model(config: Config, sources: Sequence[Source]) -> Model:
             )
     try:
         if named == "decoder":
-            return decoder(DecoderConfig(**arguments))
+            return decoder(DecoderConfig.from_plain(arguments))
         built = configs.imported(named, "pool.model")(**arguments)
     except TypeError as error:
         raise JaxmergeError(

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.models.decoder import DecoderConfig, decoder
+from jaxmerge.models.architecture import AttentionKind, DecoderConfig
+from jaxmerge.models.decoder import decoder
+from jaxmerge.models.rope import Rope
 from jaxmerge.trees import PyTree, named_leaves
 from tests import tiny
 
@@ -20,7 +22,9 @@ CONFIGS = {
     "grouped, untied": dataclasses.replace(GROUPED, tied_embeddings=False),
     "multi-head, tied": dataclasses.replace(GROUPED, kv_heads=4),
     "multi-query, untied": dataclasses.replace(GROUPED, kv_heads=1, tied_embeddings=False),
-    "three layers": dataclasses.replace(GROUPED, layers=3, rope_theta=100.0, norm_epsilon=1e-2),
+    "three layers": dataclasses.replace(
+        GROUPED, layers=3, attention=(AttentionKind(rope=Rope(100.0)),), norm_epsilon=1e-2
+    ),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TOKENS_BxT = jax.random.randint(jax.random.key(1), (3, 10), 0, 256)
@@ -44,7 +48,9 @@ def reference(config: DecoderConfig, params: PyTree, tokens_T: np.ndarray) -> np
     """Logits of one sequence in float64, one head and one layer at a time."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     T, C = len(tokens_T), config.head_width
-    angle_TxC = np.arange(T)[:, None] / config.rope_theta ** (np.arange(C // 2) / (C // 2))
+    angle_TxC = np.arange(T)[:, None] / config.attention[0].rope.theta ** (
+        np.arange(C // 2) / (C // 2)
+    )
     turn_TxC = np.exp(1j * angle_TxC)
 
     def norm(x_TxD, scale):
@@ -60,15 +66,15 @@ def reference(config: DecoderConfig, params: PyTree, tokens_T: np.ndarray) -> np
         y_TxD = norm(x_TxD, p["attention_norm"]["scale"])
         for head in range(config.heads):
             shared = head * config.kv_heads // config.heads
-            q_TxC = turned(y_TxD @ p["query"][:, head])
-            k_TxC = turned(y_TxD @ p["key"][:, shared])
+            q_TxC = turned(y_TxD @ p["query"][head].T)
+            k_TxC = turned(y_TxD @ p["key"][shared].T)
             logits_TxT = np.where(np.tri(T), q_TxC @ k_TxC.T / np.sqrt(C), -np.inf)
             weights_TxT = np.exp(logits_TxT - logits_TxT.max(1, keepdims=True))
             weights_TxT /= weights_TxT.sum(1, keepdims=True)
-            x_TxD = x_TxD + weights_TxT @ (y_TxD @ p["value"][:, shared]) @ p["out"][head]
+            x_TxD = x_TxD + weights_TxT @ (y_TxD @ p["value"][shared].T) @ p["out"][:, head].T
         y_TxD = norm(x_TxD, p["feed_forward_norm"]["scale"])
-        gate_TxF = y_TxD @ p["gate"]
-        x_TxD = x_TxD + (gate_TxF / (1 + np.exp(-gate_TxF)) * (y_TxD @ p["up"])) @ p["down"]
+        gate_TxF = y_TxD @ p["gate"].T
+        x_TxD = x_TxD + (gate_TxF / (1 + np.exp(-gate_TxF)) * (y_TxD @ p["up"].T)) @ p["down"].T
     x_TxD = norm(x_TxD, params["final_norm"]["scale"])
     return x_TxD @ params["embedding" if config.tied_embeddings else "unembedding"].T
 
@@ -147,14 +153,14 @@ def test_init(config):
         "embedding": (256, D),
         "final_norm/scale": (D,),
         "layers/attention_norm/scale": (L, D),
-        "layers/down": (L, F, D),
+        "layers/down": (L, D, F),
         "layers/feed_forward_norm/scale": (L, D),
-        "layers/gate": (L, D, F),
-        "layers/key": (L, D, J, C),
-        "layers/out": (L, H, C, D),
-        "layers/query": (L, D, H, C),
-        "layers/up": (L, D, F),
-        "layers/value": (L, D, J, C),
+        "layers/gate": (L, F, D),
+        "layers/key": (L, J, C, D),
+        "layers/out": (L, D, H, C),
+        "layers/query": (L, H, C, D),
+        "layers/up": (L, F, D),
+        "layers/value": (L, J, C, D),
     }
     if not config.tied_embeddings:
         expected["unembedding"] = (256, D)
@@ -196,4 +202,4 @@ def test_architecture_describes_the_config():
     """What is written beside a checkpoint gives the same decoder again."""
     architecture = dict(decoder(GROUPED).architecture)
     assert architecture.pop("model") == "decoder"
-    assert DecoderConfig(**architecture) == GROUPED
+    assert DecoderConfig.from_plain(architecture) == GROUPED

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from jaxmerge.checkpoints import orbax
-from jaxmerge.models.decoder import DecoderConfig, decoder
+from jaxmerge.models.architecture import DecoderConfig
+from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.trees import PyTree

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from jaxmerge.checkpoints import orbax
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
-from jaxmerge.models.decoder import DecoderConfig, decoder
+from jaxmerge.models.architecture import DecoderConfig
+from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, Params
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks import TASKS

@@ -1,0 +1,217 @@
+"""One layer of a decoder: norms, attention and feed-forward.
+
+Weights keep the orientation [out, in] in which Hugging Face stores them, so that reading and
+writing such checkpoints moves bytes and transposes nothing; matrix products are as fast either way.
+Letters in names are the dimensions of the package glossary (`jaxmerge.__doc__`); E is experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmerge.models.architecture import DecoderConfig
+from jaxmerge.models.rope import rotate
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Where(NamedTuple):
+    """Where the tokens of a call stand, the same for all layers.
+
+    Attributes:
+        slots_T: the slot of each token; keys and values of slot s are the s-th of S.
+        mask_BxTxS: which slots each token may look at, windows aside.
+        cos_RxBxTxW: of the angles of each kind of attention; `sin_RxBxTxW` alike.
+    """
+
+    slots_T: Int[Array, " T"]
+    mask_BxTxS: Bool[Array, "B T S"]
+    cos_RxBxTxW: Float[Array, "R B T W"]
+    sin_RxBxTxW: Float[Array, "R B T W"]
+
+
+class Norm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * (scale + offset) over the axes of `shape`, in float32.
+
+    RMSNorm (arXiv 1910.07467); `centred` subtracts the mean first (LayerNorm, arXiv 1607.06450,
+    without bias). `axes` of the last axes are normalised together; `scale` spans all of `shape`.
+    """
+
+    epsilon: float
+    offset: float = 0.0
+    centred: bool = False
+    shape: tuple[int, ...] = ()  # of the scale; (): the last axis
+    axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        initial = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", initial, self.shape or x.shape[-1:])
+        scale = scale.astype(jnp.float32) + self.offset
+        over = tuple(range(-self.axes, 0))
+        x32 = x.astype(jnp.float32)
+        if self.centred:
+            x32 -= jnp.mean(x32, axis=over, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=over, keepdims=True) + self.epsilon)
+        return (x32 * jax.lax.expand_dims(scale, range(x.ndim - scale.ndim))).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each added to the residual."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD, where: Where, start, kind, window, cache) -> Any:
+        """The residual after this layer, and the cache with slots [start, start + T) written.
+
+        Args:
+            start: the first slot to write.
+            kind: which kind of attention this layer has.
+            window: tokens that it may look at, itself included.
+            cache: this layer's keys and values `[B, S, J, C]`, or None to attend within x alone.
+        """
+        block = self.config.block
+        before, after = block != "post", block in ("post", "both")
+        normed = self._norm("attention_norm", before, x_BxTxD)
+        attended, cache = self._attention(normed, where, start, kind, window, cache)
+        attended = self._norm("post_attention_norm", after, attended)
+        if block == "parallel":
+            return x_BxTxD + attended + self._feed_forward(normed), cache
+        x_BxTxD = x_BxTxD + attended
+        normed = self._norm("feed_forward_norm", before, x_BxTxD)
+        fed = self._norm("post_feed_forward_norm", after, self._feed_forward(normed))
+        return x_BxTxD + fed, cache
+
+    def _norm(self, name: str, wanted: bool, x: Array) -> Array:
+        return norm(self.config, name=name)(x) if wanted else x
+
+    def _matrix(self, name: str, *shape: int, inputs: int) -> Array:
+        return self.param(name, nn.initializers.normal(inputs**-0.5), shape)
+
+    def _bias(self, name: str, wanted: bool, x: Array, axes: int = 1) -> Array:
+        """x plus the bias of this name, which spans the last axes of x."""
+        if not wanted:
+            return x
+        bias = self.param(name, nn.initializers.zeros, x.shape[-axes:])
+        return x + jax.lax.expand_dims(bias, range(x.ndim - axes))
+
+    def _heads(self, name: str, x_BxTxD: Array, heads: int) -> Float[Array, "B T H C"]:
+        D, C = x_BxTxD.shape[-1], self.config.head_width
+        matrix_HxCxD = self._matrix(name, heads, C, D, inputs=D)
+        projected = jnp.einsum("btd,hcd->bthc", x_BxTxD, matrix_HxCxD)
+        return self._bias(f"{name}_bias", self.config.query_key_value_bias, projected, axes=2)
+
+    def _query_key_norm(self, name: str, x_BxTxHxC: Array) -> Float[Array, "B T H C"]:
+        config = self.config
+        if not config.query_key_norm:
+            return x_BxTxHxC
+        shape = x_BxTxHxC.shape[-1:] if config.query_key_norm == "head" else x_BxTxHxC.shape[-2:]
+        axes = 2 if config.query_key_norm == "joint" else 1
+        return norm(config, name=name, shape=shape, axes=axes)(x_BxTxHxC)
+
+    def _rotate(self, x_BxTxHxC: Array, where: Where, kind: Array) -> Float[Array, "B T H C"]:
+        ropes = [kind.rope for kind in self.config.attention]
+        if not any(ropes):
+            return x_BxTxHxC
+        interleaved = any(rope.interleaved for rope in ropes if rope)
+        cos, sin = where.cos_RxBxTxW[kind], where.sin_RxBxTxW[kind]
+        return rotate(x_BxTxHxC, cos, sin, interleaved)
+
+    def _attention(self, x_BxTxD, where: Where, start, kind, window, cache):
+        config = self.config
+        D, H, J, C = x_BxTxD.shape[-1], config.heads, config.kv_heads, config.head_width
+        q_BxTxHxC = self._query_key_norm("query_norm", self._heads("query", x_BxTxD, H))
+        k_BxTxJxC = self._query_key_norm("key_norm", self._heads("key", x_BxTxD, J))
+        v_BxTxJxC = self._heads("value", x_BxTxD, J)
+        q_BxTxHxC = self._rotate(q_BxTxHxC, where, kind)
+        k_BxTxJxC = self._rotate(k_BxTxJxC, where, kind)
+        if cache is None:
+            k_BxSxJxC, v_BxSxJxC = k_BxTxJxC, v_BxTxJxC
+        else:
+            k_BxSxJxC = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BxTxJxC, start, axis=1)
+            v_BxSxJxC = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxJxC, start, axis=1)
+            cache = (k_BxSxJxC, v_BxSxJxC)
+        B, T = q_BxTxHxC.shape[:2]
+        q_BxTxJxGxC = q_BxTxHxC.reshape(B, T, J, H // J, C)  # G query heads share a key head
+        logits_BxJxGxTxS = jnp.einsum(
+            "btjgc,bsjc->bjgts", q_BxTxJxGxC, k_BxSxJxC, preferred_element_type=jnp.float32
+        )
+        logits_BxJxGxTxS = softcap(
+            logits_BxJxGxTxS * (config.attention_scale or C**-0.5), config.attention_softcap
+        )
+        seen_BxTxS = self._seen(where, window)
+        logits_BxJxGxTxS = jnp.where(
+            seen_BxTxS[:, None, None], logits_BxJxGxTxS, jnp.float32(-1e30)
+        )
+        attention = jax.nn.softmax(logits_BxJxGxTxS, axis=-1).astype(v_BxSxJxC.dtype)
+        out_BxTxHxC = jnp.einsum("bjgts,bsjc->btjgc", attention, v_BxSxJxC).reshape(B, T, H, C)
+        out = jnp.einsum("bthc,dhc->btd", out_BxTxHxC, self._matrix("out", D, H, C, inputs=H * C))
+        return self._bias("out_bias", config.out_bias, out), cache
+
+    def _seen(self, where: Where, window) -> Bool[Array, "B T S"]:
+        if not any(kind.window for kind in self.config.attention):
+            return where.mask_BxTxS
+        slot_S = jnp.arange(where.mask_BxTxS.shape[-1])
+        near_TxS = where.slots_T[:, None] - slot_S[None, :] < window
+        return where.mask_BxTxS & near_TxS[None]
+
+    def _feed_forward(self, x_BxTxD):
+        config = self.config
+        if config.experts:
+            return self._experts(x_BxTxD)
+        D, F, biased = x_BxTxD.shape[-1], config.feed_forward, config.feed_forward_bias
+
+        def project(name: str, x: Array, outputs: int) -> Array:
+            matrix = self._matrix(name, outputs, x.shape[-1], inputs=x.shape[-1])
+            return self._bias(f"{name}_bias", biased, jnp.einsum("btd,fd->btf", x, matrix))
+
+        gate_BxTxF = ACTIVATIONS[config.activation](project("gate", x_BxTxD, F))
+        return project("down", gate_BxTxF * project("up", x_BxTxD, F), D)
+
+    def _experts(self, x_BxTxD):
+        """Every token through the experts that its router rates highest (arXiv 1701.06538)."""
+        config = self.config
+        D, F, E = x_BxTxD.shape[-1], config.feed_forward, config.experts
+        router_ExD = self._matrix("router", E, D, inputs=D)
+        gate_ExFxD = self._matrix("expert_gate", E, F, D, inputs=D)
+        up_ExFxD = self._matrix("expert_up", E, F, D, inputs=D)
+        down_ExDxF = self._matrix("expert_down", E, D, F, inputs=F)
+        rated_BxTxE = jax.nn.softmax(
+            jnp.einsum("btd,ed->bte", x_BxTxD, router_ExD).astype(jnp.float32), axis=-1
+        )
+        best_BxTxX, chosen_BxTxX = jax.lax.top_k(rated_BxTxE, config.experts_per_token)
+        if config.normalize_experts:
+            best_BxTxX /= jnp.sum(best_BxTxX, axis=-1, keepdims=True)
+        share_BxTxE = jnp.sum(
+            jax.nn.one_hot(chosen_BxTxX, E) * best_BxTxX[..., None], axis=-2
+        ).astype(x_BxTxD.dtype)
+        hidden_BxTxExF = ACTIVATIONS[config.activation](
+            jnp.einsum("btd,efd->btef", x_BxTxD, gate_ExFxD)
+        ) * jnp.einsum("btd,efd->btef", x_BxTxD, up_ExFxD)
+        return jnp.einsum("btef,edf,bte->btd", hidden_BxTxExF, down_ExDxF, share_BxTxE)
+
+
+def norm(
+    config: DecoderConfig, *, name: str | None = None, shape: tuple[int, ...] = (), axes: int = 1
+) -> Norm:
+    """The norm that this decoder has everywhere."""
+    centred = config.norm == "layer"
+    return Norm(config.norm_epsilon, config.norm_offset, centred, shape, axes, name=name)
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap), which stays within (-cap, cap); a cap of 0 leaves x as it is."""
+    return cap * jnp.tanh(x / cap) if cap else x
