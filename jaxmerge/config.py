@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxmerge import space
+from jaxmerge import export, space
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.search.baselines import BASELINES
 from jaxmerge.tasks import TASKS
@@ -30,15 +30,23 @@ def default() -> Config:
     config.seed = 0  # of the search and the random baseline; tasks have their own
 
     config.pool = ml_collections.ConfigDict()
-    # Directories or patterns, such as ("pools/quickstart/*",); at least two checkpoints.
+    # Directories or patterns, such as ("pools/quickstart/*",); at least two checkpoints: of Orbax,
+    # of Hugging Face (safetensors), or PEFT LoRA adapters.
     config.pool.checkpoints = ()
+    # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
+    # used; "": that which the checkpoints bring themselves.
+    config.pool.base = ""
     config.pool.subtree = ""  # where in a checkpoint the parameters are: "params"; "": all of it
     # "" reads the architecture that is saved with the checkpoint; "decoder" takes it from
     # model_args; "module:function" calls function(**model_args), which returns a
     # jaxmerge.models.model.Model, or apply(params, tokens_BxT) -> logits_BxTxV.
     config.pool.model = ""
     config.pool.model_args = ml_collections.ConfigDict()
-    config.pool.tokenizer = "bytes"  # or "module:function", which returns a Tokenizer
+    # "bytes"; a Hugging Face directory; "module:function", which returns a Tokenizer; "": that of
+    # the base or of the first Hugging Face checkpoint, or bytes where the model has 256 tokens.
+    config.pool.tokenizer = ""
+    config.pool.chat = False  # put each prompt into the tokenizer's chat template
+    config.pool.system = ""  # system message of the chat template; "": the template's own
     config.pool.dtype = ""  # cast on load, such as "bfloat16"; "": as stored
 
     config.mesh = ml_collections.ConfigDict()
@@ -65,6 +73,10 @@ def default() -> Config:
     # A builder is called with them and with search and test (numbers of examples).
     config.tasks = ml_collections.ConfigDict()
 
+    config.merge = ml_collections.ConfigDict()
+    # For --mode=merge: one number per checkpoint, in the order of pool.json (patterns are sorted).
+    config.merge.weights = ()
+
     config.space = ml_collections.ConfigDict()
     config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.space
     config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of jaxmerge.space
@@ -79,7 +91,11 @@ def default() -> Config:
     config.search.save_seconds = 60.0  # between saves of the strategy's state
 
     config.baselines = tuple(BASELINES)  # names of jaxmerge.search.baselines.BASELINES
-    config.export = True  # write the winner as a checkpoint to WORKDIR/merged
+    config.export = ml_collections.ConfigDict()
+    # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint.
+    config.export.formats = ("orbax", "huggingface")
+    config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
+    config.export.shard_bytes = 5_000_000_000  # of a Hugging Face weights file, at most
 
     # XLA's compiled programs are kept here between runs; "": they are not.
     config.compilation_cache = "~/.cache/jaxmerge/xla"
@@ -111,9 +127,8 @@ def check(config: Config) -> None:
     Raises:
         JaxmergeError: names the field.
     """
+    check_pool(config)
     space.check(config.space.constraint, config.space.bounds)
-    if not config.pool.checkpoints:
-        raise JaxmergeError("no checkpoints are named", where="pool.checkpoints")
     if not config.objective.tasks:
         raise JaxmergeError("no tasks are named", where="objective.tasks")
     both = set(config.objective.tasks) & set(config.heldout)
@@ -122,7 +137,7 @@ def check(config: Config) -> None:
             "a held-out task must not steer the search", where="heldout", found=", ".join(both)
         )
     for name in (*config.objective.tasks, *config.heldout):
-        if name not in TASKS and "builder" not in config.tasks.get(name, {}):
+        if name not in TASKS and not config.tasks.get(name, {}).get("builder"):
             raise JaxmergeError(
                 "unknown task",
                 where="objective.tasks and heldout",
@@ -147,6 +162,13 @@ def check(config: Config) -> None:
             raise JaxmergeError(
                 "must be at least 1", where=f"objective.{name}", found=str(config.objective[name])
             )
+
+
+def check_pool(config: Config) -> None:
+    """The part of `check` that a merge with given weights needs too."""
+    export.check(config.export.formats, config.export.dtype)
+    if not config.pool.checkpoints:
+        raise JaxmergeError("no checkpoints are named", where="pool.checkpoints")
 
 
 def task_weights(config: Config) -> dict[str, float]:

@@ -166,7 +166,7 @@ def _prepare(
     if not examples:
         raise JaxmergeError(f"the {split} split has no examples", where=f"task {task.name}")
     generates = task.kind == "generation"
-    run = _generation(model, task.max_new_tokens, tokenizer.stop) if generates else _choice(model)
+    run = _generation(model, task.max_new_tokens, tokenizer.stops) if generates else _choice(model)
     rows = len(examples) if generates else sum(len(example.choices) for example in examples)
     over_data = NamedSharding(mesh, PartitionSpec("data"))
     return _Prepared(
@@ -183,8 +183,8 @@ def _prepare(
 
 # Cached, as is the program made of them: splits, tasks and runs share what is compiled.
 @functools.cache
-def _generation(model: Model, max_new_tokens: int, stop: int) -> Callable[..., Array]:
-    return functools.partial(generate, model, max_new_tokens=max_new_tokens, stop=stop)
+def _generation(model: Model, max_new_tokens: int, stops: tuple[int, ...]) -> Callable[..., Array]:
+    return functools.partial(generate, model, max_new_tokens=max_new_tokens, stops=stops)
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def generate(
     padding_B: Int[Array, " B"],
     *,
     max_new_tokens: int,
-    stop: int,
+    stops: tuple[int, ...],
 ) -> Int[Array, "B M"]:
     """Greedy continuation of each prompt; ends early when every row has stopped.
 
@@ -46,15 +46,22 @@ def generate(
         prompts_BxT: token ids, padded on the left.
         padding_B: tokens of padding in each row. A row that is all padding generates nothing.
         max_new_tokens: M, tokens at most.
-        stop: the token that ends a row.
+        stops: the tokens that end a row.
 
     Returns:
-        The new tokens; `stop` and everything after it in a row is `stop`.
+        The new tokens; the first stop in a row and everything after it is `stops[0]`.
     """
     B, T = prompts_BxT.shape
+    stop = stops[0]
+
+    def greedy(logits_BxV: Array, stopped_B: Array) -> Array:
+        best_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+        for other in stops[1:]:
+            best_B = jnp.where(best_B == other, stop, best_B)
+        return jnp.where(stopped_B, stop, best_B)
+
     logits_BxV, state = model.prefill(params, prompts_BxT, padding_B, T + max_new_tokens - 1)
-    first_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    first_B = jnp.where(padding_B >= T, stop, first_B)
+    first_B = greedy(logits_BxV, padding_B >= T)
     out_BxM = jnp.full((B, max_new_tokens), stop, jnp.int32).at[:, 0].set(first_B)
 
     def unfinished(carry):
@@ -64,8 +71,7 @@ def generate(
     def one_token(carry):
         step, tokens_B, out_BxM, state = carry
         logits_BxV, state = model.decode(params, tokens_B, state)
-        next_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-        next_B = jnp.where(tokens_B == stop, stop, next_B)
+        next_B = greedy(logits_BxV, tokens_B == stop)
         out_BxM = jax.lax.dynamic_update_slice_in_dim(out_BxM, next_B[:, None], step, axis=1)
         return step + 1, next_B, out_BxM, state
 

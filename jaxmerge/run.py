@@ -7,6 +7,11 @@ weights, tests the winner and all baselines on examples that the search never sa
 to --workdir: results.json, report.html, every candidate in candidates.jsonl, and the winner as a
 checkpoint in merged/. The same command on the same directory goes on where it was stopped.
 
+With --mode=merge it only merges, with the weights of the config, and evaluates nothing:
+
+    python -m jaxmerge.run --mode=merge --config=configs/default.py --workdir=runs/merge \\
+        --config.pool.checkpoints="('models/a','models/b')" --config.merge.weights="(0.3,0.7)"
+
 Any field of the config can be set on the command line: --config.search.budget=400. The fields, with
 their units and defaults, are in jaxmerge/config.py.
 """
@@ -14,56 +19,46 @@ their units and defaults, are in jaxmerge/config.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging as python_logging
 import os
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
-from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from jaxmerge import card, report, results, space
 from jaxmerge import config as configs
-from jaxmerge import report, results, rundir, space
-from jaxmerge.checkpoints import orbax
-from jaxmerge.checkpoints.pool import Pool, load, survey
-from jaxmerge.checkpoints.source import Source
+from jaxmerge.checkpoints.pool import Pool, Record
+from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluate import Evaluator
+from jaxmerge.export import export
 from jaxmerge.merge.linear import linear
-from jaxmerge.models.architecture import DecoderConfig
-from jaxmerge.models.decoder import decoder
-from jaxmerge.models.model import Model, from_apply
+from jaxmerge.prepare import (
+    Prepared,
+    find_checkpoints,
+    huggingface_directory,
+    prepare,
+    record_pool,
+    start_jax,
+)
 from jaxmerge.progress import Progress
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import baselines, strategies
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found, Setting
 from jaxmerge.search.loop import search
-from jaxmerge.sharding import make_mesh
-from jaxmerge.tasks import TASKS
-from jaxmerge.tasks.common import Task
-from jaxmerge.tokenizer import Bytes, Tokenizer
-
-
-class Prepared(NamedTuple):
-    """All that a run needs before its first evaluation."""
-
-    directory: RunDirectory
-    pool: Pool
-    evaluators: dict[str, Evaluator]  # by split: search, test and heldout
-    strategy: strategies.Strategy
-    task_weights: dict[str, float]
+from jaxmerge.trees import named_leaves
 
 
 def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
@@ -79,7 +74,8 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
-        directory, pool, evaluators, strategy, task_weights = prepare(config, workdir)
+        prepared = prepare(config, workdir)
+    directory, _, pool, evaluators, strategy, task_weights = prepared
 
     progress = Progress(_evaluations(config, pool, strategy), task_weights)
     with closing(directory), progress:
@@ -111,162 +107,58 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
                 uniform = [method for method in found if method.name == "uniform"]
                 heldout = results.score_heldout(archive, [winner, favourite, *uniform])
 
-        with _timed(seconds, "export"):
-            if config.export:
-                _export(directory, pool, winner)
         with _timed(seconds, "statistics"):
             findings = results.collect(
                 directory, pool.names, task_weights, alone, found, winner, tested, heldout
             )
-        findings = {
-            "version": 1,
-            "command": command,
-            **findings,
-            "seconds": {phase: round(taken, 3) for phase, taken in seconds.items()},
-            **results.environment(),
-        }
+        findings = {"version": 1, "command": command, **findings}
+        with _timed(seconds, "export"):
+            _export_winner(config, prepared, findings)
+        findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
+        findings |= results.environment()
         directory.write_json("results.json", findings)
         report.write(directory.path)
     return findings
 
 
-def prepare(config: Config, workdir: str) -> Prepared:
-    """Checks everything that can be checked early, then loads the pool."""
-    configs.check(config)
-    _start_jax(config)
-    sources = survey(config.pool.checkpoints, subtree=config.pool.subtree)
-    model, mesh = _model(config, sources), _mesh(config)
-    splits = {
-        "search": [_task(config, name) for name in config.objective.tasks],
-        "test": [_task(config, name) for name in config.objective.tasks],
-        "heldout": [_task(config, name) for name in config.heldout],
-    }
-    strategy = _strategy(config, len(sources))
-    rundir.check(workdir, configs.plain(config))
-    pool = load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
-    evaluators = {
-        name: Evaluator(
-            pool.trees,
-            model,
-            _tokenizer(config),
-            tasks,
-            "search" if name == "search" else "test",
-            mesh,
-            candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
-            batch_size=config.evaluate.batch_size,
-            vmap_candidates=config.evaluate.vmap_candidates,
+def merge(config: Config, workdir: str, command: str = "") -> list[Path]:
+    """The merge with the weights of `config.merge`, leaf by leaf; any architecture will do.
+
+    Args:
+        config: from a `get_config()`; its tasks and search are not looked at.
+        workdir: the run directory; the merge is written to its `merged`.
+        command: what the model card says to run again.
+
+    Returns:
+        The checkpoints that were written, one per format.
+
+    Raises:
+        JaxmergeError: anything that the user can mend.
+    """
+    configs.check_pool(config)
+    start_jax(config)
+    sources = find_checkpoints(config)
+    weights = np.asarray(config.merge.weights, np.float32)
+    if len(weights) != len(sources):
+        raise JaxmergeError(
+            "needs one weight per checkpoint",
+            where="merge.weights",
+            expected=f"{len(sources)} numbers, for {', '.join(source.name for source in sources)}",
+            found=str(tuple(config.merge.weights)),
         )
-        for name, tasks in splits.items()
-    }
-    directory = RunDirectory(workdir, configs.plain(config))
-    try:
-        _record_pool(directory, pool)
-    except JaxmergeError:
-        directory.close()
-        raise
-    return Prepared(directory, pool, evaluators, strategy, configs.task_weights(config))
-
-
-def _start_jax(config: Config) -> None:
-    if config.mesh.cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def _mesh(config: Config) -> Mesh:
-    axes = config.mesh
-    return make_mesh(pop=axes.pop, data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
-
-
-def _model(config: Config, sources: Sequence[Source]) -> Model:
-    named, arguments = config.pool.model, config.pool.model_args.to_dict()
-    if not named:
-        arguments = dict(sources[0].architecture)
-        named = arguments.pop("model", "")
-        if not named:
-            raise JaxmergeError(
-                "the checkpoints do not say which model they are of",
-                where="pool.model",
-                expected='"decoder" with pool.model_args, or "module:function"',
-            )
-    try:
-        if named == "decoder":
-            return decoder(DecoderConfig.from_plain(arguments))
-        built = configs.imported(named, "pool.model")(**arguments)
-    except TypeError as error:
-        raise JaxmergeError(
-            "these are not the model's arguments", where="pool.model_args", found=str(error)
-        ) from error
-    return built if isinstance(built, Model) else from_apply(built)
-
-
-def _tokenizer(config: Config) -> Tokenizer:
-    if config.pool.tokenizer == "bytes":
-        return Bytes()
-    return configs.imported(config.pool.tokenizer, "pool.tokenizer")()
-
-
-def _task(config: Config, name: str) -> Task:
-    arguments = config.tasks.get(name, ml_collections.ConfigDict()).to_dict()
-    builder = arguments.pop("builder", "")
-    build = configs.imported(builder, f"tasks.{name}.builder") if builder else TASKS[name]
-    sizes = {
-        "search": config.objective.search_examples,
-        "test": config.objective.test_examples,
-    }
-    try:
-        task = build(**{**sizes, **arguments})
-    except TypeError as error:
-        raise JaxmergeError(
-            "these are not the task's arguments", where=f"tasks.{name}", found=str(error)
-        ) from error
-    return dataclasses.replace(task, name=name)
-
-
-def _strategy(config: Config, checkpoints: int) -> strategies.Strategy:
-    start = config.search.init
-    if start and len(start) != checkpoints:
-        raise JaxmergeError(
-            "needs one value per checkpoint",
-            where="search.init",
-            expected=f"{checkpoints} values",
-            found=str(len(start)),
+    leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
+    with closing(RunDirectory(workdir, configs.plain(config))) as directory:
+        written = export(
+            directory.path / "merged",
+            leaves.abstract,
+            lambda name: linear(leaves(name), weights),
+            architecture=sources[0].architecture,
+            like=huggingface_directory(config, sources),
+            card=lambda: card.of_weights(_plain(leaves.records()), weights.tolist(), command),
+            **config.export,
         )
-    population = config.search.population or strategies.default_population(checkpoints)
-    if config.search.budget < population:
-        raise JaxmergeError(
-            "the budget is less than one generation",
-            where="search.budget",
-            expected=f"at least the population, {population}",
-            found=str(config.search.budget),
-        )
-    return strategies.evosax(
-        config.search.strategy,
-        checkpoints,
-        population,
-        mean=np.array(start, np.float32) if start else None,
-        sigma=config.search.sigma,
-        params=config.search.params.to_dict(),
-    )
-
-
-def _record_pool(directory: RunDirectory, pool: Pool) -> None:
-    """Writes pool.json; refuses a directory whose candidates were made of other checkpoints."""
-    records = [dataclasses.asdict(record) for record in pool.records]
-    known = directory.read_json("pool.json")
-    if known is not None:
-        for before, now in zip(known["checkpoints"], records):
-            if before["fingerprint"] != now["fingerprint"]:
-                raise JaxmergeError(
-                    "the checkpoint is not the one that this run directory was started with",
-                    where=now["source"],
-                    expected=f"fingerprint {before['fingerprint']}",
-                    found=now["fingerprint"],
-                )
-    directory.write_json("pool.json", {"checkpoints": records})
+        record_pool(directory, leaves.records())
+    return written
 
 
 def _evaluations(config: Config, pool: Pool, strategy: strategies.Strategy) -> int:
@@ -282,11 +174,23 @@ def _best(setting: Setting) -> Any:
     return baselines.best(setting.individuals, setting.task_weights)
 
 
-def _export(directory: RunDirectory, pool: Pool, winner: Found) -> None:
-    path = directory.path / "merged" / "orbax"
-    if not path.exists():
-        merged = linear(pool.trees, np.asarray(winner.candidate.weights, np.float32))
-        orbax.save(path, merged, architecture=pool.architecture)
+def _export_winner(config: Config, prepared: Prepared, findings: Mapping[str, Any]) -> None:
+    directory, pool = prepared.directory, prepared.pool
+    weights = np.array(list(findings["best"]["weights"].values()), np.float32)
+    merged = functools.cache(lambda: named_leaves(linear(pool.trees, weights)))
+    export(
+        directory.path / "merged",
+        pool.trees[0],
+        lambda name: merged()[name],
+        architecture=pool.architecture,
+        like=huggingface_directory(config, prepared.sources),
+        card=lambda: card.of_search(_plain(pool.records), findings),
+        **config.export,
+    )
+
+
+def _plain(records: Sequence[Record]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(record) for record in records]
 
 
 @contextmanager
@@ -301,7 +205,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise JaxmergeError("these arguments are no flags", found=" ".join(argv[1:]))
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    findings = run(config, workdir, "python -m jaxmerge.run " + shlex.join(sys.argv[1:]))
+    command = "python -m jaxmerge.run " + shlex.join(sys.argv[1:])
+    if flags.FLAGS.mode == "merge":
+        for path in merge(config, workdir, command):
+            print(f"Merged: {path}")
+        return
+    findings = run(config, workdir, command)
     print(results.table(findings))
     print(f"\nReport: {Path(workdir) / 'report.html'}")
 
@@ -313,6 +222,7 @@ def console() -> None:
         return
     sys.path.insert(0, os.getcwd())  # for the import paths in configs
     config_flags.DEFINE_config_file("config", None, "Path of the config file.")
+    flags.DEFINE_enum("mode", "search", ["search", "merge"], "What to do.")
     flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
     try:
         app.run(main, flags_parser=_parse)

@@ -18,7 +18,9 @@ LAYERS = (
     {"evaluate"},
     {"rundir"},
     {"search"},
-    {"progress", "config", "results", "report", "report_tables"},
+    {"export"},
+    {"progress", "config", "results", "card", "report", "report_tables"},
+    {"prepare"},
     {"run"},
 )
 # They run where there is no JAX, or before it is set up.

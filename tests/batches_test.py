@@ -48,7 +48,7 @@ def test_prompts_are_padded_on_the_left():
                 continue
             seen.append(row)
             assert TOKENIZER.decode(tokens[padding:].tolist()) == prompts[row]
-            assert (tokens[:padding] == TOKENIZER.padding).all()
+            assert (tokens[:padding] == 0).all()
     assert sorted(seen) == list(range(23))
 
 
@@ -73,7 +73,7 @@ def test_choices_are_padded_on_the_right():
             prompt, choice = (text.encode() for text in pairs[row])
             end = len(prompt) + len(choice)
             assert bytes(tokens[:end].tolist()) == prompt + choice
-            assert (tokens[end:] == TOKENIZER.padding).all()
+            assert (tokens[end:] == 0).all()
             assert scored.tolist() == [len(prompt) <= t < end for t in range(len(tokens))]
     assert sorted(seen) == list(range(len(pairs)))
 
@@ -189,6 +189,6 @@ def test_choices_by_hand(normalize, expected):
 def test_a_score_outside_its_range_is_refused(given):
     """One NaN would make the mean, the log and the report meaningless."""
     task = Task("odd", "generation", {}, judge=lambda example, output: given)
-    tokens = np.full((1, 1, 3), Bytes.stop, np.int32)
+    tokens = np.full((1, 1, 3), Bytes.stops[0], np.int32)
     with pytest.raises(JaxmergeError, match="task odd"):
         batches.judge_texts(task, [Example("a", "b")], Bytes(), tokens)

@@ -61,7 +61,7 @@ def expected() -> Scores:
             logits_V = logits(params, prompt + new)[len(prompt) + len(new) - 1]
             second, first = np.sort(logits_V)[-2:]
             assert first - second > 2e-5 * np.abs(logits_V).max()
-            if logits_V.argmax() == TOKENIZER.stop:
+            if logits_V.argmax() in TOKENIZER.stops:
                 break
             new.append(int(logits_V.argmax()))
         return WRITE.judge(example, TOKENIZER.decode(new))

@@ -40,10 +40,12 @@ def prompts(padding: int = 0, width: int = T) -> tuple[jax.Array, jax.Array]:
 
 
 def run(
-    model: Model, params, prompts_BxT, padding_B, *, max_new_tokens=M, stop=NEVER
+    model: Model, params, prompts_BxT, padding_B, *, max_new_tokens=M, stops=(NEVER,)
 ) -> np.ndarray:
     """The generated tokens."""
-    program = jax.jit(functools.partial(generate, model, max_new_tokens=max_new_tokens, stop=stop))
+    program = jax.jit(
+        functools.partial(generate, model, max_new_tokens=max_new_tokens, stops=stops)
+    )
     return np.asarray(program(params, prompts_BxT, padding_B))
 
 
@@ -102,7 +104,7 @@ def test_rows_stop_at_the_stop_token(cache):
         for token in free[:, 1:].ravel().tolist()
         if token not in free[:, 0] and not (free == token).any(axis=1).all()
     )
-    found = run(model, make_params(name), *prompts(), stop=stop)
+    found = run(model, make_params(name), *prompts(), stops=(stop,))
     ends = [list(row).index(stop) if stop in row else M for row in free]
     assert 0 < min(ends) < max(ends) == M
     for row, unstopped, end in zip(found, free, ends):
@@ -114,9 +116,9 @@ def test_the_first_token_may_be_the_stop():
     """Then the row is all stop, and one token more changes nothing."""
     name = "grouped, tied"
     stop = int(expected(name)[2, 0])
-    found = run(MODELS[name], make_params(name), *prompts(), stop=stop)
+    found = run(MODELS[name], make_params(name), *prompts(), stops=(stop,))
     assert (found[2] == stop).all()
-    one = run(MODELS[name], make_params(name), *prompts(), stop=stop, max_new_tokens=1)
+    one = run(MODELS[name], make_params(name), *prompts(), stops=(stop,), max_new_tokens=1)
     np.testing.assert_array_equal(one, found[:, :1])
 
 
@@ -132,10 +134,10 @@ def test_rows_that_are_all_padding_write_nothing(cache):
         make_params(name),
         tokens_BxT.at[0].set(65),
         padding_B.at[0].set(T),
-        stop=stop,
+        stops=(stop,),
     )
     assert (filled[0] == stop).all()
-    full = run(model, make_params(name), tokens_BxT, padding_B, stop=stop)
+    full = run(model, make_params(name), tokens_BxT, padding_B, stops=(stop,))
     np.testing.assert_array_equal(filled[1:], full[1:])
 
 
@@ -170,7 +172,12 @@ def test_it_ends_when_every_row_has_stopped(last, max_new_tokens, decodes):
     calls: list[int] = []
     tokens_BxT = jnp.array([[7, 7, token] for token in last])
     found = run(
-        countdown(calls), {}, tokens_BxT, jnp.zeros(2, int), max_new_tokens=max_new_tokens, stop=0
+        countdown(calls),
+        {},
+        tokens_BxT,
+        jnp.zeros(2, int),
+        max_new_tokens=max_new_tokens,
+        stops=(0,),
     )
     jax.effects_barrier()
     assert len(calls) == decodes

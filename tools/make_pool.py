@@ -102,13 +102,16 @@ def encode_training_sets(seed: int) -> dict[str, Sequences]:
     for name, build in TASKS.items():
         examples = build(seed=seed, train=TRAIN_EXAMPLES, search=0, test=0).splits["train"]
         rows[name] = [
-            (tokenizer.encode(example.prompt), [*tokenizer.encode(example.target), tokenizer.stop])
+            (
+                tokenizer.encode(example.prompt),
+                [*tokenizer.encode(example.target), tokenizer.stops[0]],
+            )
             for example in examples
         ]
     length = max(len(prompt) + len(answer) for task in rows.values() for prompt, answer in task)
     sets = {}
     for name, pairs in rows.items():
-        tokens = np.full((len(pairs), length), tokenizer.padding, np.uint8)
+        tokens = np.full((len(pairs), length), 0, np.uint8)
         answers = np.zeros((len(pairs), length), bool)
         for row, (prompt, answer) in enumerate(pairs):
             end = len(prompt) + len(answer)

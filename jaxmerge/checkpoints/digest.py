@@ -27,14 +27,29 @@ class LeafDigest(NamedTuple):
     finite: bool  # no value is NaN or infinite
 
 
-def digests(tree: PyTree) -> dict[str, LeafDigest]:
-    """The digest of each leaf, by leaf name; the arrays are read once and stay where they are."""
-    leaves = named_leaves(tree)
-    computed = jax.device_get({name: _leaf_digest(leaf) for name, leaf in leaves.items()})
+class Computing(NamedTuple):
+    """A digest on its way: of arrays that may not be there yet."""
+
+    lanes: UInt32[Array, " 2"]
+    finite: Bool[Array, ""]
+
+
+def start(leaf: Array) -> Computing:
+    """Begins to digest a leaf, where it is, and returns at once."""
+    return Computing(*_leaf_digest(leaf))
+
+
+def finish(computing: Mapping[str, Computing]) -> dict[str, LeafDigest]:
+    """Waits for the digests that were begun."""
     return {
         name: LeafDigest(f"{int(lanes[0]):08x}{int(lanes[1]):08x}", bool(finite))
-        for name, (lanes, finite) in computed.items()
+        for name, (lanes, finite) in jax.device_get(dict(computing)).items()
     }
+
+
+def digests(tree: PyTree) -> dict[str, LeafDigest]:
+    """The digest of each leaf, by leaf name; the arrays are read once and stay where they are."""
+    return finish({name: start(leaf) for name, leaf in named_leaves(tree).items()})
 
 
 def fingerprint(tree: PyTree, leaf_digests: dict[str, LeafDigest]) -> str:

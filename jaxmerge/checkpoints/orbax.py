@@ -17,6 +17,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from jaxmerge.checkpoints.digest import digests
+from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, map_named
@@ -61,8 +62,14 @@ def recognises(path: epath.Path) -> bool:
     return marked and ocp.is_orbax_checkpoint(path)
 
 
-def describe(name: str, path: epath.Path, subtree: str = "") -> Source:
+def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> Source:
     """Reads the metadata of a checkpoint: kilobytes, whatever its size.
+
+    Args:
+        name: unique in the pool.
+        path: of the checkpoint.
+        subtree: where in it the parameters are; "" for all of it.
+        base: not heeded: a checkpoint holds a whole model.
 
     Raises:
         JaxmergeError: the metadata can't be read, or hold no such subtree.
@@ -97,12 +104,14 @@ def describe(name: str, path: epath.Path, subtree: str = "") -> Source:
     )
 
 
-def restore(source: Source, abstract: PyTree) -> PyTree:
+def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     """Reads the parameters straight into their shards.
 
     Args:
         source: from `describe`.
-        abstract: `ShapeDtypeStruct` with shardings, on this or any other mesh.
+        abstract: `ShapeDtypeStruct` with shardings, on this or any other mesh; leaves that it
+            leaves out are not read.
+        keep: called with the name of each leaf and the leaf, which what it returns replaces.
 
     Raises:
         JaxmergeError: data are missing or cut short.
@@ -111,7 +120,7 @@ def restore(source: Source, abstract: PyTree) -> PyTree:
     for key in reversed([key for key in source.subtree.split("/") if key]):
         wanted = {key: wanted}
     context = ocp.Context()
-    context.pytree.loading.partial_load = bool(source.subtree)
+    context.pytree.loading.partial_load = True
     # Bytes on their way from disk: one leaf, or small ones together; it must exceed the largest.
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
     context.memory.read_concurrent_bytes = max(2**26, max(sizes, default=0) + 2**20)
@@ -128,7 +137,7 @@ def restore(source: Source, abstract: PyTree) -> PyTree:
         ) from error
     for key in filter(None, source.subtree.split("/")):
         tree = tree[key]
-    return tree
+    return map_named(keep, tree)
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:

@@ -18,13 +18,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxmerge import sharding
-from jaxmerge.checkpoints import orbax
-from jaxmerge.checkpoints.digest import LeafDigest, check_digests, digests, fingerprint
+from jaxmerge.checkpoints import digest, huggingface, lora, orbax
+from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, byte_count, differences, named_leaves, parameter_count
 
-FORMATS = {"orbax": orbax}  # by the name in `Source.format`; the first that recognises a path
+# By the name in `Source.format`; the first that recognises a path reads it.
+FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,16 @@ class Pool(NamedTuple):
     architecture: Mapping[str, Any]
 
 
-def survey(patterns: Sequence[str], *, subtree: str = "") -> tuple[Source, ...]:
+def survey(
+    patterns: Sequence[str], *, subtree: str = "", base: str = "", dtype: str = ""
+) -> tuple[Source, ...]:
     """Finds the checkpoints and compares their metadata; reads no data.
 
     Args:
         patterns: directories, or patterns such as `pools/quickstart/*`, whose matches are sorted.
-        subtree: where in each checkpoint the parameters are; "" for all of it.
+        subtree: where in each Orbax checkpoint the parameters are; "" for all of it.
+        base: Hugging Face directory that adapters are laid upon; "": the one that each names.
+        dtype: what `load` will cast to; floating-point dtypes may differ unless it is "".
 
     Raises:
         JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
@@ -68,10 +73,10 @@ def survey(patterns: Sequence[str], *, subtree: str = "") -> tuple[Source, ...]:
             found=f"{len(paths)} in {list(patterns)}",
         )
     sources = tuple(
-        FORMATS[_format(path)].describe(name, path, subtree)
+        FORMATS[_format(path)].describe(name, path, subtree, base)
         for name, path in zip(_names(paths), paths)
     )
-    _check_alike(sources)
+    _check_alike(sources, dtype)
     return sources
 
 
@@ -96,20 +101,15 @@ def load(
         JaxmergeError: a file is missing or cut short; a checksum differs from the one written with
             the checkpoint; a value is NaN or infinite; leaves that can't be averaged differ.
     """
-    placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        sources[0].abstract,
-        sharding.shardings(sources[0].abstract, rules, mesh),
-    )
+    where = sharding.shardings(sources[0].abstract, rules, mesh)
     trees, records = [], []
     first_digests: dict[str, LeafDigest] = {}
     for source in sources:
-        tree = FORMATS[source.format].restore(source, placed)
-        found = digests(tree)
+        tree, found = _restore(source, where, dtype)
         first_digests = first_digests or found
-        _check_values(source, tree, found, first_digests)
-        records.append(_record(source, tree, found))
-        trees.append(_cast(tree, dtype))
+        check_values(source, source.abstract, found, first_digests)
+        records.append(record(source, source.abstract, found))
+        trees.append(tree)
         on_loaded(records[-1])
     return Pool(
         names=tuple(source.name for source in sources),
@@ -117,6 +117,74 @@ def load(
         records=tuple(records),
         architecture=sources[0].architecture,
     )
+
+
+def check_values(
+    source: Source,
+    tree: PyTree,
+    found: Mapping[str, LeafDigest],
+    first: Mapping[str, LeafDigest],
+) -> None:
+    """Raises `JaxmergeError` unless leaves are sound and can be merged with the first's.
+
+    Args:
+        source: the checkpoint.
+        tree: its leaves, or their `ShapeDtypeStruct`.
+        found: their digests.
+        first: digests of the same leaves of the pool's first checkpoint.
+    """
+    check_digests(source, found)
+    not_finite = [name for name, digest in found.items() if not digest.finite]
+    if not_finite:
+        raise JaxmergeError(
+            f"the checkpoint holds NaN or infinite values, in leaf {', '.join(not_finite)}",
+            where=source.path,
+        )
+    for name, leaf in named_leaves(tree).items():
+        same = found[name].checksum == first[name].checksum
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) and not same:
+            raise JaxmergeError(
+                f"leaf {name} is not floating point and differs, so it can't be merged",
+                where=source.path,
+                expected="the same values as in the first checkpoint of the pool",
+            )
+
+
+def record(source: Source, tree: PyTree, found: dict[str, LeafDigest]) -> Record:
+    """What `pool.json` says of a checkpoint, from all its leaves as stored and their digests."""
+    return Record(
+        name=source.name,
+        source=source.path,
+        format=source.format,
+        bytes=byte_count(tree),
+        parameters=parameter_count(tree),
+        dtype=",".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)})),
+        fingerprint=fingerprint(tree, found),
+    )
+
+
+def _restore(source: Source, where: PyTree, dtype: str) -> tuple[PyTree, dict[str, LeafDigest]]:
+    """The checkpoint in its shards, cast leaf by leaf, and the digests of what was stored.
+
+    A leaf is digested while the next one is read.
+    """
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        source.abstract,
+        where,
+    )
+    computing: dict[str, digest.Computing] = {}
+
+    def keep(name: str, leaf: jax.Array) -> jax.Array:
+        computing[name] = digest.start(leaf)
+        if not dtype or leaf.dtype == dtype or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        # What was stored is given up before the next leaf is read.
+        cast, _ = jax.block_until_ready((leaf.astype(dtype), computing[name]))
+        return cast
+
+    tree = FORMATS[source.format].restore(source, placed, keep)
+    return tree, digest.finish(computing)
 
 
 def _find(pattern: str) -> list[epath.Path]:
@@ -153,62 +221,29 @@ def _names(paths: Sequence[epath.Path]) -> list[str]:
     )
 
 
-def _check_alike(sources: Sequence[Source]) -> None:
-    lines = differences({source.name: source.abstract for source in sources})
+def _check_alike(sources: Sequence[Source], dtype: str) -> None:
+    """Raises unless leaves and architectures are the same, but for what casting mends."""
+    lines = _differences(sources, dtype)
+    if lines:
+        castable = not _differences(sources, "float32")
+        raise JaxmergeError(
+            "the checkpoints can't be merged:\n  " + "\n  ".join(lines),
+            where="pool.checkpoints",
+            expected="the same dtypes, or pool.dtype: it casts all to one" if castable else "",
+        )
+
+
+def _differences(sources: Sequence[Source], dtype: str) -> list[str]:
+    def cast(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        floating = dtype and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
+
+    lines = differences({source.name: jax.tree.map(cast, source.abstract) for source in sources})
     first = sources[0]
-    lines += [
+    return lines + [
         f"{source.name}: architecture {key} is {source.architecture.get(key)!r}, "
         f"in {first.name} {first.architecture.get(key)!r}"
         for source in sources[1:]
         for key in sorted({*first.architecture, *source.architecture})
         if source.architecture.get(key) != first.architecture.get(key)
     ]
-    if lines:
-        raise JaxmergeError(
-            "the checkpoints can't be merged:\n  " + "\n  ".join(lines), where="pool.checkpoints"
-        )
-
-
-def _check_values(
-    source: Source,
-    tree: PyTree,
-    found: Mapping[str, LeafDigest],
-    first: Mapping[str, LeafDigest],
-) -> None:
-    check_digests(source, found)
-    not_finite = [name for name, digest in found.items() if not digest.finite]
-    if not_finite:
-        raise JaxmergeError(
-            f"the checkpoint holds NaN or infinite values, in leaf {', '.join(not_finite)}",
-            where=source.path,
-        )
-    for name, leaf in named_leaves(tree).items():
-        same = found[name].checksum == first[name].checksum
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) and not same:
-            raise JaxmergeError(
-                f"leaf {name} is not floating point and differs, so it can't be merged",
-                where=source.path,
-                expected="the same values as in the first checkpoint of the pool",
-            )
-
-
-def _record(source: Source, tree: PyTree, found: dict[str, LeafDigest]) -> Record:
-    return Record(
-        name=source.name,
-        source=source.path,
-        format=source.format,
-        bytes=byte_count(tree),
-        parameters=parameter_count(tree),
-        dtype=",".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(tree)})),
-        fingerprint=fingerprint(tree, found),
-    )
-
-
-def _cast(tree: PyTree, dtype: str) -> PyTree:
-    if not dtype:
-        return tree
-
-    def cast(leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(cast, tree)

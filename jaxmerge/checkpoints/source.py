@@ -19,6 +19,8 @@ class Source(NamedTuple):
         subtree: where in the checkpoint the parameters are, such as `params`; "" for all of it.
         architecture: what rebuilds the model; {} where the checkpoint does not say.
         checksums: per leaf name, written when it was saved; {} where it was saved by others.
+        directory: where the Hugging Face config and tokenizer files are; "" where there are none.
+        base: the checkpoint that an adapter is laid upon; "" for a whole model.
     """
 
     name: str
@@ -28,3 +30,5 @@ class Source(NamedTuple):
     subtree: str
     architecture: Mapping[str, Any]
     checksums: Mapping[str, str]
+    directory: str = ""
+    base: str = ""

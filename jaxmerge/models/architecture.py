@@ -16,7 +16,8 @@ class AttentionKind:
     """What a layer's queries may look at, and how they know where it is."""
 
     window: int = 0  # a token sees itself and window - 1 tokens before it; 0: all before it
-    rope: Rope | None = Rope()  # None: no positions at all (NoPE, arXiv 2305.19466)
+    # None: no positions at all (NoPE, arXiv 2305.19466).
+    rope: Rope | None = dataclasses.field(default_factory=Rope)
 
 
 @dataclasses.dataclass(frozen=True)

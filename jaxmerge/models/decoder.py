@@ -1,8 +1,8 @@
 """A decoder-only transformer with stacked layers.
 
 Every parameter of a layer has a leading axis L, and the layers run under one scan: the program is
-as large for 80 layers as for 2, and a merge sees a dozen leaves instead of hundreds. Which family it
-is (Llama, Gemma, Command R, ...) is a matter of its `DecoderConfig`.
+as large for 80 layers as for 2, and a merge sees a dozen leaves instead of hundreds. Which family
+it is (Llama, Gemma, Command R, ...) is a matter of its `DecoderConfig`.
 
 Rotary positions (RoPE, arXiv 2104.09864), grouped-query attention (arXiv 2305.13245) and a gated
 feed-forward (SwiGLU, arXiv 2002.05202).
@@ -80,18 +80,21 @@ class Decoder(nn.Module):
         x_BxTxD = self.embedding[tokens_BxT]
         if config.embedding_scale != 1:
             x_BxTxD *= jnp.asarray(config.embedding_scale, x_BxTxD.dtype)
-        ropes = [kind.rope for kind in config.attention]
-        turning = max((rope.width for rope in ropes if rope), default=0) or config.head_width
-        angles = [turns(rope, positions_BxT, turning // 2) for rope in ropes]
-        cos_RxBxTxW, sin_RxBxTxW = (jnp.stack(each) for each in zip(*angles))
-        slots_T = start + jnp.arange(tokens_BxT.shape[1])
-        where = Where(slots_T, mask_BxTxS, cos_RxBxTxW, sin_RxBxTxW)
+        where = self._where(positions_BxT, mask_BxTxS, start)
         kind_L = np.array(config.pattern or (0,) * config.layers, np.int32)
         windows = np.array([kind.window or 2**30 for kind in config.attention], np.int32)
         x_BxTxD, written = self.layers(
             x_BxTxD, where, start, jnp.asarray(kind_L), jnp.asarray(windows[kind_L]), cache
         )
         return self.final_norm(x_BxTxD), None if written is None else Cache(*written)
+
+    def _where(self, positions_BxT: Array, mask_BxTxS: Array, start: Array | int) -> Where:
+        ropes = [kind.rope for kind in self.config.attention]
+        turning = max((rope.width for rope in ropes if rope), default=0) or self.config.head_width
+        angles = [turns(rope, positions_BxT, turning // 2) for rope in ropes]
+        cos_RxBxTxW, sin_RxBxTxW = (jnp.stack(each) for each in zip(*angles))
+        slots_T = start + jnp.arange(positions_BxT.shape[1])
+        return Where(slots_T, mask_BxTxS, cos_RxBxTxW, sin_RxBxTxW)
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits in float32."""

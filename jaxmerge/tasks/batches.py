@@ -7,7 +7,7 @@ shape is compiled once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,13 +40,13 @@ def encode(
     `[B, T]`: those of the choice.
     """
     if task.kind == "generation":
-        prompts = [_tokens(task, example.prompt, tokenizer) for example in examples]
+        prompts = [_tokens(task, example.prompt, tokenizer.prompt) for example in examples]
         return [
             Microbatch(rows, _pad_left([prompts[row] if row >= 0 else [] for row in rows], T))
             for rows, T in _plan([len(prompt) for prompt in prompts], batch_size)
         ]
     pairs = [
-        (_tokens(task, example.prompt, tokenizer), _tokens(task, choice, tokenizer))
+        (_tokens(task, example.prompt, tokenizer.prompt), _tokens(task, choice, tokenizer.encode))
         for example in examples
         for choice in example.choices
     ]
@@ -67,7 +67,7 @@ def judge_texts(
     Raises:
         JaxmergeError: the task's judge gave something outside [0, 1].
     """
-    stop = tokenizer.stop
+    stop = tokenizer.stops[0]
 
     def text(row: np.ndarray) -> str:
         ends = np.flatnonzero(row == stop)
@@ -109,8 +109,8 @@ def judge_choices(
     return np.stack(scores, axis=1).astype(np.float32)
 
 
-def _tokens(task: Task, text: str, tokenizer: Tokenizer) -> list[int]:
-    tokens = tokenizer.encode(text)
+def _tokens(task: Task, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    tokens = encode(text)
     if not tokens:
         raise JaxmergeError(
             "an example has an empty prompt or choice", where=f"task {task.name}", found=repr(text)

@@ -1,0 +1,240 @@
+"""A Hugging Face directory: its config, index and headers, checked before any tensor is read.
+
+Nothing is unpickled, no code of a directory is run, and an index can't point outside of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jaxmerge.checkpoints.safetensors import Tensor, parse_json, read_header, read_into
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.models import families
+from jaxmerge.models.layout import Layout, Part
+from jaxmerge.trees import PyTree
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_CHUNK = 2**24  # values compared at once
+
+
+class Checkpoint(NamedTuple):
+    """A directory of which config and headers are read.
+
+    Attributes:
+        directory: where it is.
+        architecture: `Model.architecture` of a decoder; {"model": "", "model_type": ...} where
+            there is none for the config's `model_type`, {} where there is no config.
+        layout: what the leaves are made of; of an unknown model, each tensor is a leaf.
+        tensors: where each tensor lies.
+    """
+
+    directory: epath.Path
+    architecture: Mapping[str, Any]
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+
+
+def read(directory: epath.Path) -> Checkpoint:
+    """Reads config, index and headers: kilobytes, whatever the size of the model.
+
+    Raises:
+        JaxmergeError: the weights are pickled or quantised; index or headers are not what they have
+            to be; the tensors are not those of the config: then every difference is listed.
+    """
+    tensors = _tensors(directory)
+    model_type = _model_type(directory)
+    known = families.read(str(directory)) if model_type else None
+    if known is None:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        parts = {name: (Part(name, 0, shape[0] if shape else 1),) for name, shape in shapes.items()}
+        architecture = {"model": "", "model_type": model_type} if model_type else {}
+        return Checkpoint(directory, architecture, Layout(parts, shapes, shapes), tensors)
+    checkpoint = Checkpoint(
+        directory, {"model": "decoder", **known.config.plain()}, known.layout, tensors
+    )
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def abstract(checkpoint: Checkpoint) -> PyTree:
+    """The leaves as `ShapeDtypeStruct`: nested for a decoder, by tensor for an unknown model."""
+    leaves = {
+        name: jax.ShapeDtypeStruct(shape, _leaf_dtype(checkpoint, name))
+        for name, shape in checkpoint.layout.shapes.items()
+    }
+    if not checkpoint.architecture.get("model"):
+        return leaves
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = leaf
+    return tree
+
+
+def read_values(tensors: Mapping[str, Tensor], name: str, first: int, out: np.ndarray) -> None:
+    """Sets out[:] to the values of a tensor in C order, from `first` on, in the dtype of `out`."""
+    tensor = tensors[name]
+    start = tensor.start + first * tensor.dtype.itemsize
+    if tensor.dtype == out.dtype:
+        return read_into(tensor.file, start, out)
+    stored = np.empty(out.shape, tensor.dtype)
+    read_into(tensor.file, start, stored)
+    out[:] = stored.astype(out.dtype)
+    return None
+
+
+def _tensors(directory: epath.Path) -> dict[str, Tensor]:
+    """Where each tensor lies, by the index if there is one."""
+    single, index = directory / WEIGHTS, directory / INDEX
+    if single.exists() and index.exists():
+        raise JaxmergeError(
+            f"there are both {WEIGHTS} and {INDEX}", where=str(directory), expected="one of them"
+        )
+    if single.exists():
+        return read_header(single)
+    if not index.exists():
+        raise JaxmergeError(
+            "the weights are pickled, and to unpickle is to run the code of whoever wrote them",
+            where=str(directory),
+            expected="safetensors; transformers converts them: AutoModelForCausalLM"
+            ".from_pretrained(DIR, weights_only=True).save_pretrained(NEW)",
+        )
+    return _sharded(directory, index)
+
+
+def _sharded(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, each in the file that it says."""
+    content = parse_json(_read_bytes(index), str(index))
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise JaxmergeError("the index has no weight_map", where=str(index))
+    for tensor, file in names.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise JaxmergeError(
+                "the index names a file that need not be in its directory",
+                where=f"{index}, tensor {tensor}",
+                expected="the name of a .safetensors file, without directories",
+                found=repr(file),
+            )
+    headers = {file: read_header(directory / file) for file in sorted(set(names.values()))}
+    problems = [
+        f"{tensor} is to be in {file} and is not there"
+        for tensor, file in names.items()
+        if tensor not in headers[file]
+    ]
+    problems += [
+        f"{tensor} is in {file}, where the index has {names.get(tensor, 'no such tensor')}"
+        for file, header in headers.items()
+        for tensor in header
+        if names.get(tensor) != file
+    ]
+    if problems:
+        raise JaxmergeError(
+            "index and files do not agree:\n  " + "\n  ".join(problems), where=str(index)
+        )
+    return {tensor: headers[file][tensor] for tensor, file in names.items()}
+
+
+def _model_type(directory: epath.Path) -> str:
+    """The config's `model_type`; "" where there is no config."""
+    path = directory / "config.json"
+    if not path.exists():
+        return ""
+    config = parse_json(_read_bytes(path), str(path))
+    if not isinstance(config, dict):
+        raise JaxmergeError("the config is no JSON object", where=str(path))
+    if config.get("quantization_config"):
+        raise JaxmergeError(
+            "the checkpoint is quantised: its tensors are no weights that could be averaged",
+            where=f"{path}, quantization_config",
+            expected="weights in bfloat16, float16 or float32",
+            found=str(config["quantization_config"])[:200],
+        )
+    return str(config.get("model_type", ""))
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Raises unless the tensors are exactly those of the layout, in name and shape."""
+    expected = checkpoint.layout.tensors
+    found = {
+        name: tensor.shape
+        for name, tensor in checkpoint.tensors.items()
+        if name not in _twins(checkpoint)
+        and not any(re.search(regex, name) for regex in checkpoint.layout.ignored)
+    }
+    problems = [f"no tensor {name}" for name in expected if name not in found]
+    problems += [f"tensor {name} is not known" for name in found if name not in expected]
+    problems += [
+        f"tensor {name} is {list(found[name])}, by the config {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise JaxmergeError(
+            "the weights are not those of the config:\n  " + "\n  ".join(problems),
+            where=str(checkpoint.directory),
+        )
+
+
+def _twins(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensors that some versions of transformers wrote a second time, and what they must equal."""
+    parts = checkpoint.layout.leaves.get("embedding", ())
+    tied = checkpoint.architecture.get("tied_embeddings") and len(parts) == 1
+    embedding = parts[0].tensor if tied else ""
+    head = checkpoint.tensors.get("lm_head.weight")
+    same = embedding and head and head.shape == checkpoint.layout.tensors[embedding]
+    return {"lm_head.weight": embedding} if same else {}
+
+
+def check_twins(checkpoint: Checkpoint) -> None:
+    """Raises unless tensors that are there twice are the same, which takes reading them."""
+    for twin, name in _twins(checkpoint).items():
+        size = int(np.prod(checkpoint.tensors[name].shape))
+        for first in range(0, size, _CHUNK):
+            one, other = (np.empty(min(_CHUNK, size - first), np.float32) for _ in range(2))
+            read_values(checkpoint.tensors, name, first, one)
+            read_values(checkpoint.tensors, twin, first, other)
+            if not np.array_equal(one, other, equal_nan=True):
+                raise JaxmergeError(
+                    f"{twin} differs from {name}, but the config says that they are tied",
+                    where=str(checkpoint.directory),
+                    expected="tie_word_embeddings to be false in config.json, or no such tensor",
+                )
+
+
+def _leaf_dtype(checkpoint: Checkpoint, name: str) -> np.dtype:
+    """The narrowest dtype that holds all tensors of a leaf exactly, bfloat16 at least."""
+    stored = {checkpoint.tensors[part.tensor].dtype for part in checkpoint.layout.leaves[name]}
+    floating = [dtype for dtype in stored if jnp.issubdtype(dtype, jnp.floating)]
+    if len(floating) < len(stored) and len(stored) > 1:
+        raise JaxmergeError(
+            f"the tensors of leaf {name} have dtypes that can't be reconciled",
+            where=str(checkpoint.directory),
+            found=", ".join(sorted(map(str, stored))),
+        )
+    if not floating:
+        return stored.pop()
+    # float8 is a storage format: there is no arithmetic in it, and bfloat16 has all its values.
+    wide = [np.dtype(jnp.bfloat16) if dtype.itemsize == 1 else dtype for dtype in floating]
+    return functools.reduce(jnp.promote_types, wide)
+
+
+def _read_bytes(file: epath.Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise JaxmergeError(
+            "the file can't be read", where=str(file), found=error.strerror or str(error)
+        ) from error

@@ -1,0 +1,305 @@
+"""Hugging Face directories of safetensors: read by byte range into shards, written leaf by leaf.
+
+A leaf is rows of tensors one after the other (`models.layout`), so nothing is transposed or copied
+on its way between the file and its place on the mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jaxmerge.checkpoints import directory
+from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
+from jaxmerge.checkpoints.safetensors import in_file_order, make_header, parse_json, write_at
+from jaxmerge.checkpoints.source import Source
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.models.layout import Layout
+from jaxmerge.trees import PyTree, named_leaves
+
+_NAMES = (directory.WEIGHTS, directory.INDEX, *directory.PICKLES)
+
+# What a model needs besides config.json and weights. Nothing else is copied: no weights, no
+# adapters, no pickles and no code.
+_COPIED = re.compile(
+    r"generation_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt|(tokenizer|spiece)\.model|"
+    r"chat_template\.(jinja|json)|(LICENSE|NOTICE)(\.txt|\.md)?"
+)
+_TEMPLATES = "additional_chat_templates"
+
+
+def recognises(path: epath.Path) -> bool:
+    """Whether there are a model's weights here, be it in files that are refused."""
+    return path.is_dir() and any((path / name).exists() for name in _NAMES)
+
+
+def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> Source:
+    """Reads the config and the headers of the weights.
+
+    Args:
+        name: unique in the pool.
+        path: the directory.
+        subtree: not heeded: a directory holds parameters alone.
+        base: not heeded: a directory holds a whole model.
+
+    Raises:
+        JaxmergeError: see `directory.read`.
+    """
+    checkpoint = directory.read(path)
+    return Source(
+        name=name,
+        path=str(path),
+        format="huggingface",
+        abstract=directory.abstract(checkpoint),
+        subtree="",
+        architecture=checkpoint.architecture,
+        checksums={},
+        directory=str(path),
+    )
+
+
+def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
+    """Reads the parameters straight into their shards, leaf by leaf.
+
+    Args:
+        source: from `describe`.
+        abstract: `ShapeDtypeStruct` with shardings, dtypes as stored; leaves that it leaves out
+            are not read.
+        keep: called with the name of each leaf and the leaf, which what it returns replaces.
+
+    Raises:
+        JaxmergeError: a file can't be read or is cut short.
+    """
+    checkpoint = directory.read(epath.Path(source.path))
+    if "embedding" in named_leaves(abstract):
+        directory.check_twins(checkpoint)
+    values = functools.partial(directory.read_values, checkpoint.tensors)
+    return restore_leaves(abstract, checkpoint.layout, values, keep)
+
+
+def layout(path: str) -> Layout:
+    """How the leaves of a directory's model make up its tensors.
+
+    Raises:
+        JaxmergeError: see `directory.read`.
+    """
+    return directory.read(epath.Path(path)).layout
+
+
+def save(
+    path: str | os.PathLike[str],
+    layout: Layout,
+    leaf: Callable[[str], jax.Array],
+    *,
+    abstract: PyTree,
+    like: str,
+    dtype: str = "",
+    shard_bytes: int = 5 * 10**9,
+    card: Callable[[], str] | None = None,
+) -> None:
+    """Writes a directory that transformers reads, one leaf in host memory at a time.
+
+    The directory appears whole or not at all. The files are those that transformers would write.
+
+    Args:
+        path: the directory to make; it must not exist.
+        layout: how leaves make up tensors, see `layout`.
+        leaf: gives the leaf of a name; called once for each.
+        abstract: tree of the leaves, or of their `ShapeDtypeStruct`: headers come before values.
+        like: Hugging Face directory with the config, tokenizer and chat template to copy.
+        dtype: of the floating-point tensors, rounded to nearest even; "" keeps that of the leaves.
+        shard_bytes: no file holds more tensors than this, unless a single one does.
+        card: text of README.md; called when all leaves have been written.
+
+    Raises:
+        JaxmergeError: there is something at `path`; it can't be written; leaves are not those of
+            the layout; a value is too large for `dtype`.
+    """
+    target = Path(path).absolute()
+    if target.exists() or target.is_symlink():
+        raise JaxmergeError("there is something here already", where=str(path))
+    tensors = _tensor_dtypes(layout, abstract, dtype)
+    files = _split(layout, tensors, shard_bytes)
+    new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        new.mkdir(parents=True)
+        _write_files(new, files, layout, leaf)
+        _write_index(new, files, layout)
+        _copy(Path(like), new, _most_common(layout, tensors))
+        if card:
+            (new / "README.md").write_text(card())
+        _make_durable(new)
+        new.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise JaxmergeError(
+            "the model can't be written", where=str(path), found=error.strerror or str(error)
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+class _File(NamedTuple):
+    """A file of weights to be written."""
+
+    name: str
+    tensors: Mapping[str, np.dtype]  # in the order of the file
+    header: bytes
+    starts: Mapping[str, int]  # where each tensor begins
+    size: int
+
+
+def _tensor_dtypes(layout: Layout, abstract: PyTree, dtype: str) -> dict[str, np.dtype]:
+    """The dtype that each tensor is written in."""
+    leaves = named_leaves(abstract)
+    wrong = [
+        f"{name} is {leaves[name].shape if name in leaves else 'missing'}, not {shape}"
+        for name, shape in layout.shapes.items()
+        if name not in leaves or leaves[name].shape != shape
+    ]
+    wrong += [f"{name} is not known" for name in leaves if name not in layout.shapes]
+    if wrong:
+        raise JaxmergeError("the leaves are not those of the layout:\n  " + "\n  ".join(wrong))
+    dtypes: dict[str, np.dtype] = {}
+    for name, parts in layout.leaves.items():
+        stored = jnp.dtype(leaves[name].dtype)
+        if dtype and jnp.issubdtype(stored, jnp.floating):
+            stored = jnp.dtype(dtype)
+        for part in parts:
+            dtypes[part.tensor] = jnp.promote_types(stored, dtypes.get(part.tensor, stored))
+    return {name: dtypes[name] for name in layout.tensors}
+
+
+def _split(layout: Layout, dtypes: Mapping[str, np.dtype], limit: int) -> list[_File]:
+    """Tensors to files, layer after layer, each as full as the limit allows."""
+
+    def size(name: str) -> int:
+        return math.prod(layout.tensors[name]) * dtypes[name].itemsize
+
+    def by_number(name: str) -> list[tuple[bool, int, str]]:
+        parts = re.split(r"(\d+)", name)
+        return [(each.isdecimal(), int(each) if each.isdecimal() else 0, each) for each in parts]
+
+    groups: list[list[str]] = [[]]
+    for name in sorted(dtypes, key=by_number):
+        if groups[-1] and sum(map(size, groups[-1])) + size(name) > limit:
+            groups.append([])
+        groups[-1].append(name)
+    files = []
+    for number, group in enumerate(groups, start=1):
+        order = in_file_order({name: dtypes[name] for name in group})
+        header = make_header((name, dtypes[name], layout.tensors[name]) for name in order)
+        starts, at = {}, len(header)
+        for name in order:
+            starts[name] = at
+            at += size(name)
+        alone = len(groups) == 1
+        file = directory.WEIGHTS if alone else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        files.append(_File(file, {name: dtypes[name] for name in order}, header, starts, at))
+    return files
+
+
+def _write_files(
+    new: Path, files: list[_File], layout: Layout, leaf: Callable[[str], jax.Array]
+) -> None:
+    """Leaf after leaf, the rows of each tensor to their place in whichever file has it."""
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(open(new / file.name, "wb", 0)) for file in files]
+        place = {}
+        for file, stream in zip(files, streams):
+            os.posix_fallocate(stream.fileno(), 0, file.size)  # a full disk is found now
+            write_at(stream.fileno(), 0, np.frombuffer(file.header, np.uint8))
+            for name, dtype in file.tensors.items():
+                place[name] = (stream.fileno(), file.starts[name], dtype)
+        for name, parts in layout.leaves.items():
+            wanted = functools.reduce(jnp.promote_types, (place[p.tensor][2] for p in parts))
+            values, at = _host(name, leaf(name), wanted).reshape(-1), 0
+            for part in parts:
+                descriptor, start, dtype = place[part.tensor]
+                row = math.prod(layout.tensors[part.tensor][1:])
+                count = (part.stop - part.start) * row
+                rows = values[at : at + count].astype(dtype, copy=False)
+                write_at(descriptor, start + part.start * row * dtype.itemsize, rows)
+                at += count
+
+
+def _host(name: str, leaf: jax.Array, dtype: np.dtype) -> np.ndarray:
+    """A leaf in host memory, cast; not the caller's array, which would keep the host's copy."""
+    cast = jnp.array(leaf, dtype=dtype, copy=True)
+    if cast.dtype != leaf.dtype and not jnp.isfinite(cast).all():
+        raise JaxmergeError(
+            f"leaf {name} has values that are too large for {dtype}",
+            expected="bfloat16 or float32",
+        )
+    return np.asarray(cast)
+
+
+def _write_index(new: Path, files: list[_File], layout: Layout) -> None:
+    if len(files) == 1:
+        return
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(shape) for shape in layout.tensors.values()),
+            "total_size": sum(file.size - len(file.header) for file in files),
+        },
+        "weight_map": {name: file.name for file in files for name in file.tensors},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (new / directory.INDEX).write_text(text)
+
+
+def _copy(like: Path, new: Path, dtype: str) -> None:
+    """What transformers needs besides the weights; the config with the dtype that they have now."""
+    for file in sorted(like.iterdir()):
+        if _COPIED.fullmatch(file.name) and file.is_file():
+            shutil.copyfile(file, new / file.name)
+    for template in sorted((like / _TEMPLATES).glob("*.jinja")):
+        (new / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, new / _TEMPLATES / template.name)
+    if not (like / "config.json").exists():
+        return
+    text = (like / "config.json").read_text()
+    config = parse_json(text.encode(), str(like / "config.json"))
+    named = [key for key in ("dtype", "torch_dtype") if config.get(key)]  # of version 5, and before
+    if dtype and any(config[key] != dtype for key in named):
+        config |= dict.fromkeys(named, dtype)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (new / "config.json").write_text(text)
+
+
+def _most_common(layout: Layout, dtypes: Mapping[str, np.dtype]) -> str:
+    """The floating-point dtype of most values; "" where there is none."""
+    count: Counter[str] = Counter()
+    for name, dtype in dtypes.items():
+        if jnp.issubdtype(dtype, jnp.floating):
+            count[str(dtype)] += math.prod(layout.tensors[name])
+    return count.most_common(1)[0][0] if count else ""
+
+
+def _make_durable(new: Path) -> None:
+    """Waits until all that is in a directory is on disk."""
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

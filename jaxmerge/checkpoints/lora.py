@@ -1,0 +1,5 @@
+"""PEFT adapters (placeholder)."""
+
+
+def recognises(path):
+    return False

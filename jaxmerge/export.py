@@ -1,0 +1,82 @@
+"""The merged model on disk: as an Orbax checkpoint, and as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmerge.checkpoints import huggingface, orbax
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.trees import PyTree, map_named, named_leaves
+
+FORMATS = ("orbax", "huggingface")
+
+
+def check(formats: Sequence[str], dtype: str) -> None:
+    """Raises `JaxmergeError` for a format or dtype that can't be written."""
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise JaxmergeError(
+            "unknown format",
+            where="export.formats",
+            expected=f"some of {', '.join(FORMATS)}",
+            found=unknown[0],
+        )
+    if dtype not in ("", "float32", "bfloat16", "float16"):
+        raise JaxmergeError(
+            "the export can't be of this type",
+            where="export.dtype",
+            expected='"", float32, bfloat16 or float16',
+            found=dtype,
+        )
+
+
+def export(
+    path: Path,
+    abstract: PyTree,
+    leaf: Callable[[str], jax.Array],
+    *,
+    formats: Sequence[str],
+    architecture: Mapping[str, Any],
+    like: str,
+    dtype: str,
+    shard_bytes: int,
+    card: Callable[[], str],
+) -> list[Path]:
+    """Writes `path/orbax` and `path/huggingface`; what is there already is left as it is.
+
+    Args:
+        path: the directory `merged`.
+        abstract: tree of the merged model's leaves.
+        leaf: the merged leaf of a name.
+        formats: of `FORMATS`; `huggingface` is left out when `like` is "".
+        architecture: what the Orbax checkpoint says of its model.
+        like: Hugging Face directory that the configuration and tokenizer are copied from.
+        dtype: of the Hugging Face weights; "": that of the leaves.
+        shard_bytes: size of its files at most, where no tensor alone is larger.
+        card: text of its README.md; called when all leaves have been asked for.
+
+    Returns:
+        The directories of all formats that are there now.
+    """
+    wanted = [name for name in formats if name != "huggingface" or like]
+    missing = [name for name in wanted if not (path / name).exists()]
+    if "orbax" in missing:
+        tree = map_named(lambda name, _: leaf(name), abstract)
+        orbax.save(path / "orbax", tree, architecture=architecture)
+        leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
+    if "huggingface" in missing:
+        huggingface.save(
+            path / "huggingface",
+            huggingface.layout(like),
+            leaf,
+            abstract=abstract,
+            like=like,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+            card=card,
+        )
+    return [path / name for name in wanted]

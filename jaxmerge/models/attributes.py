@@ -1,0 +1,129 @@
+"""The attributes of a Hugging Face config: each is taken, known to be harmless, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.models.rope import Rope
+
+
+class Attributes:
+    """The attributes of a config; those that nobody took are refused in the end."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self._rest = {name: value for name, value in values.items() if name not in HARMLESS}
+        self._refused: dict[str, Any] = {}
+        self._where = where
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """The attribute, or the default where it is missing or None."""
+        value = self._rest.pop(name, None)
+        return default if value is None else value
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """Passes over an attribute that is missing, None or one of the allowed values."""
+        if self._rest.get(name) is None or self._rest[name] in allowed:
+            self._rest.pop(name, None)
+
+    def refuse(self, name: str, value: Any) -> None:
+        """Notes an attribute that was taken but asks for something the decoder cannot do."""
+        self._refused[name] = value
+
+    def refuse_rest(self) -> None:
+        for name, value in NEUTRAL.items():
+            self.expect(name, value)
+        refused = self._refused | {k: v for k, v in self._rest.items() if v is not None}
+        if refused:
+            raise JaxmergeError(
+                "attributes of the config that the decoder does not heed",
+                where=self._where,
+                expected="only attributes that are known to mean what the decoder does",
+                found=", ".join(f"{name}={value!r}" for name, value in sorted(refused.items())),
+            )
+
+
+# Attributes that do not change logits, whatever their value: bookkeeping, training, defaults of
+# generation, and lengths for which memory was once set aside.
+HARMLESS = frozenset(
+    """
+    _name_or_path architectures auto_map dtype id2label is_llama_config label2id model_type
+    num_labels problem_type torch_dtype transformers.js_config transformers_version
+    attention_dropout embd_pdrop embedding_dropout hidden_dropout initializer_range pretraining_tp
+    resid_pdrop router_aux_loss_coef router_jitter_noise use_cache cache_implementation
+    output_attentions output_hidden_states output_router_logits return_dict tie_last_hidden_states
+    bos_token_id eos_token_id pad_token_id model_max_length
+    _sliding_window_pattern sliding_window_pattern max_window_layers no_rope_layer_interval
+    """.split()
+)
+
+# Attributes that may be there if they ask for what the decoder does anyway.
+NEUTRAL: dict[str, Any] = {
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "is_decoder": True,
+    "add_cross_attention": False,
+    "use_bidirectional_attention": False,
+    "rope_interleaved": False,
+    "use_mrope": False,
+    # Of checkpoints of Command R7B and Phi-4 on the Hub; transformers does not read them.
+    "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj",
+    "rotary_pct": 1.0,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+    "use_parallel_embedding": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+}
+
+
+def read_rope(attributes: Attributes, partial_of: int = 0, interleaved: bool = False) -> Rope:
+    """The rotary positions of `rope_parameters`, into which transformers turns older spellings."""
+    longest = attributes.take("max_position_embeddings")
+    parameters = attributes.take("rope_parameters", {})
+    return scaled_rope(attributes, parameters, longest, partial_of, interleaved)
+
+
+def scaled_rope(
+    attributes: Attributes,
+    parameters: Mapping[str, Any],
+    longest: int,
+    partial_of: int = 0,
+    interleaved: bool = False,
+) -> Rope:
+    """One set of rope parameters.
+
+    Args:
+        longest: text, from which transformers derives what the parameters lack.
+        partial_of: the width of heads of which only a part may turn; 0: all must.
+    """
+    values = {name: value for name, value in parameters.items() if value is not None}
+    scaling = values.pop("rope_type", "default")
+    values.pop("type", None)  # the older name of rope_type, already heeded
+    theta = values.pop("rope_theta", None)
+    part = values.pop("partial_rotary_factor", 1.0)
+    if scaling == "dynamic":
+        values["max_position_embeddings"] = longest
+    if scaling in ("yarn", "longrope") and "original_max_position_embeddings" in values:
+        values.setdefault("factor", longest / values["original_max_position_embeddings"])
+    named = ((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(values.items()))
+    if theta is None or (part != 1 and not partial_of):
+        attributes.refuse("rope_parameters", dict(parameters))
+        return Rope()
+    try:
+        return Rope(
+            float(theta),
+            width=int(partial_of * part),
+            interleaved=interleaved,
+            scaling=scaling,
+            parameters=tuple(named),
+        )
+    except JaxmergeError:
+        attributes.refuse("rope_parameters", dict(parameters))
+        return Rope()

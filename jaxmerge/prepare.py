@@ -1,0 +1,224 @@
+"""From a config to all that a run needs: pool, model, tokenizer, tasks, evaluators, strategy."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmerge import config as configs
+from jaxmerge import rundir
+from jaxmerge.checkpoints.pool import Pool, Record, load, survey
+from jaxmerge.checkpoints.source import Source
+from jaxmerge.config import Config
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluate import Evaluator
+from jaxmerge.models import families
+from jaxmerge.models.architecture import DecoderConfig
+from jaxmerge.models.decoder import decoder
+from jaxmerge.models.model import Model, from_apply
+from jaxmerge.rundir import RunDirectory
+from jaxmerge.search import strategies
+from jaxmerge.sharding import make_mesh
+from jaxmerge.tasks import TASKS
+from jaxmerge.tasks.common import Task
+from jaxmerge.tokenizer import Bytes, Pretrained, Tokenizer, check_same_vocabulary, is_in
+
+
+class Prepared(NamedTuple):
+    """All that a run needs before its first evaluation."""
+
+    directory: RunDirectory
+    sources: tuple[Source, ...]
+    pool: Pool
+    evaluators: dict[str, Evaluator]  # by split: search, test and heldout
+    strategy: strategies.Strategy
+    task_weights: dict[str, float]
+
+
+def prepare(config: Config, workdir: str) -> Prepared:
+    """Checks everything that can be checked early, then loads the pool."""
+    configs.check(config)
+    start_jax(config)
+    sources = find_checkpoints(config)
+    model, mesh = _model(config, sources), _mesh(config)
+    tokenizer = _tokenizer(config, sources, model)
+    splits = {
+        "search": [_task(config, name) for name in config.objective.tasks],
+        "test": [_task(config, name) for name in config.objective.tasks],
+        "heldout": [_task(config, name) for name in config.heldout],
+    }
+    strategy = _strategy(config, len(sources))
+    rundir.check(workdir, configs.plain(config))
+    pool = load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
+    evaluators = {
+        name: Evaluator(
+            pool.trees,
+            model,
+            tokenizer,
+            tasks,
+            "search" if name == "search" else "test",
+            mesh,
+            candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
+            batch_size=config.evaluate.batch_size,
+            vmap_candidates=config.evaluate.vmap_candidates,
+        )
+        for name, tasks in splits.items()
+    }
+    directory = RunDirectory(workdir, configs.plain(config))
+    try:
+        record_pool(directory, pool.records)
+    except JaxmergeError:
+        directory.close()
+        raise
+    return Prepared(directory, sources, pool, evaluators, strategy, configs.task_weights(config))
+
+
+def start_jax(config: Config) -> None:
+    """Sets devices and the compilation cache; before JAX is first used."""
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def find_checkpoints(config: Config) -> tuple[Source, ...]:
+    """The pool's checkpoints, compared with each other; no data are read.
+
+    Raises:
+        JaxmergeError: they can't be merged: other leaves, shapes or vocabularies.
+    """
+    pool = config.pool
+    sources = survey(pool.checkpoints, subtree=pool.subtree, base=pool.base, dtype=pool.dtype)
+    directories = [pool.base] if pool.base else []
+    directories += [source.path for source in sources if source.format != "orbax"]
+    with_tokenizer = [directory for directory in directories if is_in(directory)]
+    if with_tokenizer:
+        check_same_vocabulary(with_tokenizer)
+    return sources
+
+
+def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
+    """Where the pool's Hugging Face configuration and tokenizer are; "": nowhere."""
+    of_sources = [source.directory for source in sources if source.directory]
+    return config.pool.base or (of_sources[0] if of_sources else "")
+
+
+def _mesh(config: Config) -> Mesh:
+    axes = config.mesh
+    return make_mesh(pop=axes.pop, data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
+
+
+def _model(config: Config, sources: Sequence[Source]) -> Model:
+    named, arguments = config.pool.model, config.pool.model_args.to_dict()
+    if not named:
+        arguments = dict(sources[0].architecture)
+        named = arguments.pop("model", "")
+        if "model_type" in arguments:
+            raise JaxmergeError(
+                f"there is no decoder for models of type {arguments['model_type']}, so these "
+                "checkpoints can't be evaluated",
+                where="pool.model",
+                expected=f'one of {", ".join(families.FAMILIES)}; or your own, "module:function"; '
+                "--mode=merge merges them with given weights",
+            )
+        if not named:
+            raise JaxmergeError(
+                "the checkpoints do not say which model they are of",
+                where="pool.model",
+                expected='"decoder" with pool.model_args, or "module:function"',
+            )
+    try:
+        if named == "decoder":
+            return decoder(DecoderConfig.from_plain(arguments))
+        built = configs.imported(named, "pool.model")(**arguments)
+    except TypeError as error:
+        raise JaxmergeError(
+            "these are not the model's arguments", where="pool.model_args", found=str(error)
+        ) from error
+    return built if isinstance(built, Model) else from_apply(built)
+
+
+def _tokenizer(config: Config, sources: Sequence[Source], model: Model) -> Tokenizer:
+    pool = config.pool
+    named = pool.tokenizer or huggingface_directory(config, sources)
+    if named == "bytes" or (not named and model.vocabulary in (0, Bytes.vocabulary)):
+        return Bytes()
+    if not named:
+        raise JaxmergeError(
+            "the checkpoints do not say which tokenizer they are for",
+            where="pool.tokenizer",
+            expected='a Hugging Face directory here or in pool.base, "bytes", or "module:function"',
+        )
+    if os.path.isdir(named):
+        return Pretrained(named, chat=pool.chat, system=pool.system)
+    return configs.imported(named, "pool.tokenizer")()
+
+
+def _task(config: Config, name: str) -> Task:
+    arguments = config.tasks.get(name, ml_collections.ConfigDict()).to_dict()
+    builder = arguments.pop("builder", name)
+    known = TASKS.get(builder)
+    build = known or configs.imported(builder, f"tasks.{name}.builder")
+    sizes = {
+        "search": config.objective.search_examples,
+        "test": config.objective.test_examples,
+    }
+    try:
+        task = build(**{**sizes, **arguments})
+    except TypeError as error:
+        raise JaxmergeError(
+            "these are not the task's arguments", where=f"tasks.{name}", found=str(error)
+        ) from error
+    return dataclasses.replace(task, name=name)
+
+
+def _strategy(config: Config, checkpoints: int) -> strategies.Strategy:
+    start = config.search.init
+    if start and len(start) != checkpoints:
+        raise JaxmergeError(
+            "needs one value per checkpoint",
+            where="search.init",
+            expected=f"{checkpoints} values",
+            found=str(len(start)),
+        )
+    population = config.search.population or strategies.default_population(checkpoints)
+    if config.search.budget < population:
+        raise JaxmergeError(
+            "the budget is less than one generation",
+            where="search.budget",
+            expected=f"at least the population, {population}",
+            found=str(config.search.budget),
+        )
+    return strategies.evosax(
+        config.search.strategy,
+        checkpoints,
+        population,
+        mean=np.array(start, np.float32) if start else None,
+        sigma=config.search.sigma,
+        params=config.search.params.to_dict(),
+    )
+
+
+def record_pool(directory: RunDirectory, of_pool: Sequence[Record]) -> None:
+    """Writes pool.json; refuses a directory whose candidates were made of other checkpoints."""
+    records = [dataclasses.asdict(record) for record in of_pool]
+    known = directory.read_json("pool.json")
+    if known is not None:
+        for before, now in zip(known["checkpoints"], records):
+            if before["fingerprint"] != now["fingerprint"]:
+                raise JaxmergeError(
+                    "the checkpoint is not the one that this run directory was started with",
+                    where=now["source"],
+                    expected=f"fingerprint {before['fingerprint']}",
+                    found=now["fingerprint"],
+                )
+    directory.write_json("pool.json", {"checkpoints": records})

@@ -1,0 +1,116 @@
+"""The data sets of the package reasoning-gym (arXiv 2505.24760): problems made and judged by code.
+
+There are about a hundred: arithmetic, algebra, words, logic, games. Each has settings of difficulty
+and a judge of its own, which gives part of the score for answers that are nearly right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import numpy as np
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.splits import draw_splits
+
+# Their judges run the model's answer as Python: eval, or SymPy's parse_expr, which calls it.
+# `composite` judges by any of the others. Models under test must not get to do that.
+REFUSED = frozenset(
+    "binary_matrix composite countdown intermediate_integration n_queens polynomial_multiplication"
+    " puzzle24 simple_integration spiral_matrix string_insertion".split()
+)
+_SIZE = 2**16  # problems to draw from, where the arguments do not say otherwise
+
+
+def reasoning_gym(
+    *,
+    dataset: str,
+    seed: int = 0,
+    train: int = 1000,
+    search: int = 192,
+    test: int = 1000,
+    max_new_tokens: int = 32,
+    **arguments: Any,
+) -> Task:
+    """A data set of reasoning-gym, scored by its own judge; `Calculate 5 - 3 - 6.` -> `-4`.
+
+    Args:
+        dataset: its name, such as `chain_sum`.
+        seed: which examples are drawn.
+        train: examples in that split; `search` and `test` alike.
+        max_new_tokens: tokens an answer may have.
+        arguments: fields of the data set's own configuration, such as `max_terms=2`; `size` is
+            the number of problems to draw from.
+
+    Raises:
+        JaxmergeError: the package is not there; it has no such data set or argument; the judge of
+            this data set would run what the model writes; more examples were asked for than exist.
+    """
+    where = f"task {dataset}"
+    problems = _create(dataset, {"size": _SIZE, **arguments, "seed": seed}, where)
+    drawn: dict[str, Any] = {}
+
+    def draw(rng: np.random.Generator) -> Example:
+        problem = problems[int(rng.integers(len(problems)))]
+        example = Example(problem["question"], problem["answer"] or "")
+        drawn.setdefault(example.prompt, problem)  # like draw_splits, which keeps the first
+        return example
+
+    sizes = {"train": train, "search": search, "test": test}
+    splits = draw_splits(draw, name=dataset, seed=seed, **sizes)
+    asked = {one.prompt: drawn[one.prompt] for examples in splits.values() for one in examples}
+
+    def judge(example: Example, output: str) -> float:
+        try:
+            return float(problems.score_answer(output.strip(), asked[example.prompt]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return 0.0  # some judges stumble over an answer that they cannot read
+
+    return Task(dataset, "generation", splits, judge, max_new_tokens)
+
+
+def _create(dataset: str, arguments: dict[str, Any], where: str) -> Any:
+    """The data set, or an error that says what is wrong with its name or arguments."""
+    try:
+        from reasoning_gym import create_dataset
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise JaxmergeError(
+            "needs a package: pip install 'jaxmerge[reasoning-gym]'",
+            where=where,
+            found=str(error),
+        ) from error
+    if dataset not in DATASETS:
+        raise JaxmergeError(
+            "reasoning-gym has no such data set",
+            where=where,
+            expected=_nearest(dataset, DATASETS),
+            found=dataset,
+        )
+    if dataset in REFUSED:
+        raise JaxmergeError(
+            "the judge of this data set would run the model's answers as Python", where=where
+        )
+    fields = [field.name for field in dataclasses.fields(DATASETS[dataset][1])]
+    unknown = [name for name in arguments if name not in fields]
+    if unknown:
+        raise JaxmergeError(
+            "the data set has no such argument",
+            where=where,
+            expected=_nearest(unknown[0], fields),
+            found=unknown[0],
+        )
+    try:
+        return create_dataset(dataset, **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise JaxmergeError(
+            f"the data set refuses its arguments: {error}", where=where, found=given
+        ) from error
+
+
+def _nearest(name: str, known: Any) -> str:
+    return "one of " + ", ".join(difflib.get_close_matches(name, known, 5, 0.5) or sorted(known))

@@ -1,0 +1,61 @@
+"""The model card: a front matter that parses, and the numbers of the results."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from jaxmerge import card
+
+RECORDS = [
+    {"name": "sums", "source": "/home/me/models/sums", "fingerprint": "0123456789abcdef"},
+    {"name": "words", "source": "gs://bucket/run/words/", "fingerprint": "fedcba9876543210"},
+]
+
+
+def entry(name: str, score: float) -> dict:
+    return {
+        "name": name,
+        "test": {"adding": score, "spelling": score - 0.1},
+        "test_objective": score - 0.05,
+        "ci95": {
+            "adding": [score - 0.01, score + 0.01],
+            "spelling": [score - 0.2, score],
+            "objective": [score - 0.07, score - 0.03],
+        },
+    }
+
+
+@pytest.fixture
+def findings():
+    return {
+        "command": "python -m jaxmerge.run --config=mine.py",
+        "tasks": ["adding", "spelling"],
+        "individuals": [entry("sums", 0.5), entry("words", 0.4)],
+        "best": {
+            **entry("search", 0.75),
+            "weights": {"sums": 0.625, "words": 0.375},
+            "vs": {"sums": {"delta": 0.25, "ci95": [0.2, 0.3], "p": 0.001}, "words": {}},
+        },
+    }
+
+
+def test_the_card_of_a_search(findings):
+    text = card.of_search(RECORDS, findings)
+    loaded = ModelCard(text)
+    assert loaded.data.library_name == "transformers"
+    assert loaded.data.tags == ["merge", "jaxmerge"]
+    assert "| sums | 0.625 | models/sums | 0123456789abcdef |" in text
+    assert "| words | 0.375 | run/words | fedcba9876543210 |" in text
+    assert "best single checkpoint (sums)" in text
+    assert "| adding | 75.0 [74.0, 76.0] | 50.0 |" in text
+    assert "| mean | 70.0 [68.0, 72.0] | 45.0 |" in text
+    assert "+25.0 points [+20.0, +30.0]" in text
+    assert text.rstrip().endswith("```\npython -m jaxmerge.run --config=mine.py\n```")
+    assert "/home/me" not in text
+
+
+def test_the_card_of_given_weights():
+    text = card.of_weights(RECORDS, [1.5, -0.5], "")
+    assert ModelCard(text).data.pipeline_tag == "text-generation"
+    assert "| words | -0.5 |" in text
+    assert "Scores" not in text
+    assert "Command" not in text
