@@ -1,8 +1,9 @@
 """Random tiny models of transformers, in all the variants of the families that jaxmerge reads."""
 
+import atexit
 import functools
+import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,6 +179,7 @@ def tiny(variant: str) -> Tiny:
     causal_lm = transformers.AutoModelForCausalLM.from_config(config).eval()
     _randomise(causal_lm)
     directory = tempfile.mkdtemp(prefix="jaxmerge-tiny-")
+    atexit.register(shutil.rmtree, directory)
     causal_lm.save_pretrained(directory)
     architecture = families.read(directory)
     assert architecture is not None
@@ -185,17 +187,29 @@ def tiny(variant: str) -> Tiny:
     return Tiny(causal_lm, directory, architecture, tensors, assemble(architecture, tensors))
 
 
-def _randomise(causal_lm: torch.nn.Module) -> None:
-    """Fills all parameters, so that each matters; matrices keep the scale of what they multiply."""
+def load(directory: str) -> Any:
+    """The model that transformers makes of a directory."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", local_files_only=True
+    ).eval()
+
+
+def _randomise(causal_lm: Any) -> None:
+    """Fills all parameters, so that each matters; matrices keep the scale of what they multiply.
+
+    The embedding is small beside what the layers add, or else, where it is the output projection
+    too, a text would repeat its last token for ever.
+    """
     generator = torch.Generator().manual_seed(17)
+    small = 0.2 / getattr(causal_lm.model.embed_tokens, "scalar_embed_scale", 1.0)
     for name, value in causal_lm.named_parameters():
         random = torch.randn(value.shape, generator=generator)
         if "norm" in name:
             random = 1 + 0.3 * random
         elif name.endswith("bias"):
             random = 0.3 * random
-        elif "embed_tokens" not in name:
-            random = random * 1.5 / value.shape[-1] ** 0.5
+        else:
+            random *= small if "embed_tokens" in name else 1.5 / value.shape[-1] ** 0.5
         value.data.copy_(random)
 
 
@@ -232,7 +246,7 @@ def greedy(causal_lm: Any, prompts: np.ndarray, padding: np.ndarray, count: int)
     """The next tokens that transformers generates with its cache."""
     T = prompts.shape[1]
     fresh_positions(causal_lm)
-    with warnings.catch_warnings(), torch.no_grad():
+    with torch.no_grad():
         out = causal_lm.generate(
             torch.tensor(prompts, dtype=torch.long),
             attention_mask=torch.tensor(np.arange(T)[None] >= padding[:, None]).long(),

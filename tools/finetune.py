@@ -48,15 +48,6 @@ from jaxmerge.tokenizer import Pretrained, Tokenizer
 from jaxmerge.trees import map_named
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", lock_config=True)
-flags.DEFINE_string("out", None, "directory to make; it must not exist", required=True)
-flags.DEFINE_list("mixture", None, "tasks of the config and their shares: sums:2,words:1")
-flags.DEFINE_integer("steps", 60, "optimiser steps", lower_bound=1)
-flags.DEFINE_integer("batch", 16, "examples per step", lower_bound=1)
-flags.DEFINE_integer("examples", 2000, "of each task, at most, to draw from", lower_bound=1)
-flags.DEFINE_float("learning_rate", 5e-5, "at its peak", lower_bound=0)
-flags.DEFINE_integer("lora_rank", 0, "0: all parameters are trained", lower_bound=0)
-flags.DEFINE_integer("seed", 0, "of the order of examples and of the adapters")
 
 _PROJECTION = re.compile(r"layers/(query|key|value|out|gate|up|down)$")
 
@@ -378,6 +369,19 @@ def make_tasks(config: Any, names: Sequence[str], examples: int) -> list[Task]:
     return [build_task(config, name) for name in names]
 
 
+def define_flags() -> None:
+    """Not at import: other programs have flags of these names."""
+    config_flags.DEFINE_config_file("config", lock_config=True)
+    flags.DEFINE_string("out", None, "directory to make; it must not exist", required=True)
+    flags.DEFINE_list("mixture", None, "tasks of the config and their shares: sums:2,words:1")
+    flags.DEFINE_integer("steps", 60, "optimiser steps", lower_bound=1)
+    flags.DEFINE_integer("batch", 16, "examples per step", lower_bound=1)
+    flags.DEFINE_integer("examples", 1000, "of each task, at most, to draw from", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 5e-5, "at its peak", lower_bound=0)
+    flags.DEFINE_integer("lora_rank", 0, "0: all parameters are trained", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "of the order of examples and of the adapters")
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
@@ -404,4 +408,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

