@@ -50,9 +50,9 @@ def prepare(config: Config, workdir: str) -> Prepared:
     model, mesh = _model(config, sources), _mesh(config)
     tokenizer = _tokenizer(config, sources, model)
     splits = {
-        "search": [_task(config, name) for name in config.objective.tasks],
-        "test": [_task(config, name) for name in config.objective.tasks],
-        "heldout": [_task(config, name) for name in config.heldout],
+        "search": [build_task(config, name) for name in config.objective.tasks],
+        "test": [build_task(config, name) for name in config.objective.tasks],
+        "heldout": [build_task(config, name) for name in config.heldout],
     }
     strategy = _strategy(config, len(sources))
     rundir.check(workdir, configs.plain(config))
@@ -163,7 +163,8 @@ def _tokenizer(config: Config, sources: Sequence[Source], model: Model) -> Token
     return configs.imported(named, "pool.tokenizer")()
 
 
-def _task(config: Config, name: str) -> Task:
+def build_task(config: Config, name: str) -> Task:
+    """The task of this name, with the arguments and sizes that the config gives it."""
     arguments = config.tasks.get(name, ml_collections.ConfigDict()).to_dict()
     builder = arguments.pop("builder", name)
     known = TASKS.get(builder)

@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_all_logits_at_the_answers(tiny, sums):
     ]
     # Float32 in another order of summation.
     np.testing.assert_allclose(
-        finetune.make_loss(config)(tiny.params, batch), np.mean(losses), rtol=1e-5
+        jax.jit(finetune.make_loss(config))(tiny.params, batch), np.mean(losses), rtol=1e-5
     )
 
 
@@ -105,7 +105,7 @@ def test_full_fine_tuning_learns_and_writes_a_checkpoint_with_its_architecture(
         source.abstract,
     )
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), orbax.restore(source, placed))
-    loss = finetune.make_loss(config)
+    loss = jax.jit(finetune.make_loss(config))
     batch = finetune.pad(finetune.encode(sums, Ascii()))
     # Random parameters know nothing; after 30 steps the digits' frequencies at least are known.
     assert loss(params, batch) < 0.7 * loss(tiny.params, batch)
@@ -134,7 +134,7 @@ def test_lora_learns_and_peft_reads_it_as_the_same_model(tiny, sums, tmp_path):
     rows = finetune.draw(
         {"arithmetic": 1}, {"arithmetic": 50}, 3 * schedule.batch, np.random.default_rng(0)
     )
-    loss = finetune.make_loss(config)
+    loss = jax.jit(finetune.make_loss(config))
     adapters = finetune.train(
         lambda trained, frozen, batch: loss(finetune.adapt(frozen, trained), batch),
         finetune.make_adapters(layout, 2, jax.random.key(schedule.seed)),

@@ -254,6 +254,33 @@ def test_cast(saved, dtype):
     assert loaded.records == survey_and_load([saved / "*"]).records
 
 
+def test_members_of_different_dtypes(saved, tmp_path):
+    """Refused with what would help, unless they are cast to one; then all are, leaf by leaf."""
+    other = save(tmp_path / "other", make_tree(1, embedding=jnp.ones((8, 4), jnp.float32)))
+    error = refused([saved / "a", other])
+    assert error.what.endswith("other: leaf embedding is float32[8,4], in a bfloat16[8,4]")
+    assert "pool.dtype" in error.expected
+    sources = pool.survey([str(saved / "a"), str(other)], dtype="float16")
+    loaded = pool.load(sources, make_mesh(fsdp=2, tensor=2), SHARDING_RULES, dtype="float16")
+    assert {str(tree["embedding"].dtype) for tree in loaded.trees} == {"float16"}
+    assert [record.dtype for record in loaded.records] == [
+        "bfloat16,float32,int32",
+        "float32,int32",
+    ]
+
+
+def test_no_cast_helps_where_more_is_different(saved, tmp_path):
+    """So none is advised; integers are never cast."""
+    for name, changes in (
+        ("x", {"embedding": jnp.ones((9, 4))}),
+        ("y", {"steps": jnp.arange(3.0)}),
+    ):
+        path = save(tmp_path / name, make_tree(1, **changes))
+        assert not refused([saved / "a", path]).expected
+        with pytest.raises(JaxmergeError, match="can't be merged"):
+            pool.survey([str(saved / "a"), str(path)], dtype="float32")
+
+
 # Run alone, with one CPU device: what the process needs at most while it loads a pool.
 MEASURE = """
 import gc, json, sys, threading, time

@@ -40,8 +40,7 @@ from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import Decoder, decoder
 from jaxmerge.models.layout import Layout
 from jaxmerge.models.model import Params
-from jaxmerge.prepare import _task as build_task
-from jaxmerge.prepare import start_jax
+from jaxmerge.prepare import build_task, start_jax
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
 from jaxmerge.tokenizer import Pretrained, Tokenizer

@@ -38,7 +38,7 @@ class Computing(NamedTuple):
 
 def start(leaf: Array) -> Computing:
     """Begins to digest a leaf, where it is, and returns at once."""
-    return Computing(*_leaf_digest(leaf, _hashes(jax.eval_shape(_words, leaf).shape)))
+    return Computing(*_leaf_digest(leaf, _hashes(leaf.shape, leaf.dtype)))
 
 
 def finish(computing: Mapping[str, Computing]) -> dict[str, LeafDigest]:
@@ -78,12 +78,13 @@ def check_digests(source: Source, found: Mapping[str, LeafDigest]) -> None:
 
 
 @functools.cache
-def _hashes(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """A hash of each place on each axis; the position of a word is their sum."""
+def _hashes(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, ...]:
+    """A hash of each place on each axis of a leaf's words; a word's position is their sum."""
+    words = jax.eval_shape(_words, jax.ShapeDtypeStruct(shape, dtype))
     # Seeds far apart: next to each other, they would give [1, 1] and [2, 0] the same position.
     return tuple(
         _mix(np.arange(size, dtype=np.uint32) + np.uint32(0x9E3779B9 * (axis + 1) % 2**32))
-        for axis, size in enumerate(shape)
+        for axis, size in enumerate(words.shape)
     )
 
 

@@ -91,7 +91,7 @@ def read_values(tensors: Mapping[str, Tensor], name: str, first: int, out: np.nd
         return read_into(tensor.file, start, out)
     stored = np.empty(out.shape, tensor.dtype)
     read_into(tensor.file, start, stored)
-    out[:] = stored.astype(out.dtype)
+    out[:] = stored
     return None
 
 
@@ -104,6 +104,10 @@ def _tensors(directory: epath.Path) -> dict[str, Tensor]:
         )
     if single.exists():
         return read_header(single)
+    if not index.exists() and not any((directory / name).exists() for name in PICKLES):
+        raise JaxmergeError(
+            "there are no weights here", where=str(directory), expected=f"{WEIGHTS} or {INDEX}"
+        )
     if not index.exists():
         raise JaxmergeError(
             "the weights are pickled, and to unpickle is to run the code of whoever wrote them",
@@ -121,7 +125,7 @@ def _sharded(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
     if not isinstance(names, dict) or not names:
         raise JaxmergeError("the index has no weight_map", where=str(index))
     for tensor, file in names.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
             raise JaxmergeError(
                 "the index names a file that need not be in its directory",
                 where=f"{index}, tensor {tensor}",

@@ -40,6 +40,8 @@ _UNDERSTOOD = frozenset(
 _LINEAR = ("lora_B.weight", "lora_A.weight")  # left and right factor
 _EMBEDDING = ("lora_embedding_B", "lora_embedding_A")
 _PAIRS = (_LINEAR, _EMBEDDING)
+# Multiplications at once: what BLAS does in the thread that asks, so that threads do not pile up.
+_PRODUCT = 2**18
 _KINDS = "|".join(map(re.escape, ("weight", "bias", *_LINEAR, *_EMBEDDING)))
 
 
@@ -77,7 +79,7 @@ def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> 
         JaxmergeError: there is no base here; the adapter is of a kind, or has tensors, that are not
             understood.
     """
-    base = base or _named_base(path)
+    base = str(epath.Path(base or _named_base(path)).expanduser().resolve())
     adapter = _read(path, base)
     return Source(
         name=name,
@@ -127,7 +129,10 @@ def _values(adapter: Adapter) -> Values:
         rows = np.empty((stop - start, width), np.float32)
         read_values(tensors, name, start * width, rows.reshape(-1))
         left, right = factors(name)
-        rows += (left[start:stop] @ right) * np.float32(change.scale)
+        step = max(_PRODUCT // right.size, 1)
+        for i in range(start, stop, step):
+            end = min(i + step, stop)
+            rows[i - start : end - start] += (left[i:end] @ right) * np.float32(change.scale)
         out[:] = rows.reshape(-1)[first - start * width :][: out.size]
         return None
 
@@ -149,7 +154,7 @@ def _named_base(path: epath.Path) -> str:
             expected="pool.base: the directory of the base model",
             found=f"base_model_name_or_path {named!r}, which is no directory",
         )
-    return str(epath.Path(named).resolve())
+    return named
 
 
 def _read(path: epath.Path, base: str) -> Adapter:
@@ -261,7 +266,7 @@ def _changes(
 def _scale(module: str, right: Tensor, config: Mapping[str, Any], problems: list[str]) -> float:
     """alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilised (arXiv 2312.03732)."""
 
-    def of_module(pattern: str, default: float) -> float:
+    def of_module(pattern: str, default: int | float) -> int | float:
         matches = (
             value
             for regex, value in (config.get(pattern) or {}).items()

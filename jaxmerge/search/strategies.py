@@ -84,29 +84,23 @@ def evosax(
     start = np.zeros(dimension, np.float32) if mean is None else np.asarray(mean, np.float32)
     evolves_population = name in population_based_algorithms
 
-    def key(seed: int, *path: int) -> jax.Array:
-        key = jax.random.key(seed)
-        for step in path:
-            key = jax.random.fold_in(key, step)
-        return key
-
     def init(seed: int) -> State:
         with _on_host():
             if evolves_population:
                 first, worst = first_population(seed), jnp.full(population, _WORST)
-                return algorithm.init(key(seed, 0), first, worst, settings)
+                return algorithm.init(_key(seed, 0), first, worst, settings)
             means = jnp.zeros((_SV_POPULATIONS, dimension) if name in _SVES else dimension)
-            return algorithm.init(key(seed, 0), means, settings)
+            return algorithm.init(_key(seed, 0), means, settings)
 
     def first_population(seed: int) -> jax.Array:
-        return jax.random.normal(key(seed, 1), (population, dimension)).at[0].set(0.0)
+        return jax.random.normal(_key(seed, 1), (population, dimension)).at[0].set(0.0)
 
     def ask(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
         with _on_host():
             if evolves_population and generation == 0:
                 x_PxD = first_population(seed)
             else:
-                x_PxD, state = algorithm.ask(key(seed, 2, generation), state, settings)
+                x_PxD, state = algorithm.ask(_key(seed, 2, generation), state, settings)
             return start + np.float32(sigma) * np.asarray(x_PxD), state
 
     def tell(
@@ -116,13 +110,20 @@ def evosax(
         x_PxD = (z_PxD - start) / np.float32(sigma)
         with _on_host():
             if evolves_population and generation == 0:
-                return algorithm.init(key(seed, 0), x_PxD, cost_P, settings)
+                return algorithm.init(_key(seed, 0), x_PxD, cost_P, settings)
             if name in _SVES:
                 x_PxD = x_PxD.reshape(_SV_POPULATIONS, -1, dimension)
-            state, _ = algorithm.tell(key(seed, 3, generation), x_PxD, cost_P, state, settings)
+            state, _ = algorithm.tell(_key(seed, 3, generation), x_PxD, cost_P, state, settings)
             return state
 
     return Strategy(population, init, ask, tell)
+
+
+def _key(seed: int, *path: int) -> jax.Array:
+    key = jax.random.key(seed)
+    for step in path:
+        key = jax.random.fold_in(key, step)
+    return key
 
 
 @contextmanager

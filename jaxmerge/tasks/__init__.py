@@ -9,6 +9,7 @@ from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
 from jaxmerge.tasks.instructions import instructions
 from jaxmerge.tasks.programs import programs
+from jaxmerge.tasks.reasoning_gym import reasoning_gym
 from jaxmerge.tasks.sorting import sorting
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -17,4 +18,5 @@ TASKS: dict[str, Callable[..., Task]] = {
     "programs": programs,
     "sorting": sorting,
     "counting": counting,
+    "reasoning_gym": reasoning_gym,
 }

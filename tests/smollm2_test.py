@@ -1,0 +1,102 @@
+"""A real model: SmolLM2-135M-Instruct, converted from its package, against transformers."""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxmerge.checkpoints import huggingface, orbax
+from jaxmerge.checkpoints.pool import load
+from jaxmerge.generate import generate
+from jaxmerge.models.architecture import DecoderConfig
+from jaxmerge.models.decoder import decoder
+from jaxmerge.sharding import make_mesh
+from jaxmerge.tasks import TASKS
+from jaxmerge.tokenizer import Pretrained
+
+ROOT = Path(__file__).parents[1]
+NEW_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """The model as tools/smollm2.py makes it, in bfloat16; made once and kept where pools are."""
+    path = ROOT / "pools" / "smollm2-instruct"
+    if not path.exists():
+        command = [sys.executable, str(ROOT / "tools" / "smollm2.py"), f"--out={path}"]
+        subprocess.run(command, check=True)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ours(directory):
+    """Model and float32 parameters, as jaxmerge reads them."""
+    source = huggingface.describe("smollm2", orbax.absolute(directory))
+    fields = {k: v for k, v in source.architecture.items() if k != "model"}
+    model = decoder(DecoderConfig.from_plain(fields))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return model, load([source], mesh, model.sharding_rules, dtype="float32").trees[0]
+
+
+@pytest.fixture(scope="module")
+def theirs(directory):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(directory):
+    """50 prompts of three tasks in the chat template, padded on the left."""
+    tokenizer = Pretrained(directory, chat=True)
+    texts = [
+        example.prompt
+        for name in ("arithmetic", "instructions", "sorting")
+        for example in TASKS[name](train=0, search=17, test=0).splits["search"]
+    ][:50]
+    rows = [tokenizer.prompt(text) for text in texts]
+    T = max(map(len, rows))
+    tokens_BxT = np.zeros((len(rows), T), np.int32)
+    for row, tokens in zip(tokens_BxT, rows):
+        row[T - len(tokens) :] = tokens
+    return tokens_BxT, np.array([T - len(tokens) for tokens in rows], np.int32), tokenizer.stops
+
+
+@pytest.mark.slow
+def test_logits_are_those_of_transformers(ours, theirs, prompts):
+    model, params = ours
+    tokens_BxT, padding_B, _ = prompts
+    longest = tokens_BxT[padding_B == 0][:4]
+    found = np.asarray(jax.jit(model.apply)(params, jnp.asarray(longest)))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(longest, dtype=torch.long)).logits.numpy()
+    # float32 through 30 layers in another order of sums: the largest logits are about 30, and
+    # roundings of 6e-8 add up to a few 1e-5 of that.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_fifty_greedy_continuations_are_those_of_transformers(ours, theirs, prompts):
+    """Token for token, up to where each text ends."""
+    model, params = ours
+    tokens_BxT, padding_B, stops = prompts
+    assert len(tokens_BxT) == 50
+    program = jax.jit(functools.partial(generate, model, max_new_tokens=NEW_TOKENS, stops=stops))
+    found = np.asarray(program(params, jnp.asarray(tokens_BxT), jnp.asarray(padding_B)))
+    slots = np.arange(tokens_BxT.shape[1])
+    with torch.no_grad():
+        out = theirs.generate(
+            torch.tensor(tokens_BxT, dtype=torch.long),
+            attention_mask=torch.tensor(slots[None] >= padding_B[:, None]).long(),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=stops[0],
+        )
+    expected = out[:, tokens_BxT.shape[1] :].numpy()
+    np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+    assert len(np.unique(found, axis=0)) > 20
