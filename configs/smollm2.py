@@ -38,5 +38,5 @@ def get_config() -> Config:
     config.objective.search_examples = 64
     config.objective.test_examples = 192
     config.evaluate.batch_size = 64
-    config.search.budget = 60
+    config.search.budget = 50
     return config

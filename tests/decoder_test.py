@@ -47,10 +47,9 @@ def compiled_apply(config: DecoderConfig) -> Callable[[PyTree, jax.Array], jax.A
 def reference(config: DecoderConfig, params: PyTree, tokens_T: np.ndarray) -> np.ndarray:
     """Logits of one sequence in float64, one head and one layer at a time."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    T, C = len(tokens_T), config.head_width
-    angle_TxC = np.arange(T)[:, None] / config.attention[0].rope.theta ** (
-        np.arange(C // 2) / (C // 2)
-    )
+    T, C, rope = len(tokens_T), config.head_width, config.attention[0].rope
+    assert rope is not None
+    angle_TxC = np.arange(T)[:, None] / rope.theta ** (np.arange(C // 2) / (C // 2))
     turn_TxC = np.exp(1j * angle_TxC)
 
     def norm(x_TxD, scale):
