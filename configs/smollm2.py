@@ -33,8 +33,8 @@ def get_config() -> Config:
     config.pool.system = "Give only the answer."
     config.mesh.cpu_devices = 1
     config.tasks = TASKS
-    config.objective.tasks = ("sums", "letters", "sequence")
-    config.heldout = ("reorder", "equations")
+    config.objective.tasks = ("sums", "sequence", "reorder")
+    config.heldout = ("letters", "equations")
     config.objective.search_examples = 64
     config.objective.test_examples = 192
     config.evaluate.batch_size = 64

@@ -136,7 +136,9 @@ def test_transformers_scores_the_winner_alike(finished):
             )
         text = tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
         scores.append(task.judge(example, str(text)))
-    assert np.mean(np.asarray(scores, np.float32)) == pytest.approx(found["best"]["test"]["generation"])
+    assert np.mean(np.asarray(scores, np.float32)) == pytest.approx(
+        found["best"]["test"]["generation"]
+    )
     assert len(set(scores)) > 1
 
 

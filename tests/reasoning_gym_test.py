@@ -11,8 +11,6 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.tasks.reasoning_gym import REFUSED, reasoning_gym
 from jaxmerge.tasks.splits import owner
 
-pytest.importorskip("reasoning_gym")
-
 SIZES = {"train": 60, "search": 30, "test": 40}
 DATASETS = {
     "chain_sum": {"max_terms": 2, "max_digits": 2},

