@@ -50,7 +50,11 @@ def save(path: Path, like: Path, **options: Any) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("variant", ["llama biases", "smollm2", "phi3", "qwen3 moe"])
+@pytest.mark.parametrize(
+    "variant",
+    ["llama biases", "smollm2", "mistral", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3"]
+    + ["cohere", "cohere2", "olmo2", "phi3", "mixtral", "qwen3 moe"],
+)
 def test_the_bytes_of_transformers(tmp_path, variant):
     """Read and written again, the file is what transformers itself had written."""
     directory = Path(huggingface_models.tiny(variant).directory)

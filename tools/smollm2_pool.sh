@@ -4,12 +4,12 @@
 # usage: bash tools/smollm2_pool.sh      about 25 minutes on 2 cores, once the model is there
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python="${PYTHON:-.venv/bin/python}"
-config="${CONFIG:-configs/smollm2.py}"
-[ -e pools/smollm2-instruct ] || "$python" tools/smollm2.py --out=pools/smollm2-instruct
+bash tools/install.sh tools,reasoning-gym
+[ -e pools/smollm2-instruct ] || .venv/bin/python tools/smollm2.py --out=pools/smollm2-instruct
 
 finetune() {
-  [ -e "pools/smollm2/$1" ] || "$python" tools/finetune.py --config="$config" --out="pools/smollm2/$1" "${@:2}"
+  [ -e "pools/smollm2/$1" ] ||
+    .venv/bin/python tools/finetune.py --config=configs/smollm2.py --out="pools/smollm2/$1" "${@:2}"
 }
 
 finetune sums --mixture=sums --steps=60 --learning_rate=1e-4 --seed=1

@@ -36,7 +36,7 @@ class Computing(NamedTuple):
     finite: Bool[Array, ""]
 
 
-def start(leaf: Array) -> Computing:
+def start(leaf: Array | np.ndarray) -> Computing:
     """Begins to digest a leaf, where it is, and returns at once."""
     return Computing(*_leaf_digest(leaf, _hashes(leaf.shape, leaf.dtype)))
 
