@@ -31,12 +31,12 @@ def get_config() -> Config:
     config.pool.dtype = "float32"
     config.pool.chat = True
     config.pool.system = "Give only the answer."
-    config.mesh.cpu_devices = 1
+    config.mesh.cpu_devices = 2
     config.tasks = TASKS
     config.objective.tasks = ("sums", "sequence", "reorder")
     config.heldout = ("letters", "equations")
     config.objective.search_examples = 64
-    config.objective.test_examples = 192
+    config.objective.test_examples = 128
     config.evaluate.batch_size = 64
-    config.search.budget = 50
+    config.search.budget = 40
     return config

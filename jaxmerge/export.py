@@ -34,6 +34,31 @@ def check(formats: Sequence[str], dtype: str) -> None:
         )
 
 
+def check_like(formats: Sequence[str], like: str, abstract: PyTree) -> None:
+    """Raises `JaxmergeError` unless leaves can be written as the model of a directory.
+
+    Args:
+        formats: of `FORMATS`.
+        like: Hugging Face directory, or "" when there is none.
+        abstract: tree of the merged model's leaves.
+    """
+    if "huggingface" not in formats or not like:
+        return
+    expected = dict(huggingface.layout(like).shapes)
+    found = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if wrong:
+        raise JaxmergeError(
+            f"the checkpoints can't be written as the model of {like}",
+            where="export.formats",
+            expected='leaves of the same names and shapes, or formats=("orbax",)',
+            found="; ".join(
+                f"{name} {found.get(name, 'missing')}, there {expected.get(name, 'missing')}"
+                for name in sorted(wrong)[:5]
+            ),
+        )
+
+
 def export(
     path: Path,
     abstract: PyTree,

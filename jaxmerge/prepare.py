@@ -19,6 +19,7 @@ from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
+from jaxmerge.export import check_like
 from jaxmerge.models import families
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
@@ -94,7 +95,8 @@ def find_checkpoints(config: Config) -> tuple[Source, ...]:
     """The pool's checkpoints, compared with each other; no data are read.
 
     Raises:
-        JaxmergeError: they can't be merged: other leaves, shapes or vocabularies.
+        JaxmergeError: they can't be merged, having other leaves, shapes or vocabularies; or the
+            merge can't be exported.
     """
     pool = config.pool
     sources = survey(pool.checkpoints, subtree=pool.subtree, base=pool.base, dtype=pool.dtype)
@@ -103,6 +105,8 @@ def find_checkpoints(config: Config) -> tuple[Source, ...]:
     with_tokenizer = [directory for directory in directories if is_in(directory)]
     if with_tokenizer:
         check_same_vocabulary(with_tokenizer)
+    like = huggingface_directory(config, sources)
+    check_like(config.export.formats, like, sources[0].abstract)
     return sources
 
 
@@ -160,6 +164,8 @@ def _tokenizer(config: Config, sources: Sequence[Source], model: Model) -> Token
         )
     if os.path.isdir(named):
         return Pretrained(named, chat=pool.chat, system=pool.system)
+    if ":" not in named:
+        raise JaxmergeError("there is no such directory", where="pool.tokenizer", found=named)
     return configs.imported(named, "pool.tokenizer")()
 
 

@@ -217,3 +217,22 @@ def test_exports_that_do_not_exist(llamas, tmp_path, field, value, said):
     with pytest.raises(JaxmergeError, match=said):
         run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_of_another_shape_is_refused_at_the_start(llamas, gpt2s, tmp_path):
+    """Not when the winner is to be written, hours later."""
+    config = _config(llamas)
+    config.pool.base = str(gpt2s / "first")
+    with pytest.raises(JaxmergeError, match="can't be written as the model of") as caught:
+        run(config, str(tmp_path / "run"))
+    assert caught.value.where == "export.formats"
+    assert "embedding (40, 16), there missing" in caught.value.found
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_not_there(llamas, tmp_path):
+    config = _config(llamas)
+    config.pool.tokenizer = "no/such/tokenizer"
+    with pytest.raises(JaxmergeError, match="no such directory") as caught:
+        run(config, str(tmp_path / "run"))
+    assert caught.value.where == "pool.tokenizer"
