@@ -75,9 +75,8 @@ def test_logits_are_those_of_transformers(ours, theirs, prompts):
     found = np.asarray(jax.jit(model.apply)(params, jnp.asarray(longest)))
     with torch.no_grad():
         expected = theirs(torch.tensor(longest, dtype=torch.long)).logits.numpy()
-    # float32 through 30 layers in another order of sums: the largest logits are about 30, and
-    # roundings of 6e-8 add up to a few 1e-5 of that.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    # float32 through 30 layers, sums in another order: 5e-6 of the largest logit (34) was seen.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
 
 
 @pytest.mark.slow
