@@ -69,8 +69,9 @@ def default() -> Config:
     config.objective.test_examples = 1000  # of each task; they are what is reported
     config.heldout = ()  # tasks that the search never sees, scored for winner and best individual
 
-    # Arguments of tasks by name, such as tasks.sums = {"builder": "my_tasks:sums", "digits": 3}.
-    # A builder is called with them and with search and test (numbers of examples).
+    # Arguments of tasks by name, such as tasks.sums = {"builder": "my_tasks:sums", "digits": 3}, or
+    # tasks.sums = {"builder": "reasoning_gym", "dataset": "chain_sum"}. A builder is called with
+    # them and with search and test (numbers of examples).
     config.tasks = ml_collections.ConfigDict()
 
     config.merge = ml_collections.ConfigDict()

@@ -27,7 +27,7 @@ from jaxmerge.models.model import Model, from_apply
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
 from jaxmerge.sharding import make_mesh
-from jaxmerge.tasks import TASKS
+from jaxmerge.tasks import BUILDERS
 from jaxmerge.tasks.common import Task
 from jaxmerge.tokenizer import Bytes, Pretrained, Tokenizer, check_same_vocabulary, is_in
 
@@ -173,8 +173,7 @@ def build_task(config: Config, name: str) -> Task:
     """The task of this name, with the arguments and sizes that the config gives it."""
     arguments = config.tasks.get(name, ml_collections.ConfigDict()).to_dict()
     builder = arguments.pop("builder", name)
-    known = TASKS.get(builder)
-    build = known or configs.imported(builder, f"tasks.{name}.builder")
+    build = BUILDERS.get(builder) or configs.imported(builder, f"tasks.{name}.builder")
     sizes = {
         "search": config.objective.search_examples,
         "test": config.objective.test_examples,

@@ -23,6 +23,7 @@ import functools
 import logging as python_logging
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -220,6 +221,7 @@ def console() -> None:
     if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(f"{(__doc__ or '').strip()}\n\n{configs.reference()}")
         return
+    signal.signal(signal.SIGINT, _stop)
     sys.path.insert(0, os.getcwd())  # for the import paths in configs
     config_flags.DEFINE_config_file("config", None, "Path of the config file.")
     flags.DEFINE_enum("mode", "search", ["search", "merge"], "What to do.")
@@ -232,9 +234,12 @@ def console() -> None:
         os._exit(
             2
         )  # at once: reads that Orbax gave up would complain of it while Python shuts down
-    except KeyboardInterrupt:
-        print("jaxmerge: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+
+
+def _stop(*_: Any) -> None:
+    """Ends the process at once: a KeyboardInterrupt inside a callback of JAX would be lost."""
+    print("\njaxmerge: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

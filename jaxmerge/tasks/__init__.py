@@ -18,5 +18,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     "programs": programs,
     "sorting": sorting,
     "counting": counting,
-    "reasoning_gym": reasoning_gym,
 }
+# What `builder` of a task in a config may name besides import paths.
+BUILDERS: dict[str, Callable[..., Task]] = {**TASKS, "reasoning_gym": reasoning_gym}
