@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         for task in tasks:
             theirs, ours = score(model.eval(), tokenizer, task, FLAGS.batch), found[task.name]
             differing += abs(theirs - ours) > 1e-6
-            print(f"{task.name:<16} transformers {theirs:.4f}  jaxmerge {ours:.4f}", flush=True)
+            print(f"{task.name:<16} transformers {theirs:.6f}  jaxmerge {ours:.6f}", flush=True)
     except (JaxmergeError, OSError) as error:
         print(f"verify_export: {error}", file=sys.stderr)
         sys.exit(2)
