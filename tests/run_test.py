@@ -47,7 +47,7 @@ def _tiny(config, pool: Path):
     config.objective.search_examples = 10
     config.objective.test_examples = 20
     config.evaluate.batch_size = 8
-    config.search.population = 4
+    config.search.population, config.search.init = 4, ()
     config.search.budget = 14
     config.search.save_seconds = 0.0
     config.compilation_cache = ""
