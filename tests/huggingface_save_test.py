@@ -25,8 +25,8 @@ def complete(tmp_path_factory) -> Path:
     """A model with all that belongs to it, and things that must not be copied."""
     path = copied("llama", tmp_path_factory.mktemp("complete") / "model")
     words = {f"w{i}": i for i in range(huggingface_models.VOCAB - 1)} | {"[UNK]": 95}
-    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    whole: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="[UNK]")
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     fast.save_pretrained(path)
@@ -159,15 +159,16 @@ def test_whole_or_not_at_all(tmp_path, complete):
     with pytest.raises(KeyboardInterrupt):
         huggingface.save(tmp_path / "out", layout, fails, **arguments)
     assert not list(tmp_path.iterdir())
+    leaf = named_leaves(tree).__getitem__
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "empty").mkdir()
     for name in ("mine", "dangling", "empty"):
         with pytest.raises(JaxmergeError, match="something here"):
-            huggingface.save(tmp_path / name, layout, named_leaves(tree).get, **arguments)  # type: ignore
+            huggingface.save(tmp_path / name, layout, leaf, **arguments)
     assert (tmp_path / "mine").read_text() == "mine"
     with pytest.raises(JaxmergeError, match="can't be written") as caught:
-        huggingface.save(tmp_path / "mine" / "x", layout, named_leaves(tree).get, **arguments)  # type: ignore
+        huggingface.save(tmp_path / "mine" / "x", layout, leaf, **arguments)
     assert caught.value.where == str(tmp_path / "mine" / "x")
 
 
