@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes the pool of configs/smollm2.py: six full fine-tunes and two LoRA adapters of one model.
 # They differ in mixture, rate and seed. What is there already is left as it is.
-# usage: bash tools/smollm2_pool.sh      about 25 minutes on 2 cores, once the model is there
+# usage: bash tools/smollm2_pool.sh      about 35 minutes on 2 cores, once the model is there
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/install.sh tools,reasoning-gym
