@@ -24,7 +24,7 @@ Keep = Callable[[str, jax.Array], Any]
 
 _THREADS = min(os.cpu_count() or 1, 8)
 _CHUNK = 2**23  # bytes that a thread reads at once
-_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _SHORT = 2**16  # bytes below which a read costs more than its bytes
 
 
@@ -162,7 +162,7 @@ class _LeafReader:
 def _fresh(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Memory of its own, in pages: on the CPU, JAX takes it over instead of copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    # All pages at once: a fault for each takes longer. np.empty would ask for huge pages, which
-    # come slowly where the system has none at hand (BUILD.md, "Loading").
+    # The threads that read take the page faults, side by side. np.empty would ask for huge pages,
+    # which come slowly where the system has none at hand (BUILD.md, "Loading").
     memory = np.frombuffer(mmap.mmap(-1, max(size, 1), flags=_FLAGS), np.uint8)
     return memory[:size].view(dtype).reshape(shape)
