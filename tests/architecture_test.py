@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxmerge"
 
 # Lowest first. A module may import modules of lower layers, and of its own layer.
 LAYERS = (
-    {"errors", "trees", "pareto", "stats", "tokenizer", "models"},
+    {"errors", "trees", "pareto", "stats", "requests", "tokenizer", "models"},
     {"sharding", "merge", "space"},
     {"checkpoints", "generate"},
     {"tasks"},

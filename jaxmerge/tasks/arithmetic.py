@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.kinds import generation
 from jaxmerge.tasks.splits import draw_splits
 
 
@@ -25,4 +26,4 @@ def arithmetic(*, seed: int = 0, train: int = 1000, search: int = 192, test: int
     """
     sizes = {"train": train, "search": search, "test": test}
     splits = draw_splits(_draw, name="arithmetic", seed=seed, **sizes)
-    return Task("arithmetic", "generation", splits, max_new_tokens=4)
+    return generation("arithmetic", splits, max_new_tokens=4)

@@ -1,10 +1,12 @@
-"""What a task is: examples by split, and how an answer becomes a score in [0, 1]."""
+"""What a task is: examples by split, what a model is asked about each, and how it is judged."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any
+
+from jaxmerge.requests import Request, Response
 
 SPLITS = ("train", "search", "test")
 
@@ -17,40 +19,36 @@ class Example:
         prompt: what the model reads.
         target: the answer that the judge compares with; for multiple choice the right choice.
         choices: the options of a multiple choice; empty for generation.
+        data: whatever else the task needs to ask or to judge.
     """
 
     prompt: str
-    target: str
+    target: str = ""
     choices: tuple[str, ...] = ()
-
-
-Judge = Callable[[Example, str], float]  # (example, text the model wrote) -> score in [0, 1]
-
-
-def exact(example: Example, output: str) -> float:
-    """1 when the output is the target, white space at the ends aside."""
-    return float(output.strip() == example.target.strip())
+    data: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A set of questions with disjoint splits.
+    """A set of questions with disjoint splits. `tasks.kinds` makes the usual ones.
 
     Attributes:
         name: unique in a run; the key of its scores.
-        kind: `generation`: the model writes greedily and `judge` scores the text;
-            `multiple_choice`: the choice of highest log-likelihood is compared with the target.
         splits: examples by split name. `search` steers the search, `test` is what is reported,
             `train` is for making checkpoints and few-shot prompts.
-        judge: scores a generated text.
-        max_new_tokens: tokens a generation may have.
-        normalize: multiple choice: divide a choice's log-likelihood by its `bytes` or `tokens`, or
-            by nothing (`none`).
+        requests: what a model is asked about an example, at least one request.
+        judge: from the responses, in the order of the requests, to the example's score; higher is
+            better. It must be deterministic: equal responses are judged once.
+        bounds: the least and the greatest score that there can be.
+        judge_threads: how many examples are judged at a time: 1 for a judge that computes, more for
+            one that waits for other programs.
+        warning: what whoever searches over this task should know; "": nothing.
     """
 
     name: str
-    kind: Literal["generation", "multiple_choice"]
     splits: Mapping[str, Sequence[Example]]
-    judge: Judge = exact
-    max_new_tokens: int = 32
-    normalize: Literal["none", "bytes", "tokens"] = "none"
+    requests: Callable[[Example], Sequence[Request]]
+    judge: Callable[[Example, Sequence[Response]], float]
+    bounds: tuple[float, float] = (0.0, 1.0)
+    judge_threads: int = 1
+    warning: str = ""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.kinds import generation
 from jaxmerge.tasks.splits import draw_splits
 
 # What targets are written with; a judge takes any word, listed here or not.
@@ -135,4 +136,4 @@ def instructions(*, seed: int = 0, train: int = 1000, search: int = 192, test: i
     """
     sizes = {"train": train, "search": search, "test": test}
     splits = draw_splits(_draw, name="instructions", seed=seed, **sizes)
-    return Task("instructions", "generation", splits, judge=follows, max_new_tokens=12)
+    return generation("instructions", splits, follows, max_new_tokens=12)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.kinds import multiple_choice
 from jaxmerge.tasks.splits import draw_splits
 
 # Statements and a last expression, what it evaluates to, and what a careless reader would say.
@@ -75,4 +76,4 @@ def programs(*, seed: int = 0, train: int = 1000, search: int = 192, test: int =
     """
     sizes = {"train": train, "search": search, "test": test}
     splits = draw_splits(_draw, name="programs", seed=seed, **sizes)
-    return Task("programs", "multiple_choice", splits)
+    return multiple_choice("programs", splits)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.kinds import Form, generation
 from jaxmerge.tasks.splits import draw_splits
 
 # Their judges run the model's answer as Python: eval, or SymPy's parse_expr, which calls it.
@@ -33,6 +35,11 @@ def reasoning_gym(
     search: int = 192,
     test: int = 1000,
     max_new_tokens: int = 32,
+    until: Sequence[str] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    form: Form = "",
+    shots: int = 0,
     **arguments: Any,
 ) -> Task:
     """A data set of reasoning-gym, scored by its own judge; `Calculate 5 - 3 - 6.` -> `-4`.
@@ -42,6 +49,7 @@ def reasoning_gym(
         seed: which examples are drawn.
         train: examples in that split; `search` and `test` alike.
         max_new_tokens: tokens an answer may have.
+        until: see `kinds.generation`; `temperature`, `top_p`, `form` and `shots` alike.
         arguments: fields of the data set's own configuration, such as `max_terms=2`; `size` is
             the number of problems to draw from.
 
@@ -51,25 +59,32 @@ def reasoning_gym(
     """
     where = f"task {dataset}"
     problems = _create(dataset, {"size": _SIZE, **arguments, "seed": seed}, where)
-    drawn: dict[str, Any] = {}
 
     def draw(rng: np.random.Generator) -> Example:
         problem = problems[int(rng.integers(len(problems)))]
-        example = Example(problem["question"], problem["answer"] or "")
-        drawn.setdefault(example.prompt, problem)  # like draw_splits, which keeps the first
-        return example
+        return Example(problem["question"], problem["answer"] or "", data=problem)
 
     sizes = {"train": train, "search": search, "test": test}
     splits = draw_splits(draw, name=dataset, seed=seed, **sizes)
-    asked = {one.prompt: drawn[one.prompt] for examples in splits.values() for one in examples}
 
     def judge(example: Example, output: str) -> float:
         try:
-            return float(problems.score_answer(output.strip(), asked[example.prompt]))
+            return float(problems.score_answer(output.strip(), example.data))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return 0.0  # some judges stumble over an answer that they cannot read
 
-    return Task(dataset, "generation", splits, judge, max_new_tokens)
+    return generation(
+        dataset,
+        splits,
+        judge,
+        max_new_tokens=max_new_tokens,
+        until=until,
+        temperature=temperature,
+        top_p=top_p,
+        form=form,
+        shots=shots,
+        seed=seed,
+    )
 
 
 def _create(dataset: str, arguments: dict[str, Any], where: str) -> Any:
