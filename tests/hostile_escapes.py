@@ -180,7 +180,7 @@ ESCAPES: dict[str, tuple[str, str]] = {
                 text = repr((entries, dict(os.environ)))
                 return "won" if "SECRET" in text else "only " + " ".join(sorted(os.environ))
         """),
-        "only LC_CTYPE PWD PYTHONHOME",
+        "only LC_CTYPE PWD PYTHONHASHSEED PYTHONHOME",
     ),
     "read /proc": (_attempt("open('/proc/HOST_PID/environ')"), "ENOENT"),
     "mount /proc": (_call("libc.mount(b'proc', b'/tmp', b'proc', 0, None)"), "EPERM"),

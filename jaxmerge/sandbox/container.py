@@ -129,7 +129,7 @@ def _command(tmp_bytes: int, calls: int, info: int) -> list[str]:
     inner += sized if _version(bwrap) >= _SIZES_TMPFS else ("--dir", "/tmp")
     inner += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
     inner += ["--setenv", "PYTHONHOME", f"{sys.base_prefix}:{sys.base_exec_prefix}"]
-    inner += ["--seccomp", str(calls)]
+    inner += ["--setenv", "PYTHONHASHSEED", "0", "--seccomp", str(calls)]
     if os.geteuid() == 0:
         inner = [*_as_nobody(bwrap, binds, info), *inner]
     else:
