@@ -22,6 +22,18 @@ from tests.hostile_fakes import FAKES
 
 CHECKOUT = Path(__file__).parents[1]
 LIMITS = Limits(wall_seconds=5.0, cpu_seconds=1, memory_bytes=2**27)
+# Attacks that do no harm where nothing contains them.
+HARMLESS = (
+    "thread bomb",
+    "memory bomb",
+    "file in memory",
+    "read the checkout",
+    "read /etc",
+    "read the environment",
+    "read /proc",
+    "tcp",
+    "abstract socket",
+)
 # An argument, the body of `def f(x)`, and the value that it should return; all as text.
 BENIGN = {
     "nothing": ("0", "pass", "None"),
@@ -113,13 +125,27 @@ def test_a_right_program_passes_and_no_other_value_does(name):
     assert not check_program(program, wrong, "f", limits=LIMITS).passed
 
 
+def _filled_in(program, host):
+    for word, meaning in host.items():
+        program = program.replace(word, meaning)
+    return program
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_an_attack_wins_where_there_is_no_sandbox(name, host):
+    program = f"{_filled_in(ESCAPES[name][0], host)}\nprint(attack())"
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "won\n"
+
+
 @pytest.mark.parametrize("name", ESCAPES)
 def test_nothing_gets_out(name, host, marker):
     program, stopped = ESCAPES[name]
-    for word, meaning in host.items():
-        program = program.replace(word, meaning)
     passed, what = check_program(
-        program, 'got = candidate()\nassert got == "won", got', "attack", limits=LIMITS
+        _filled_in(program, host),
+        'got = candidate()\nassert got == "won", got',
+        "attack",
+        limits=LIMITS,
     )
     assert not passed
     assert re.fullmatch(f'assert got == "won", got: AssertionError: ({stopped})', what), what

@@ -46,7 +46,8 @@ def human_eval(
     seed: int = 0,
     form: Literal["text", "chat"] = "text",
     max_new_tokens: int = 512,
-    limits: Limits | None = None,
+    wall_seconds: float = 10.0,
+    cpu_seconds: int = 3,
 ) -> Task:
     """A function is written from its signature and docstring; the score of a problem is its pass@k.
 
@@ -68,7 +69,8 @@ def human_eval(
         form: `text`: the model goes on from the prompt until the function has ended; `chat`: it is
             asked for the whole function, and the block of code in its answer is taken.
         max_new_tokens: tokens that a program may have.
-        limits: what a program may use.
+        wall_seconds: for a program and its tests; `cpu_seconds` of processor time alike. See
+            `sandbox.Limits`.
 
     Raises:
         JaxmergeError: the package or bubblewrap is missing; k is more than `samples`; several
@@ -76,6 +78,7 @@ def human_eval(
     """
     _validate(samples, k, temperature, form)
     require("task human_eval")
+    limits = Limits(wall_seconds=wall_seconds, cpu_seconds=cpu_seconds)
     examples = [_example(problem, form) for problem in problems()]
     owned = {
         split: [example for example in examples if _owner(example.data["prompt"]) == split]
