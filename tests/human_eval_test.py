@@ -5,10 +5,14 @@ import itertools
 import statistics
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluate import Evaluator
 from jaxmerge.requests import Generate, Sampling
+from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tasks import BUILDERS
 from jaxmerge.tasks.human_eval import (
     _validate,
@@ -18,6 +22,8 @@ from jaxmerge.tasks.human_eval import (
     passes,
     problems,
 )
+from jaxmerge.tokenizer import Bytes
+from tests import tiny
 
 
 def _drawn(task, number):
@@ -69,6 +75,17 @@ def test_fences_are_for_chats_only():
     fenced = f"It is:\n```python\n{example.data['prompt']}{example.target}```\nas asked."
     assert chat.judge(example, [fenced]) == 1.0
     assert text.judge(example, [fenced]) == 0.0
+
+
+@pytest.mark.slow
+def test_candidates_are_scored_on_it():
+    """From the search for weights to the sandbox; a random model writes no Python."""
+    mesh, model = make_mesh(), tiny.model()
+    trees = [jax.device_put(t, shardings(t, model.sharding_rules, mesh)) for t in tiny.trees(2)]
+    task = human_eval(search=2, samples=2, k=1, temperature=0.5, max_new_tokens=4)
+    evaluator = Evaluator(trees, model, Bytes(), [task], "search", mesh, candidates_per_step=2)
+    scores = evaluator(np.array([[1.0, 0.0], [0.5, 0.5]]))
+    np.testing.assert_array_equal(scores["human_eval"], np.zeros((2, 2)))
 
 
 def test_a_task_asks_greedily_and_stops_where_the_function_ends():
