@@ -57,25 +57,22 @@ def container(
         JaxmergeError: bubblewrap is missing, or the machine is of a kind that is not known.
     """
     told, tell = os.pipe()
-    with (
-        open(told, "rb") as info,
-        open(tell, "wb") as into,
-        in_memory(seccomp.filter_program()) as calls,
-    ):
-        process = subprocess.Popen(
-            [*_command(tmp_bytes, calls.fileno(), into.fileno()), source],
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=(into.fileno(), calls.fileno(), *descriptors),
-            env={},
-        )
-        into.close()
-        first = _first_process(info.read())
-    try:
-        yield
-    finally:
-        _end(process, first)
+    with open(told, "rb") as info:
+        with open(tell, "wb") as into, in_memory(seccomp.filter_program()) as calls:
+            process = subprocess.Popen(
+                [*_command(tmp_bytes, calls.fileno(), into.fileno()), source],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=(into.fileno(), calls.fileno(), *descriptors),
+                env={},
+            )
+        first = None
+        try:
+            first = _first_process(info.read())
+            yield
+        finally:
+            _end(process, first)
 
 
 def _first_process(info: bytes) -> int | None:

@@ -1,4 +1,4 @@
-"""Tasks: questions with disjoint splits, judged by exact programs."""
+"""Tasks: questions with disjoint splits, judged by programs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
 from jaxmerge.tasks.human_eval import human_eval
 from jaxmerge.tasks.instructions import instructions
+from jaxmerge.tasks.jsonl import jsonl
 from jaxmerge.tasks.programs import programs
 from jaxmerge.tasks.reasoning_gym import reasoning_gym
 from jaxmerge.tasks.sorting import sorting
+from jaxmerge.tasks.text import text
 
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
@@ -24,5 +26,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 BUILDERS: dict[str, Callable[..., Task]] = {
     **TASKS,
     "human_eval": human_eval,
+    "jsonl": jsonl,
+    "perplexity": text,
     "reasoning_gym": reasoning_gym,
 }
