@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,15 +21,12 @@ from jaxmerge.requests import Response
 from jaxmerge.sandbox import Limits, check_program, require
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.kinds import generation
+from jaxmerge.tasks.splits import divide, public
 
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # as in the paper: the function has ended
 _INSTRUCTION = (
     "Complete this Python function. Answer with one block of code that holds the whole function and"
     " the imports that it needs.\n\n```python\n{prompt}```"
-)
-_WARNING = (
-    "HumanEval is a known public test set of 164 problems; once it has steered a search, scores on"
-    " it no longer measure generalisation, not even those of its test split."
 )
 _MOST_THREADS = 16
 
@@ -54,8 +50,8 @@ def human_eval(
     pass@k = 1 - C(n - c, k) / C(n, k), where c of n samples pass the tests: the unbiased estimate
     of the probability that one of k samples passes.
 
-    The CRC-32 of a problem's prompt decides its split: 0 or 1 modulo 5 is `search`, the rest is
-    `test`. These are 61 and 103 problems, in the order of the data set. There is no train split.
+    The prompt of a problem decides its split (`splits.divide`): 61 are `search`, 103 are `test`.
+    There is no train split.
 
     Args:
         search: problems of that split at most; `test` alike. To ask for more than there are is no
@@ -80,10 +76,9 @@ def human_eval(
     require("task human_eval")
     limits = Limits(wall_seconds=wall_seconds, cpu_seconds=cpu_seconds)
     examples = [_example(problem, form) for problem in problems()]
-    owned = {
-        split: [example for example in examples if _owner(example.data["prompt"]) == split]
-        for split in ("search", "test")
-    }
+    splits = divide(
+        examples, lambda each: each.data["prompt"], name="human_eval", search=search, test=test
+    )
 
     def judge(example: Example, responses: Sequence[Response]) -> float:
         name = example.data["entry_point"]
@@ -95,7 +90,7 @@ def human_eval(
 
     task = generation(
         "human_eval",
-        {"search": tuple(owned["search"][:search]), "test": tuple(owned["test"][:test])},
+        splits,
         max_new_tokens=max_new_tokens,
         until=_STOPS if form == "text" else (),
         temperature=temperature,
@@ -105,7 +100,7 @@ def human_eval(
         form=form,
         judge_threads=min(os.cpu_count() or 1, _MOST_THREADS),
     )
-    return dataclasses.replace(task, judge=judge, warning=_WARNING)
+    return dataclasses.replace(task, judge=judge, warning=public("HumanEval"))
 
 
 def problems() -> list[dict[str, str]]:
@@ -155,10 +150,6 @@ def block_of_code(response: str, name: str) -> str:
 def pass_at_k(samples: int, passed: int, k: int) -> float:
     """The unbiased estimate 1 - C(n - c, k) / C(n, k) from c of n samples that passed."""
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
-
-
-def _owner(prompt: str) -> str:
-    return "search" if zlib.crc32(prompt.encode()) % 5 < 2 else "test"
 
 
 def _example(problem: dict[str, str], form: str) -> Example:
