@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxmerge"
 LAYERS = (
     {"errors", "trees", "pareto", "stats", "requests", "tokenizer", "models"},
     {"sharding", "merge", "space"},
-    {"checkpoints", "generate", "batches"},
+    {"checkpoints", "generate", "batches", "sandbox"},
     {"respond", "tasks"},
     {"evaluate"},
     {"rundir"},

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxmerge.tasks.arithmetic import arithmetic
 from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
+from jaxmerge.tasks.human_eval import human_eval
 from jaxmerge.tasks.instructions import instructions
 from jaxmerge.tasks.jsonl import jsonl
 from jaxmerge.tasks.programs import programs
@@ -24,6 +25,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 # What `builder` of a task in a config may name besides import paths.
 BUILDERS: dict[str, Callable[..., Task]] = {
     **TASKS,
+    "human_eval": human_eval,
     "jsonl": jsonl,
     "perplexity": text,
     "reasoning_gym": reasoning_gym,
