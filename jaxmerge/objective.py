@@ -31,9 +31,8 @@ class Range(NamedTuple):
     worst: float
 
 
-Numbers = np.ndarray | np.float64
-Columns = Sequence[Numbers]  # scores or gains of each task, of one shape
-Combine = Callable[[Columns, Sequence[float]], Numbers]
+Columns = Sequence[np.ndarray]  # scores or gains of each task, of one shape
+Combine = Callable[[Columns, Sequence[float]], np.ndarray]
 
 
 class Aggregate(NamedTuple):
@@ -54,20 +53,20 @@ class Aggregate(NamedTuple):
     affine: bool = False
 
 
-def _mean(scores: Columns, weights: Sequence[float]) -> Numbers:
+def _mean(scores: Columns, weights: Sequence[float]) -> np.ndarray:
     """sum_t w_t s_t."""
-    return sum((w * s for w, s in zip(weights, scores)), np.zeros(()))
+    return sum((w * s for w, s in zip(weights, scores)), np.zeros(1))
 
 
-def _worst(scores: Columns, weights: Sequence[float]) -> Numbers:
+def _worst(scores: Columns, weights: Sequence[float]) -> np.ndarray:
     """min_t s_t."""
     return np.minimum.reduce(scores)
 
 
-def _chebyshev(gains: Columns, weights: Sequence[float]) -> Numbers:
+def _chebyshev(gains: Columns, weights: Sequence[float]) -> np.ndarray:
     """min_t v_t gain_t + rho sum_t v_t gain_t, with v_t = T w_t, so that equal weights are 1."""
     weighted = [len(gains) * w * gain for w, gain in zip(weights, gains)]
-    return np.minimum.reduce(weighted) + _RHO * sum(weighted)
+    return np.minimum.reduce(weighted) + _RHO * sum(weighted, np.zeros(1))
 
 
 # `chebyshev` is the augmented weighted Chebyshev distance to the ideal point, negated (Steuer &
@@ -130,10 +129,11 @@ class Objective:
         """
         if set(scores) != set(self.weights):
             raise ValueError(f"scores of {sorted(scores)}, objective of {sorted(self.weights)}")
-        columns: Columns = [np.asarray(scores[task], np.float64) for task in self.weights]
+        shape = next(iter(scores.values())).shape
+        columns = [np.asarray(scores[task], np.float64).reshape(-1) for task in self.weights]
         if self.how.relative:
             columns = [self._gain(task, column) for task, column in zip(self.weights, columns)]
-        return np.asarray(self.how.combine(columns, list(self.weights.values())))
+        return self.how.combine(columns, list(self.weights.values())).reshape(shape)
 
     def of(self, scores: Mapping[str, float]) -> float:
         """The objective of one candidate, from its mean score on each task."""
@@ -153,7 +153,7 @@ class Objective:
             "reference": {task: of_task._asdict() for task, of_task in self.reference.items()},
         }
 
-    def _gain(self, task: str, scores: Numbers) -> Numbers:
+    def _gain(self, task: str, scores: np.ndarray) -> np.ndarray:
         if task not in self.reference:
             raise ValueError(f"{self.aggregate} needs the pool's scores on {task}: `measured_by`")
         best, worst = self.reference[task]

@@ -64,6 +64,7 @@ def evaluate(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     subjects = _subjects(config)
     tasks = [build_task(config, name) for name in config.objective.tasks]
     heldout = [build_task(config, name) for name in config.heldout]
+    _check_examples([*tasks, *heldout])
     rundir.check(workdir, configs.plain(config))
     head = {
         "version": 1,
@@ -121,6 +122,12 @@ def _subjects(config: Config) -> list[_Subject]:
         build_tokenizer(config, directory, model)
         subjects.append(_Subject(source, model, directory))
     return subjects
+
+
+def _check_examples(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        if not task.splits.get("test"):
+            raise JaxmergeError("the test split has no examples", where=f"task {task.name}")
 
 
 def _mesh(config: Config) -> Mesh:

@@ -8,7 +8,7 @@ import pytest
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.objective import AGGREGATES, Objective, define, from_plain
 
-TASKS = ("sums", "words", "text")
+TASKS: tuple[str, ...] = ("sums", "words", "text")
 POOL = [
     {"sums": 0.8, "words": 0.2, "text": -1.5},
     {"sums": 0.4, "words": 0.7, "text": -1.0},

@@ -18,11 +18,12 @@ import pytest
 
 from jaxmerge import report, stats
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.objective import Objective, Range, define
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads((ROOT / "jaxmerge/results.schema.json").read_text())
 TASKS = ["arithmetic", "instructions", "programs & <b>tests</b>"]
-WEIGHTS = dict.fromkeys(TASKS, 1 / 3)
+REFERENCE = dict.fromkeys(TASKS, Range(0.8, 0.4))
 # Each would rename the page if any of it ran.
 HOSTILE = "</script><script>document.title='pwned'</script>"
 HOSTILE_IMAGE = "\"><img src=x onerror=document.title='pwned'>"
@@ -30,8 +31,11 @@ CHECKPOINTS = ["maths-long", "instruct-1e-3", "code", "mix-seed-2", HOSTILE, HOS
 N = 400
 
 
-def fabricate(directory: Path, *, heldout: bool = True, gain: float = 0.0) -> None:
+def fabricate(
+    directory: Path, *, heldout: bool = True, gain: float = 0.0, aggregate: str = "mean"
+) -> None:
     """Writes a run directory; `gain` is added to the winner's chance on every test example."""
+    objective = Objective(define(TASKS).weights, aggregate, REFERENCE)
     rng = np.random.default_rng(0)
     skill_KxT = np.array(
         [[0.75, 0.4, 0.45], [0.4, 0.8, 0.4], [0.45, 0.4, 0.8], *[[0.55, 0.55, 0.5]] * 3]
@@ -66,7 +70,7 @@ def fabricate(directory: Path, *, heldout: bool = True, gain: float = 0.0) -> No
     def entry(line: dict[str, Any], name: str, evaluations: int, bonus: float = 0.0) -> Any:
         samples = draw(chances(np.array(line["weights"])) + bonus)
         ends = {
-            task: stats.interval({task: samples[task]}, {task: 1.0}, resamples=500)
+            task: stats.interval({task: samples[task]}, define([task]), resamples=500)
             for task in TASKS
         }
         means = {task: float(x_N.mean()) for task, x_N in samples.items()}
@@ -76,14 +80,12 @@ def fabricate(directory: Path, *, heldout: bool = True, gain: float = 0.0) -> No
             "weights": dict(zip(CHECKPOINTS, line["weights"])),
             "evaluations": evaluations,
             "search": line["scores"],
-            "search_objective": stats.objective(
-                {task: np.array([score]) for task, score in line["scores"].items()}, WEIGHTS
-            ),
+            "search_objective": objective.of(line["scores"]),
             "test": means,
-            "test_objective": stats.objective(samples, WEIGHTS),
+            "test_objective": objective.of(means),
             "ci95": {
                 **{task: list(pair) for task, pair in ends.items()},
-                "objective": list(stats.interval(samples, WEIGHTS, resamples=500)),
+                "objective": list(stats.interval(samples, objective, resamples=500)),
             },
             "heldout": {},
         }
@@ -116,7 +118,7 @@ def fabricate(directory: Path, *, heldout: bool = True, gain: float = 0.0) -> No
     rivals = [*individuals, uniform, random]
     best["vs"] = {}
     for samples, rival in rivals:
-        delta, low, high, p = stats.paired(best_samples, samples, WEIGHTS, resamples=500)
+        delta, low, high, p = stats.paired(best_samples, samples, objective, resamples=500)
         best["vs"][rival["name"]] = {"delta": delta, "ci95": [low, high], "p": p}
     lines.append({**lines[best["id"]], "id": next(ids), "origin": "final", "split": "test"})
     for _, model in [*individuals[:1], uniform]:
@@ -131,16 +133,19 @@ def fabricate(directory: Path, *, heldout: bool = True, gain: float = 0.0) -> No
     ]
     origins = [line["origin"] for line in lines[:-1]]
     results = {
-        "version": 1,
+        "version": 2,
         "command": "python -m jaxmerge.run --config=configs/x.py --workdir=runs/<x>",
         "tasks": TASKS,
-        "task_weights": WEIGHTS,
+        "objective": objective.plain(),
+        "bounds": {task: [0.0, 1.0] for task in [*TASKS, "sorting", "copying"]},
+        "warnings": [f"{TASKS[2]}: judged by a program; {HOSTILE}"],
         "heldout_tasks": ["sorting", "copying"] if heldout else [],
         "individuals": [model for _, model in individuals],
         "baselines": [model for _, model in (uniform, random)],
         "best": best,
         "pareto": pareto,
         "hypervolume": 0.4321,
+        "hypervolume_reference": dict.fromkeys(TASKS, 0.0),
         "evaluations": len(origins),
         "evaluations_by_origin": {origin: origins.count(origin) for origin in sorted({*origins})},
         "seconds": {"load": 1.25, "search": 40.5, "test": 3.0},
@@ -216,7 +221,9 @@ def test_fabricated_results_obey_the_schema_and_strays_do_not(directory: Path) -
     for wrong in (
         missing,
         {**results, "stray": 1},
-        {**results, "version": 2},
+        {**results, "version": 3},
+        {**results, "objective": {**results["objective"], "aggregate": "median"}},
+        {**results, "bounds": {"arithmetic": [0.0]}},
         {**results, "individuals": []},
         {**results, "best": {**best, "stray": 1}},
         {**results, "best": {**best, "name": "other"}},
@@ -224,7 +231,7 @@ def test_fabricated_results_obey_the_schema_and_strays_do_not(directory: Path) -
         {**results, "baselines": [best]},  # vs is the winner's alone
         {**results, "best": {**best, "ci95": {**best["ci95"], "objective": [0.1]}}},
         {**results, "best": {**best, "ci95": {**best["ci95"], "objective": [0.1, 0.2, 0.3]}}},
-        {**results, "best": {**best, "test_objective": 1.5}},
+        {**results, "best": {**best, "test_objective": "high"}},
     ):
         assert not validator.is_valid(wrong)
 
@@ -274,6 +281,50 @@ def test_names_stay_text(directory: Path) -> None:
     data = json.loads(next(text for text in page.text["script"] if text.startswith("{")))
     assert data["checkpoints"][4] == HOSTILE.replace("<", "&lt;").replace(">", "&gt;")
     assert data["choices"][2] == "programs &amp; &lt;b&gt;tests&lt;/b&gt;"
+
+
+def test_warnings_and_the_aggregate_are_said(directory: Path) -> None:
+    page = Page(report.write(directory).read_text())
+    assert page.text["li"] == [f"{TASKS[2]}: judged by a program; {HOSTILE}"]
+    assert "mean of the tasks" in "".join(page.text["b"] + page.text[""])
+    edit(directory / "results.json", warnings=[])
+    assert "li" not in Page(report.write(directory).read_text()).elements
+
+
+def test_a_relative_aggregate_is_drawn_as_plain_numbers(tmp_path: Path) -> None:
+    """Objectives are those of the scores, bars stay inside their track, and the pool is named."""
+    directory = tmp_path / "run"
+    fabricate(directory, aggregate="chebyshev")
+    source = report.write(directory).read_text()
+    page = Page(source)
+    data = json.loads(next(text for text in page.text["script"] if text.startswith("{")))
+    assert data["choices"][-1] == "objective: chebyshev"
+    lines = [json.loads(line) for line in (directory / "candidates.jsonl").read_text().splitlines()]
+    scores = {line["id"]: line["scores"] for line in lines}
+    for point in data["points"][:20]:
+        gains = [(scores[point["id"]][task] - 0.8) / 0.4 for task in TASKS]
+        assert point["search"][-1] == pytest.approx(min(gains) + 0.05 * sum(gains))
+    bars = [
+        [float(number) for number in bar]
+        for bar in re.findall(r"left:(-?[\d.]+)%;width:(-?[\d.]+)%", source)
+    ]
+    assert len(bars) == 2 * len(CHECKPOINTS) + 1
+    assert all(left >= 0 and left + width < 100.02 for left, width in bars)
+    assert "0.400 to 0.800" in source
+
+
+def test_results_of_version_1_are_read(directory: Path, tmp_path: Path) -> None:
+    """A page of a run from before there were aggregates differs in nothing but the warnings."""
+    results = json.loads((directory / "results.json").read_text())
+    edit(directory / "results.json", warnings=[])
+    now = report.write(directory).read_text()
+    weights = results.pop("objective")["weights"]
+    for field in ("bounds", "warnings", "hypervolume_reference"):
+        del results[field]
+    (directory / "results.json").write_text(
+        json.dumps({**results, "version": 1, "task_weights": weights})
+    )
+    assert report.write(directory).read_text() == now
 
 
 def test_embedded_json_cannot_end_its_element() -> None:
@@ -349,7 +400,7 @@ def test_a_missing_or_truncated_file_is_named(directory: Path, name: str) -> Non
 def test_wrong_contents_are_named(directory: Path) -> None:
     results = directory / "results.json"
     original = results.read_text()
-    edit(results, version=2)
+    edit(results, version=3)
     with pytest.raises(JaxmergeError, match="version"):
         report.write(directory)
     results.write_text(original)
@@ -423,7 +474,7 @@ def test_a_browser_draws_it(directory: Path, tmp_path: Path) -> None:
     title = Page(dom).text["title"][0]
     before, after, searched, tested = title.removeprefix("probed: ").split(" # ")
     assert before == "arithmetic, search | instructions, search"
-    assert after == "programs & <b>tests</b>, test | objective, test"
+    assert after == "programs & <b>tests</b>, test | objective: mean, test"
     # Every candidate, the front's rings and the winner again on test; then one mark for each model.
     assert int(searched) == results["evaluations"] + len(results["pareto"]) + 1
     assert int(tested) == len(CHECKPOINTS) + 2 + 1
