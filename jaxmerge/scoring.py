@@ -22,6 +22,7 @@ from jaxmerge.models.model import Model
 from jaxmerge.objective import Objective, define
 from jaxmerge.prepare import (
     bounds_of,
+    build_limits,
     build_model,
     build_task,
     build_tokenizer,
@@ -152,7 +153,7 @@ def _score(
         "test",
         mesh,
         candidates_per_step=1,
-        batch_size=config.evaluate.batch_size,
+        limits=build_limits(config, tokenizer_directory),
         vmap_candidates=1,
     )
     scores = evaluator(np.ones((1, 1), np.float32))
