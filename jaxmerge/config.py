@@ -156,6 +156,8 @@ def check_tasks(config: Config) -> None:
             "a held-out task must not steer the search", where="heldout", found=", ".join(both)
         )
     for name in (*config.objective.tasks, *config.heldout):
+        if name == "objective":  # the key of their aggregate in results.json
+            raise JaxmergeError("a task can't have this name", where="tasks", found=name)
         if name not in TASKS and not config.tasks.get(name, {}).get("builder"):
             raise JaxmergeError(
                 "unknown task",

@@ -89,6 +89,14 @@ def test_chebyshev_over_shares_and_bits_per_byte(pool, tmp_path, capsys):
     assert "weights choice&nbsp;0.25, text&nbsp;0.75" in page
 
 
+def test_no_task_is_called_objective(pool):
+    config = _config(pool, "mean", ("choice",))
+    config.heldout = ("objective",)
+    config.tasks.objective = {"builder": "tests.tiny:choice"}
+    with pytest.raises(JaxmergeError, match="can't have this name"):
+        configs.check(config)
+
+
 def test_a_contradiction_ends_before_anything_is_read(pool, tmp_path):
     config = _config(pool, "worst", ("generation", "choice"))
     config.objective.weights = (1.0, 2.0)
