@@ -202,8 +202,8 @@ def test_interval_of_any_aggregate_covers_the_truth(aggregate: str) -> None:
         low, high = stats.interval(draw(rng), target, resamples=1000, seed=seed)
         hits += low <= truth <= high
     # 1,500 other simulations covered in 94% for worst and normalised, and in 87% for chebyshev,
-    # where the three gains tie; these are the 1e-4 and 1 - 1e-4 quantiles of binomial(300, 0.87) and
-    # (300, 0.95): 238 and 298.
+    # where the three gains tie. The bounds are the 1e-4 and 1 - 1e-4 quantiles of
+    # binomial(300, 0.87) and (300, 0.95): 238 and 298.
     least, most = (0.87, 0.95) if aggregate == "chebyshev" else (0.94, 0.95)
     assert scipy.stats.binom.ppf(1e-4, 300, least) <= hits
     assert hits <= scipy.stats.binom.ppf(1 - 1e-4, 300, most)
