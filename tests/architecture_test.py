@@ -11,7 +11,17 @@ PACKAGE = Path(__file__).parents[1] / "jaxmerge"
 
 # Lowest first. A module may import modules of lower layers, and of its own layer.
 LAYERS = (
-    {"errors", "trees", "pareto", "stats", "requests", "tokenizer", "models"},
+    {
+        "errors",
+        "trees",
+        "pareto",
+        "objective",
+        "formatting",
+        "stats",
+        "requests",
+        "tokenizer",
+        "models",
+    },
     {"sharding", "merge", "space"},
     {"checkpoints", "generate", "batches", "sandbox"},
     {"respond", "tasks"},
@@ -21,10 +31,14 @@ LAYERS = (
     {"export"},
     {"progress", "config", "results", "card", "report", "report_tables"},
     {"prepare"},
+    {"scoring"},
     {"run"},
 )
 # They run where there is no JAX, or before it is set up.
-WITHOUT_JAX = ("report", "report_tables", "stats", "pareto", "rundir", "errors", "space")
+WITHOUT_JAX = (
+    *("report", "report_tables", "card", "objective", "formatting", "stats", "pareto", "rundir"),
+    *("errors", "space"),
+)
 
 
 def _imports(path: Path) -> set[str]:
