@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxmerge.tasks.arithmetic import arithmetic
 from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
+from jaxmerge.tasks.ifbench import ifbench
 from jaxmerge.tasks.instructions import instructions
 from jaxmerge.tasks.programs import programs
 from jaxmerge.tasks.reasoning_gym import reasoning_gym
@@ -20,4 +21,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "counting": counting,
 }
 # What `builder` of a task in a config may name besides import paths.
-BUILDERS: dict[str, Callable[..., Task]] = {**TASKS, "reasoning_gym": reasoning_gym}
+BUILDERS: dict[str, Callable[..., Task]] = {
+    **TASKS,
+    "ifbench": ifbench,
+    "reasoning_gym": reasoning_gym,
+}
