@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxmerge import config as configs
 from jaxmerge import rundir
+from jaxmerge.batches import Limits
 from jaxmerge.checkpoints.pool import Pool, Record, load, survey
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
@@ -67,7 +68,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
             "search" if name == "search" else "test",
             mesh,
             candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
-            batch_size=config.evaluate.batch_size,
+            limits=_limits(config, sources),
             vmap_candidates=config.evaluate.vmap_candidates,
         )
         for name, tasks in splits.items()
@@ -114,6 +115,18 @@ def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
     """Where the pool's Hugging Face configuration and tokenizer are; "": nowhere."""
     of_sources = [source.directory for source in sources if source.directory]
     return config.pool.base or (of_sources[0] if of_sources else "")
+
+
+def _limits(config: Config, sources: Sequence[Source]) -> Limits:
+    """What goes through a model at a time; its context is what its configuration says."""
+    evaluate = config.evaluate
+    like = huggingface_directory(config, sources)
+    return Limits(
+        rows=evaluate.batch_size,
+        tokens=evaluate.batch_tokens,
+        context=evaluate.context or (families.context(like) if like else 0),
+        truncate=evaluate.too_long == "truncate",
+    )
 
 
 def _mesh(config: Config) -> Mesh:
