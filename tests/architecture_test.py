@@ -20,7 +20,7 @@ LAYERS = (
     {"search"},
     {"export"},
     {"progress", "config", "results", "card", "report", "report_tables"},
-    {"prepare"},
+    {"lm_eval_model", "prepare"},
     {"run"},
 )
 # They run where there is no JAX, or before it is set up.

@@ -9,6 +9,7 @@ from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
 from jaxmerge.tasks.ifbench import ifbench
 from jaxmerge.tasks.instructions import instructions
+from jaxmerge.tasks.lm_eval import lm_eval
 from jaxmerge.tasks.programs import programs
 from jaxmerge.tasks.reasoning_gym import reasoning_gym
 from jaxmerge.tasks.sorting import sorting
@@ -24,5 +25,6 @@ TASKS: dict[str, Callable[..., Task]] = {
 BUILDERS: dict[str, Callable[..., Task]] = {
     **TASKS,
     "ifbench": ifbench,
+    "lm_eval": lm_eval,
     "reasoning_gym": reasoning_gym,
 }
