@@ -45,7 +45,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<user>{% endif %}"
 )
 # variant of tests/huggingface_models.py, and whether its tokenizer begins every text with <s>
-MODELS = [("llama", True), ("qwen3", False), ("gemma2", True), ("cohere2", False)]
+MODELS = [("llama", True), ("gemma2", False)]
 
 
 def _tokenizer(starts: bool) -> transformers.PreTrainedTokenizerFast:
@@ -161,7 +161,7 @@ def test_rolling_likelihoods_are_those_of_lm_eval(pair):
     "arguments",
     [
         {"until": [], "max_gen_toks": 8},
-        {"until": ["e", " s"], "max_gen_toks": 12},
+        {"until": ["e", "n s", "wi"], "max_gen_toks": 12},
         {"until": "o", "max_gen_toks": 100, "do_sample": False, "temperature": 0.0},
     ],
 )
@@ -266,12 +266,12 @@ def test_sampled_texts_differ_between_repeats_and_not_between_calls(directories)
 
 def test_an_orbax_checkpoint_answers_as_the_directory_it_was_made_of(directories, tmp_path):
     """As in `merged` of a run, with the tokenizer in the directory beside it."""
-    directory = directories["qwen3"]
-    source = huggingface.describe("qwen3", orbax.absolute(directory))
+    directory = directories["gemma2"]
+    source = huggingface.describe("gemma2", orbax.absolute(directory))
     mesh = make_mesh(devices=jax.devices()[:1])
     (tree,) = load([source], mesh, ((".*", ()),)).trees
     jaxmerge.save(tmp_path / "orbax", tree, architecture=source.architecture)
-    pairs = contexts_and_continuations()[:20]
+    pairs = [(text, " sun") for text in sentences(12, 8, 4)]
     expected = ask(JaxmergeLM(directory, data=1), "loglikelihood", pairs)
     with pytest.raises(JaxmergeError, match="which tokenizer"):
         JaxmergeLM(str(tmp_path / "orbax"))
@@ -284,13 +284,13 @@ def test_an_orbax_checkpoint_answers_as_the_directory_it_was_made_of(directories
 
 
 def test_a_model_of_bytes_is_spread_over_devices(tmp_path):
-    """jaxmerge's own decoder without any Hugging Face file, on 1 and on 8 devices."""
+    """jaxmerge's own decoder without any Hugging Face file, on 1 and on 4 devices."""
     (tree,) = tiny.trees(1)
     jaxmerge.save(tmp_path / "model", tree, architecture=tiny.model().architecture)
     one = JaxmergeLM(str(tmp_path / "model"), data=1)
-    many = JaxmergeLM(str(tmp_path / "model"), data=-1, tensor=2)
+    many = JaxmergeLM(str(tmp_path / "model"), data=2, tensor=2)
     assert one.max_length == 2048
-    pairs = [(text, " yes") for text in sentences(11, 20, 8)]
+    pairs = [(text, " yes") for text in sentences(11, 8, 3)]
     # float32, sums over the width in another order.
     found, expected = (ask(each, "loglikelihood", pairs) for each in (many, one))
     np.testing.assert_allclose([n for n, _ in found], [n for n, _ in expected], atol=1e-4)
