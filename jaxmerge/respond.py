@@ -161,7 +161,10 @@ class Responder:
     def _stop_states(self, until: tuple[str, ...]) -> tuple[np.ndarray, ...]:
         if not until:
             return ()
-        self._pieces = self._pieces or self._tokenizer.pieces()
+        if not self._pieces:
+            pieces = self._tokenizer.pieces()
+            # A model can write ids that its tokenizer does not know; they add nothing to the text.
+            self._pieces = pieces + [b""] * (self._model.vocabulary - len(pieces))
         return (stop_states(until, self._pieces),)
 
     def _started(self, output: Any) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+import jinja2
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.requests import Prompt
@@ -148,6 +150,42 @@ class Pretrained:
             encode = str.encode if token in added else _byte_level if by_byte else _metaspace
             pieces[index] = encode(token)
         return pieces
+
+    @property
+    def template(self) -> str:
+        """The chat template; "" where there is none."""
+        return self._tokenizer.chat_template or ""
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages of any roles in the chat template, as text.
+
+        A template that refuses the system's message gets the others.
+
+        Args:
+            messages: each a `role` and a `content`.
+            add_generation_prompt: whether the beginning of an answer follows; else the last
+                message is left open, to be gone on from.
+
+        Raises:
+            JaxmergeError: there is no chat template, or it refuses the messages.
+        """
+        self._is_chat(Prompt("", form="chat"))
+        without = [message for message in messages if message["role"] != "system"]
+        for kept in (messages, without):
+            try:
+                return self._tokenizer.apply_chat_template(
+                    list(kept),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            except jinja2.TemplateError as error:
+                refused = error
+        raise JaxmergeError(
+            "the chat template refuses the messages", where=self._directory, found=str(refused)
+        )
 
     def _is_chat(self, prompt: Prompt) -> bool:
         chat = prompt.form == "chat" or (not prompt.form and self._chat)

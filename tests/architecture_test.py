@@ -30,7 +30,7 @@ LAYERS = (
     {"search"},
     {"export"},
     {"progress", "config", "results", "card", "report", "report_tables"},
-    {"prepare"},
+    {"lm_eval_model", "prepare"},
     {"scoring"},
     {"run"},
 )

@@ -1,9 +1,11 @@
 """A real model: SmolLM2-135M-Instruct, converted from its package, against transformers."""
 
 import functools
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from jaxmerge.checkpoints import huggingface, orbax
 from jaxmerge.checkpoints.pool import load
 from jaxmerge.generate import generate
+from jaxmerge.lm_eval_model import JaxmergeLM
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.requests import Prompt
@@ -100,3 +105,36 @@ def test_fifty_greedy_continuations_are_those_of_transformers(ours, theirs, prom
     expected = out[:, tokens_BxT.shape[1] :].numpy()
     np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
     assert len(np.unique(found, axis=0)) > 20
+
+
+@pytest.mark.slow
+def test_lm_eval_hears_what_its_own_model_says(directory):
+    """Likelihoods, whole texts and greedy texts, byte-level tokens and special ones among them."""
+    rng = random.Random(0)
+    words = "the sun, Ünïcode ☃, 42 and\n\nfour <|im_start|>user of a long river 日本 said".split(
+        " "
+    )
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(98)]
+    ends = ["", " ", "\n", "  ", "."]
+    pairs = [
+        ("" if i % 8 == 0 else text + rng.choice(ends), rng.choice(["", " "]) + rng.choice(words))
+        for i, text in enumerate(texts)
+    ]
+    pairs += [("The capital of France is", " Paris"), ("One, two, three,", " four")]
+    writing = [(text, {"until": ["\n", "the"], "max_gen_toks": 16}) for text in texts[:6]]
+    ours = JaxmergeLM(directory, dtype="float32", data=1)
+    hugging_face: Any = HFLM
+    theirs = hugging_face(directory, device="cpu", dtype="float32", batch_size=1)
+
+    def ask(model: Any, kind: str, arguments: list[tuple[Any, ...]]) -> Any:
+        return getattr(model, kind)([Instance(kind, {}, each, 0) for each in arguments])
+
+    found, expected = (ask(model, "loglikelihood", pairs) for model in (ours, theirs))
+    # float32 through 30 layers: 3e-5 nats were seen for each of a few tokens.
+    np.testing.assert_allclose([n for n, _ in found], [n for n, _ in expected], rtol=0, atol=5e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert {greedy for _, greedy in found} == {True, False}
+    whole = [(text,) for text in texts[:6]]
+    found, expected = (ask(model, "loglikelihood_rolling", whole) for model in (ours, theirs))
+    np.testing.assert_allclose(found, expected, rtol=3e-6)
+    assert ask(ours, "generate_until", writing) == ask(theirs, "generate_until", writing)

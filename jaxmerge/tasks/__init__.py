@@ -8,8 +8,10 @@ from jaxmerge.tasks.arithmetic import arithmetic
 from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
 from jaxmerge.tasks.human_eval import human_eval
+from jaxmerge.tasks.ifbench import ifbench
 from jaxmerge.tasks.instructions import instructions
 from jaxmerge.tasks.jsonl import jsonl
+from jaxmerge.tasks.lm_eval import lm_eval
 from jaxmerge.tasks.programs import programs
 from jaxmerge.tasks.reasoning_gym import reasoning_gym
 from jaxmerge.tasks.sorting import sorting
@@ -26,7 +28,9 @@ TASKS: dict[str, Callable[..., Task]] = {
 BUILDERS: dict[str, Callable[..., Task]] = {
     **TASKS,
     "human_eval": human_eval,
+    "ifbench": ifbench,
     "jsonl": jsonl,
+    "lm_eval": lm_eval,
     "perplexity": text,
     "reasoning_gym": reasoning_gym,
 }
