@@ -50,8 +50,22 @@ class Pool(NamedTuple):
     architecture: Mapping[str, Any]
 
 
+def formats(patterns: Sequence[str]) -> set[str]:
+    """The formats of the checkpoints that `survey` would find.
+
+    Raises:
+        JaxmergeError: a path has no checkpoint.
+    """
+    return {_format(path) for pattern in patterns for path in _find(pattern)}
+
+
 def survey(
-    patterns: Sequence[str], *, subtree: str = "", base: str = "", dtype: str = ""
+    patterns: Sequence[str],
+    *,
+    subtree: str = "",
+    base: str = "",
+    dtype: str = "",
+    by_tensor: bool = False,
 ) -> tuple[Source, ...]:
     """Finds the checkpoints and compares their metadata; reads no data.
 
@@ -60,6 +74,8 @@ def survey(
         subtree: where in each Orbax checkpoint the parameters are; "" for all of it.
         base: Hugging Face directory that adapters are laid upon; "": the one that each names.
         dtype: what `load` will cast to; floating-point dtypes may differ unless it is "".
+        by_tensor: every tensor of a Hugging Face directory is a leaf, see `directory.read`; the
+            checkpoints must all be such directories.
 
     Raises:
         JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
@@ -73,7 +89,9 @@ def survey(
             found=f"{len(paths)} in {list(patterns)}",
         )
     sources = tuple(
-        FORMATS[_format(path)].describe(name, path, subtree, base)
+        huggingface.describe(name, path, by_tensor=True)
+        if by_tensor
+        else FORMATS[_format(path)].describe(name, path, subtree, base)
         for name, path in zip(_names(paths), paths)
     )
     _check_alike(sources, dtype)
