@@ -91,22 +91,32 @@ def start_jax(config: Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def find_checkpoints(config: Config) -> tuple[Source, ...]:
+def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source, ...]:
     """The pool's checkpoints, compared with each other; no data are read.
+
+    Args:
+        config: of the run.
+        by_tensor: see `pool.survey`.
 
     Raises:
         JaxmergeError: they can't be merged, having other leaves, shapes or vocabularies; or the
             merge can't be exported.
     """
     pool = config.pool
-    sources = survey(pool.checkpoints, subtree=pool.subtree, base=pool.base, dtype=pool.dtype)
+    sources = survey(
+        pool.checkpoints,
+        subtree=pool.subtree,
+        base=pool.base,
+        dtype=pool.dtype,
+        by_tensor=by_tensor,
+    )
     directories = [pool.base] if pool.base else []
     directories += [source.path for source in sources if source.format != "orbax"]
     with_tokenizer = [directory for directory in directories if is_in(directory)]
     if with_tokenizer:
         check_same_vocabulary(with_tokenizer)
     like = huggingface_directory(config, sources)
-    check_like(config.export.formats, like, sources[0].abstract)
+    check_like(config.export.formats, like, sources[0].abstract, by_tensor=by_tensor)
     return sources
 
 

@@ -18,9 +18,10 @@ LAYERS = (
     {"evaluate"},
     {"rundir"},
     {"search"},
-    {"export"},
+    {"export", "streaming"},
     {"progress", "config", "results", "card", "report", "report_tables"},
     {"prepare"},
+    {"merging"},
     {"run"},
 )
 # They run where there is no JAX, or before it is set up.

@@ -82,7 +82,7 @@ def check_digests(source: Source, found: Mapping[str, LeafDigest]) -> None:
         )
 
 
-def words(values: np.ndarray, per_word: int) -> UInt32[np.ndarray, "..."]:
+def words(values: np.ndarray, per_word: int) -> UInt32[np.ndarray, " *W"]:
     """The bits of values in C order as the words that are digested.
 
     Args:
@@ -173,9 +173,7 @@ def block_sums(
     return _sums(words_RxW, position, dtype, (1,))
 
 
-def _sums(
-    words: Array, position: Array, dtype: Any, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
+def _sums(words: Array, position: Array, dtype: Any, axes: tuple[int, ...]) -> tuple[Array, Array]:
     mixed = _mix(words ^ position)
     # One reduction for all: several would keep `mixed`, as large as the leaf, in between.
     *lanes, not_finite = jax.lax.reduce(

@@ -95,13 +95,17 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     return restore_leaves(abstract, checkpoint.layout, values, keep)
 
 
-def layout(path: str) -> Layout:
+def layout(path: str, *, by_tensor: bool = False) -> Layout:
     """How the leaves of a directory's model make up its tensors.
+
+    Args:
+        path: of the directory.
+        by_tensor: see `directory.read`.
 
     Raises:
         JaxmergeError: see `directory.read`.
     """
-    return directory.read(epath.Path(path)).layout
+    return directory.read(epath.Path(path), by_tensor=by_tensor).layout
 
 
 def save(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-
 # Buffers that old versions of transformers wrote out, and newer ones compute.
 BUFFERS = (r"rotary_emb\.inv_freq$",)
 

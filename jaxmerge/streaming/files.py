@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Sequence
@@ -95,8 +94,3 @@ class Writing:
     def _close(self) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
-
-
-def size_of(file: WeightsFile) -> int:
-    """Values in all tensors of a file."""
-    return sum(math.prod(tensor.shape) for tensor in file.tensors.values())

@@ -7,8 +7,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -33,6 +35,10 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     kind: Kind
 
+    def bytes_read(self) -> int:
+        """Bytes of the tensor in all checkpoints."""
+        return math.prod(self.shape) * sum(dtype.itemsize for dtype in self.kind.stored)
+
 
 class Stretch(NamedTuple):
     """Values [first, first + count) of a tensor, in C order: what a block holds."""
@@ -46,7 +52,8 @@ class Pipeline:
     """Merges tensors block by block: each worker reads a block, merges it and writes it.
 
     The workers are threads, each with memory for one block. Reading, merging and writing run
-    without Python's lock, so that they overlap.
+    without Python's lock, so that they overlap. All is done on the host: the values come from files
+    and go to files, and to send them to an accelerator takes longer than to add them up.
 
     Args:
         reads: reads the tensors of each checkpoint; called from several threads.
@@ -63,10 +70,10 @@ class Pipeline:
         memory_bytes: int,
         progress: Callable[[int], object] = lambda count: None,
     ):
-        self._reads, self._names, self._progress = reads, names, progress
+        self._reads, self._names, self.progress = reads, names, progress
         self._memory_bytes = memory_bytes // _WORKERS
         self._memory = [pages(1)] * _WORKERS
-        self._lock = threading.Lock()
+        self._lock, self._device = threading.Lock(), jax.local_devices(backend="cpu")[0]
 
     def merge(
         self, parts: Sequence[Part], weights_PxK: Float[np.ndarray, "P K"], write: Write
@@ -101,10 +108,14 @@ class Pipeline:
                     write(output, part.name, first, row[:count])
                 with self._lock:
                     lanes[part.name] += digested.lanes_Rx2
-                    self._progress(count * sum(dtype.itemsize for dtype in part.kind.stored))
+                    self.progress(count * sum(dtype.itemsize for dtype in part.kind.stored))
+
+        def on_host(memory: np.ndarray) -> None:
+            with stretches, jax.default_device(self._device):
+                work(memory)
 
         with ThreadPoolExecutor(_WORKERS) as workers:
-            working = [workers.submit(stretches.until_end, work, each) for each in self._memory]
+            working = [workers.submit(on_host, each) for each in self._memory]
             for each in working:
                 each.result()
         return {
@@ -160,12 +171,17 @@ class _Shared:
         with self._lock:
             return next(self._items)
 
-    def until_end(self, work: Callable[[np.ndarray], None], memory: np.ndarray) -> None:
-        try:
-            work(memory)
-        finally:
-            with self._lock:
-                self._items = iter(())
+    def __enter__(self) -> _Shared:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._items = iter(())
 
 
 def _stretches(parts: Sequence[Part], sizes: Mapping[Kind, int]) -> Iterator[Stretch]:
