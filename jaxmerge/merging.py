@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
+import re
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -96,23 +98,15 @@ def _paths(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
     """The merges that are asked for, each with one weight per checkpoint."""
     weights, names = tuple(config.merge.weights), tuple(config.merge.names)
-    several = bool(weights) and all(isinstance(each, tuple | list) for each in weights)
+    several = any(isinstance(each, tuple | list) for each in weights)
     rows = weights if several else (weights,)
     for row in rows:
-        if len(row) != len(sources):
-            raise JaxmergeError(
-                "needs one weight per checkpoint",
-                where="merge.weights",
-                expected=f"{len(sources)} numbers, for "
-                + ", ".join(source.name for source in sources),
-                found=str(weights),
-            )
-        if not np.isfinite(np.asarray(row, np.float32)).all():
-            raise JaxmergeError("weights are finite", where="merge.weights", found=str(row))
+        _check_weights(row, sources)
     if not several and not names:
         return [Merge("merged", tuple(map(float, weights)))]
     names = names or tuple(map(str, range(len(rows))))
-    if len({*names}) != len(rows) or any(name != os.path.basename(name) for name in names):
+    one_directory = all(re.fullmatch(r"[^./\\\0][^/\\\0]*", name) for name in names)
+    if len({*names}) != len(rows) or not one_directory:
         raise JaxmergeError(
             "needs one name per merge, all different, each the name of a directory",
             where="merge.names",
@@ -120,6 +114,18 @@ def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
             found=str(names),
         )
     return [Merge(f"merged/{name}", tuple(map(float, row))) for name, row in zip(names, rows)]
+
+
+def _check_weights(row: Any, sources: Sequence[Source]) -> None:
+    if not isinstance(row, tuple | list) or len(row) != len(sources):
+        raise JaxmergeError(
+            "needs one weight per checkpoint",
+            where="merge.weights",
+            expected=f"{len(sources)} numbers, for {', '.join(each.name for each in sources)}",
+            found=str(row),
+        )
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in row):
+        raise JaxmergeError("weights are finite numbers", where="merge.weights", found=str(row))
 
 
 def _in_blocks(
