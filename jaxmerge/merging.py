@@ -25,8 +25,8 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export
 from jaxmerge.merge.linear import linear
-from jaxmerge.prepare import find_checkpoints, huggingface_directory, record_pool, start_jax
 from jaxmerge.rundir import RunDirectory
+from jaxmerge.sources import find_checkpoints, huggingface_directory, record_pool, start_jax
 from jaxmerge.streaming import merge as streaming
 from jaxmerge.streaming.merge import Output
 

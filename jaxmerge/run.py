@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import app, flags, logging
@@ -44,13 +44,16 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export
 from jaxmerge.merge.linear import linear
 from jaxmerge.merging import merge, set_up_host
-from jaxmerge.prepare import Prepared, huggingface_directory, prepare
 from jaxmerge.progress import Progress
 from jaxmerge.search import baselines, strategies
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found, Setting
 from jaxmerge.search.loop import search
+from jaxmerge.sources import huggingface_directory
 from jaxmerge.trees import named_leaves
+
+if TYPE_CHECKING:
+    from jaxmerge.prepare import Prepared
 
 
 def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
@@ -64,6 +67,8 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     Raises:
         JaxmergeError: anything that the user can mend.
     """
+    from jaxmerge.prepare import prepare  # imports Flax: half a second that a merge can do without
+
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir)

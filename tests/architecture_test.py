@@ -20,6 +20,7 @@ LAYERS = (
     {"search"},
     {"export", "streaming"},
     {"progress", "config", "results", "card", "report", "report_tables"},
+    {"sources"},
     {"prepare"},
     {"merging"},
     {"run"},

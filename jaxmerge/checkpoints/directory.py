@@ -17,7 +17,6 @@ from etils import epath
 
 from jaxmerge.checkpoints.safetensors import Tensor, parse_json, read_header, read_into
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.models import families
 from jaxmerge.models.layout import BUFFERS, Layout, Part
 from jaxmerge.trees import PyTree
 
@@ -57,7 +56,7 @@ def read(directory: epath.Path, *, by_tensor: bool = False) -> Checkpoint:
     """
     tensors = _tensors(directory)
     model_type = _model_type(directory)
-    known = families.read(str(directory)) if model_type and not by_tensor else None
+    known = _known(directory) if model_type and not by_tensor else None
     if known is None:
         shapes = {
             name: tensor.shape
@@ -172,6 +171,13 @@ def _sharded(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
             "index and files do not agree:\n  " + "\n  ".join(problems), where=str(index)
         )
     return {tensor: headers[file][tensor] for tensor, file in names.items()}
+
+
+def _known(directory: epath.Path) -> Any:
+    """The decoder of a directory, see `families.read`; None where there is none for it."""
+    from jaxmerge.models import families  # imports Flax, which takes half a second
+
+    return families.read(str(directory))
 
 
 def _model_type(directory: epath.Path) -> str:
