@@ -66,6 +66,7 @@ class Block:
     ):
         self._kind, self._weights, self.size = kind, jnp.asarray(weights_PxK, jnp.float32), size
         outputs = len(weights_PxK)
+        self._dense = len(kind.stored) > 1 and bool(np.all(weights_PxK != 0))
         self._rows: dict[str, np.ndarray] = {}
         self._positions: dict[str, np.ndarray] = {}
         at = 0
@@ -94,7 +95,7 @@ class Block:
         for row in self.rows[:stored]:
             row[count:] = 0
         held = {name: jax.device_put(rows) for name, rows in self._rows.items()}
-        run = program(self._kind, tuple(self._places[:stored]))
+        run = program(self._kind, tuple(self._places[:stored]), self._dense)
         merged_PxB = np.asarray(run(held, self._weights))
         for row, merged in zip(self.rows[stored:], merged_PxB):
             row[:count], row[count:] = merged[:count], 0
@@ -127,18 +128,22 @@ Program = Callable[[dict[str, Array], Array], Array]
 
 
 @functools.cache
-def program(kind: Kind, places: tuple[tuple[str, int], ...]) -> Program:
+def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Program:
     """The compiled merge of rows: `(rows by dtype, weights_PxK) -> merged_PxB`.
 
     Args:
         kind: of the block.
         places: name of the dtype, and row, of each checkpoint.
+        dense: see `weighted_sum`.
     """
 
     def merge(rows: dict[str, Array], weights_PxK: Array) -> Array:
         leaves = [_cast(rows[name][row], kind.merged) for name, row in places]
-        merged_PxB = jax.vmap(lambda weights_K: weighted_sum(leaves, weights_K))(weights_PxK)
-        return merged_PxB.astype(kind.written)
+
+        def one(weights_K: Array) -> Array:
+            return weighted_sum(leaves, weights_K, dense=dense)
+
+        return jax.vmap(one)(weights_PxK).astype(kind.written)
 
     # XLA may pass over a rounding to fewer bits that is followed by a widening.
     return jax.jit(merge, compiler_options={"xla_allow_excess_precision": False})
