@@ -59,7 +59,10 @@ def default() -> Config:
 
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.candidates_per_step = 0  # merged together, two such steps exist; 0: mesh.pop
-    config.evaluate.batch_size = 64  # rows that go through a model at a time
+    config.evaluate.batch_size = 64  # rows that go through a model at a time, at most
+    config.evaluate.batch_tokens = 8192  # tokens that do, padding included, at most
+    config.evaluate.context = 0  # tokens that the model can hold; 0: what its configuration says
+    config.evaluate.too_long = "refuse"  # a prompt that does not fit; "truncate": its end is read
     config.evaluate.vmap_candidates = 0  # side by side on a device; 0: 1 on CPU, else all of a step
 
     config.objective = ml_collections.ConfigDict()
@@ -160,6 +163,13 @@ def check(config: Config) -> None:
             where="objective.weights",
             expected=f"{len(config.objective.tasks)} numbers",
             found=str(weights),
+        )
+    if config.evaluate.too_long not in ("refuse", "truncate"):
+        raise JaxmergeError(
+            "unknown choice",
+            where="evaluate.too_long",
+            expected="refuse, truncate",
+            found=config.evaluate.too_long,
         )
     for name in ("search_examples", "test_examples"):
         if config.objective[name] < 1:

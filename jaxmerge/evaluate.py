@@ -1,43 +1,34 @@
 """Candidates times tasks to per-example scores.
 
-A candidate is a vector of merge weights. A step merges `candidates_per_step` of them, runs every
-task on the merged models, and only then waits: tokens and log-likelihoods come back to the host,
-where they are judged while the device works on the next task or the next step.
+A candidate is a vector of merge weights. A step merges `candidates_per_step` of them, asks the
+merged models what every task wants to know, and only then waits: tokens and log-likelihoods come
+back to the host, where they are judged while the device works on the next step.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.generate import generate, log_likelihood
 from jaxmerge.merge import linear
-from jaxmerge.models.model import Model, Params
-from jaxmerge.tasks import batches
+from jaxmerge.models.model import Model
+from jaxmerge.requests import Response
+from jaxmerge.respond import Outputs, Prepared, Responder
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tokenizer import Tokenizer
 from jaxmerge.trees import PyTree
 
-_WITHIN_A_MODEL = ("data", "fsdp", "tensor")  # mesh axes that need collectives
+_LIMITS = Limits()
 
 Scores = dict[str, Float[np.ndarray, "P N"]]  # per task: one score per candidate and example
-
-
-class _Prepared(NamedTuple):
-    """A task's examples, encoded and on the devices."""
-
-    task: Task
-    examples: Sequence[Example]
-    rows: int
-    microbatches: list[batches.Microbatch]
-    program: Callable[..., Array]
 
 
 class Evaluator:
@@ -52,12 +43,12 @@ class Evaluator:
         mesh: from `sharding.make_mesh`; candidates are spread over `pop`, examples over `data`.
         candidates_per_step: models that are merged together; rounded up to a multiple of `pop`. Up
             to two steps exist at a time, since one is launched before the last is judged.
-        batch_size: rows that go through a model at a time; rounded up to a multiple of `data`.
-        vmap_candidates: of a device's candidates, how many run side by side in one program; 0
-            chooses: 1 on CPU (one after the other is 2 to 3 times faster there), else all.
+        limits: what goes through a model at a time.
+        vmap_candidates: of a device's candidates, how many run side by side; see `Responder`.
 
     Raises:
-        JaxmergeError: a task has no examples in the split, or the vocabularies do not fit.
+        JaxmergeError: a task has no examples in the split, a prompt is too long, or the
+            vocabularies do not fit.
     """
 
     def __init__(
@@ -70,37 +61,20 @@ class Evaluator:
         mesh: Mesh,
         *,
         candidates_per_step: int,
-        batch_size: int = 64,
+        limits: Limits = _LIMITS,
         vmap_candidates: int = 0,
     ):
-        if model.vocabulary and tokenizer.vocabulary > model.vocabulary:
-            raise JaxmergeError(
-                "the tokenizer has tokens that the model does not know",
-                where="pool.tokenizer",
-                expected=f"at most {model.vocabulary} tokens",
-                found=str(tokenizer.vocabulary),
-            )
-        pop, data = mesh.shape["pop"], mesh.shape["data"]
+        pop = mesh.shape["pop"]
         self.candidates_per_step = -(-candidates_per_step // pop) * pop
-        self._trees, self._tokenizer, self._mesh = tuple(trees), tokenizer, mesh
+        self._trees, self._mesh = tuple(trees), mesh
         self._merge = linear.program(trees[0], population=True)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        # Between CPU devices, collectives of programs that queue up can wait for each other's
-        # threads for ever (jaxlib 0.10.2): there, one program at a time.
-        self._one_at_a_time = on_cpu and any(mesh.shape[axis] > 1 for axis in _WITHIN_A_MODEL)
-        if not vmap_candidates:
-            vmap_candidates = 1 if on_cpu else self.candidates_per_step // pop
-        self._tasks = [
-            _prepare(
-                task, split, model, tokenizer, mesh, -(-batch_size // data) * data, vmap_candidates
-            )
-            for task in tasks
-        ]
+        self._responder = Responder(model, tokenizer, mesh, limits, vmap_candidates=vmap_candidates)
+        self._tasks = [_Asked(task, split, self._responder) for task in tasks]
 
     @property
     def examples(self) -> dict[str, int]:
         """N, the number of examples of each task."""
-        return {prepared.task.name: len(prepared.examples) for prepared in self._tasks}
+        return {asked.task.name: len(asked.examples) for asked in self._tasks}
 
     def __call__(self, weights_PxK: Float[np.ndarray, "P K"]) -> Scores:
         """Per-example scores of all candidates, `[P, N]` for each task."""
@@ -118,8 +92,7 @@ class Evaluator:
         if waiting is not None:
             yield self._collect(*waiting)
 
-    def _launch(self, weights_CxK: np.ndarray) -> tuple[int, list[list[Array]]]:
-        """Enqueues a step; waits for the device only where programs must not queue up."""
+    def _launch(self, weights_CxK: np.ndarray) -> tuple[int, list[Outputs]]:
         count = len(weights_CxK)
         # The last step is filled up with a candidate it has: every step has the same shape.
         filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - count, axis=0)
@@ -128,107 +101,69 @@ class Evaluator:
             NamedSharding(self._mesh, PartitionSpec("pop")),
         )
         merged = self._merge(self._trees, weights)
-        return count, [
+        return count, [self._responder.launch(asked.prepared, merged) for asked in self._tasks]
+
+    def _collect(self, count: int, outputs: list[Outputs]) -> Scores:
+        return {
+            asked.task.name: asked.scores(self._responder.responses(asked.prepared, of_task, count))
+            for asked, of_task in zip(self._tasks, outputs)
+        }
+
+
+class _Answered(NamedTuple):
+    """An example, by number, and what a model answered to its requests."""
+
+    example: int
+    responses: tuple[Response, ...]
+
+
+class _Asked:
+    """A task's examples of a split, asked of models and judged; equal answers are judged once."""
+
+    def __init__(self, task: Task, split: str, responder: Responder):
+        self.task = task
+        self.examples: Sequence[Example] = task.splits.get(split, ())
+        if not self.examples:
+            raise JaxmergeError(f"the {split} split has no examples", where=f"task {task.name}")
+        requests = [task.requests(example) for example in self.examples]
+        self._ends = np.cumsum([len(each) for each in requests])
+        flat = [request for each in requests for request in each]
+        self.prepared: Prepared = responder.prepare(flat, f"task {task.name}")
+        self._known: dict[_Answered, float] = {}
+
+    def scores(self, answers: Sequence[tuple[Response, ...]]) -> Float[np.ndarray, "C N"]:
+        """Scores of what C models answered.
+
+        Raises:
+            JaxmergeError: the judge gave a score outside the task's bounds.
+        """
+        answered = [
             [
-                self._started(prepared.program(merged, *batch.arrays))
-                for batch in prepared.microbatches
+                _Answered(i, tuple(responses[end - count : end]))
+                for i, (end, count) in enumerate(zip(self._ends, np.diff(self._ends, prepend=0)))
             ]
-            for prepared in self._tasks
+            for responses in answers
         ]
+        asked = dict.fromkeys(each for row in answered for each in row)
+        new = [each for each in asked if each not in self._known]
+        if self.task.judge_threads > 1:
+            with ThreadPoolExecutor(self.task.judge_threads) as threads:
+                judged = list(threads.map(self._judge, new))
+        else:
+            judged = list(map(self._judge, new))
+        self._known |= dict(zip(new, judged))
+        # Only the last answers are remembered: a population's answers are alike.
+        self._known = {each: self._known[each] for each in asked}
+        return np.array([[self._known[each] for each in row] for row in answered], np.float32)
 
-    def _started(self, output: Array) -> Array:
-        return jax.block_until_ready(output) if self._one_at_a_time else output
-
-    def _collect(self, count: int, outputs: list[list[Array]]) -> Scores:
-        scores = {}
-        for prepared, of_batches in zip(self._tasks, outputs):
-            by_row = _by_row(prepared, [jax.device_get(output)[:count] for output in of_batches])
-            judge = {
-                "generation": batches.judge_texts,
-                "multiple_choice": batches.judge_choices,
-            }[prepared.task.kind]
-            scores[prepared.task.name] = judge(
-                prepared.task, prepared.examples, self._tokenizer, by_row
+    def _judge(self, answered: _Answered) -> float:
+        score = self.task.judge(self.examples[answered.example], answered.responses)
+        low, high = self.task.bounds
+        if not low <= score <= high:  # NaN is neither
+            raise JaxmergeError(
+                "the judge gave a score that is none",
+                where=f"task {self.task.name}",
+                expected=f"a number from {low:g} to {high:g}",
+                found=str(score),
             )
-        return scores
-
-
-def _prepare(
-    task: Task,
-    split: str,
-    model: Model,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    batch_size: int,
-    vmap_candidates: int,
-) -> _Prepared:
-    examples = task.splits.get(split, ())
-    if not examples:
-        raise JaxmergeError(f"the {split} split has no examples", where=f"task {task.name}")
-    generates = task.kind == "generation"
-    run = _generation(model, task.max_new_tokens, tokenizer.stops) if generates else _choice(model)
-    rows = len(examples) if generates else sum(len(example.choices) for example in examples)
-    over_data = NamedSharding(mesh, PartitionSpec("data"))
-    return _Prepared(
-        task=task,
-        examples=examples,
-        rows=rows,
-        microbatches=[
-            batches.Microbatch(microbatch.rows_B, jax.device_put(microbatch.arrays, over_data))
-            for microbatch in batches.encode(task, examples, tokenizer, batch_size)
-        ],
-        program=population_program(run, mesh, vmap_candidates),
-    )
-
-
-# Cached, as is the program made of them: splits, tasks and runs share what is compiled.
-@functools.cache
-def _generation(model: Model, max_new_tokens: int, stops: tuple[int, ...]) -> Callable[..., Array]:
-    return functools.partial(generate, model, max_new_tokens=max_new_tokens, stops=stops)
-
-
-@functools.cache
-def _choice(model: Model) -> Callable[..., Array]:
-    return functools.partial(log_likelihood, model)
-
-
-@functools.cache
-def population_program(
-    run: Callable[..., Array], mesh: Mesh, vmap_candidates: int
-) -> Callable[..., Array]:
-    """Lifts `run(params, *rows_B) -> [B, ...]` to `(merged_C, *rows_B) -> [C, B, ...]`.
-
-    Each place of the `pop` axis works on its own candidates; inside, the compiler spreads one model
-    over the other axes.
-    """
-
-    def local(merged: Params, *arrays_B: Array) -> Array:
-        if vmap_candidates == 1:
-            return jax.lax.map(lambda params: run(params, *arrays_B), merged)
-        return jax.lax.map(
-            lambda params: run(params, *arrays_B), merged, batch_size=vmap_candidates
-        )
-
-    def lifted(merged: Params, *arrays_B: Array) -> Array:
-        over_pop = PartitionSpec("pop")
-        specs = (over_pop, *(PartitionSpec() for _ in arrays_B))
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=over_pop,
-            axis_names={"pop"},
-            check_vma=False,
-        )(merged, *arrays_B)
-
-    return jax.jit(lifted)
-
-
-def _by_row(prepared: _Prepared, outputs: list[np.ndarray]) -> np.ndarray:
-    """Puts the outputs `[C, B, ...]` of all microbatches into the order of the task's rows."""
-    count, trailing = outputs[0].shape[0], outputs[0].shape[2:]
-    by_row = np.empty((count, prepared.rows, *trailing), outputs[0].dtype)
-    for microbatch, output in zip(prepared.microbatches, outputs):
-        real_B = microbatch.rows_B >= 0
-        by_row[:, microbatch.rows_B[real_B]] = output[:, real_B]
-    return by_row
+        return score

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxmerge import config as configs
 from jaxmerge import rundir
+from jaxmerge.batches import Limits
 from jaxmerge.checkpoints.pool import Pool, load
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
@@ -66,7 +67,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
             "search" if name == "search" else "test",
             mesh,
             candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
-            batch_size=config.evaluate.batch_size,
+            limits=_limits(config, sources),
             vmap_candidates=config.evaluate.vmap_candidates,
         )
         for name, tasks in splits.items()
@@ -78,6 +79,18 @@ def prepare(config: Config, workdir: str) -> Prepared:
         directory.close()
         raise
     return Prepared(directory, sources, pool, evaluators, strategy, configs.task_weights(config))
+
+
+def _limits(config: Config, sources: Sequence[Source]) -> Limits:
+    """What goes through a model at a time; its context is what its configuration says."""
+    evaluate = config.evaluate
+    like = huggingface_directory(config, sources)
+    return Limits(
+        rows=evaluate.batch_size,
+        tokens=evaluate.batch_tokens,
+        context=evaluate.context or (families.context(like) if like else 0),
+        truncate=evaluate.too_long == "truncate",
+    )
 
 
 def _mesh(config: Config) -> Mesh:

@@ -13,8 +13,8 @@ class Prompt(NamedTuple):
         shots: earlier questions with their answers: turns of the chat, or text before the question,
             joined as they are.
         form: `chat`: through the tokenizer's chat template; `text`: as it is, after whatever tokens
-            the tokenizer begins every text with; `bare`: as it is, after nothing; "": chat or text,
-            as the tokenizer is set (`pool.chat`).
+            the tokenizer begins every text with, unless they are there already; `bare`: as it is,
+            after nothing; "": chat or text, as the tokenizer is set (`pool.chat`).
     """
 
     text: str
@@ -70,9 +70,14 @@ class Rolling(NamedTuple):
     """How likely a whole text is. The response is a `Likely`.
 
     A text longer than the model's context is cut into windows; each token is scored once.
+
+    Attributes:
+        text: what is scored, after the token that stands before every text.
+        form: as of `Prompt`: with `text`, a start token is scored too.
     """
 
     text: str
+    form: Literal["text", "bare"] = "bare"
 
 
 class Likely(NamedTuple):

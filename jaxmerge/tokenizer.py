@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.requests import Prompt
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What a task needs of a tokenizer."""
+    """What evaluation needs of a tokenizer."""
 
     vocabulary: int  # ids are below it
     stops: tuple[int, ...]  # the ids that end a generated text; the first is what training writes
+    prefix: int  # the id before the first token of a text that has nothing before it
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, prompt: Prompt) -> list[int]:
         """What a model reads before it answers: with a start token, a chat template, ..."""
+        ...
+
+    def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        """A prompt, which may be empty, and a continuation of it, whose tokens are scored."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -27,9 +35,13 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
+    def pieces(self) -> list[bytes]:
+        """What each id below `vocabulary` stands for in UTF-8, special tokens too."""
+        ...
+
 
 class Bytes:
-    """One token per UTF-8 byte; a newline ends a generated text.
+    """One token per UTF-8 byte; a newline ends a generated text. There is no chat template.
 
     >>> Bytes().encode("é")
     [195, 169]
@@ -39,15 +51,27 @@ class Bytes:
 
     vocabulary = 256
     stops: tuple[int, ...] = (10,)
+    prefix = 10
 
-    def prompt(self, text: str) -> list[int]:
-        return self.encode(text)
+    def prompt(self, prompt: Prompt) -> list[int]:
+        return self.encode(plain(prompt))
+
+    def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        return self.prompt(prompt), self.encode(continuation)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode(errors="replace")
+
+    def pieces(self) -> list[bytes]:
+        return [bytes([byte]) for byte in range(256)]
+
+
+def plain(prompt: Prompt) -> str:
+    """A prompt as one text: questions and answers one after the other."""
+    return "".join(question + answer for question, answer in prompt.shots) + prompt.text
 
 
 class Pretrained:
@@ -68,10 +92,8 @@ class Pretrained:
     def __init__(self, directory: str, *, chat: bool = False, system: str = ""):
         self._tokenizer = _load(directory)
         self._chat, self._system, self._directory = chat, system, directory
-        if chat and not self._tokenizer.chat_template:
-            raise JaxmergeError(
-                "the tokenizer has no chat template", where=directory, expected="pool.chat=False"
-            )
+        if chat:
+            self._is_chat(Prompt(""))
         ends = _ids(self._tokenizer.eos_token_id)
         generation = Path(directory, "generation_config.json")
         if generation.exists():
@@ -79,19 +101,35 @@ class Pretrained:
         if not ends:
             raise JaxmergeError("the tokenizer has no token that ends a text", where=directory)
         self.stops = tuple(dict.fromkeys(ends))
+        starts = _ids(self._tokenizer.bos_token_id)
+        self.prefix = (starts or ends)[0]
+        self._begins = self._tokenizer.convert_ids_to_tokens(self.prefix)
         self.vocabulary = max(self._tokenizer.get_vocab().values()) + 1
 
-    def prompt(self, text: str) -> list[int]:
-        if not self._chat:
-            tokens = self._tokenizer(text).input_ids
-            # Some tokenizers end every text; a prompt goes on.
-            return tokens[:-1] if tokens and tokens[-1] in self.stops else tokens
-        messages = [{"role": "user", "content": text}]
-        if self._system:
-            messages.insert(0, {"role": "system", "content": self._system})
-        return self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+    def prompt(self, prompt: Prompt) -> list[int]:
+        if self._is_chat(prompt):
+            return self._tokenizer.apply_chat_template(
+                self._messages(prompt),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        text = plain(prompt)
+        if prompt.form == "bare" or (self._begins and text.startswith(self._begins)):
+            return self.encode(text)
+        tokens = self._tokenizer(text).input_ids
+        # Some tokenizers end every text; a prompt goes on.
+        return tokens[:-1] if tokens and tokens[-1] in self.stops else tokens
+
+    def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        if self._is_chat(prompt):
+            return self.prompt(prompt), self.encode(continuation)
+        # Together, as the text would be read; a space between them begins the continuation.
+        text = plain(prompt)
+        spaces = len(text) - len(text.rstrip())
+        read = self.prompt(Prompt(text[: len(text) - spaces], form=prompt.form or "text"))
+        whole = self.prompt(Prompt(text + continuation, form=prompt.form or "text"))
+        return read, whole[len(read) :]
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids
@@ -100,6 +138,56 @@ class Pretrained:
         return self._tokenizer.decode(
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+    def pieces(self) -> list[bytes]:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        by_byte = backend is not None and "ByteLevel" in str(backend.decoder)
+        added = self._tokenizer.get_added_vocab()  # as they are; a special one is in no text
+        pieces = [b""] * self.vocabulary
+        for token, index in self._tokenizer.get_vocab().items():
+            encode = str.encode if token in added else _byte_level if by_byte else _metaspace
+            pieces[index] = encode(token)
+        return pieces
+
+    def _is_chat(self, prompt: Prompt) -> bool:
+        chat = prompt.form == "chat" or (not prompt.form and self._chat)
+        if chat and not self._tokenizer.chat_template:
+            raise JaxmergeError(
+                "the tokenizer has no chat template",
+                where=self._directory,
+                expected="pool.chat=False, and no task of form chat",
+            )
+        return chat
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
+        turns = [("system", self._system)] if self._system else []
+        for question, answer in prompt.shots:
+            turns += [("user", question), ("assistant", answer)]
+        turns.append(("user", prompt.text))
+        return [{"role": role, "content": content} for role, content in turns]
+
+
+def _byte_level(token: str) -> bytes:
+    """The bytes of a token of GPT-2's alphabet, in which every byte is a printable character."""
+    known = _byte_of_character()
+    return b"".join(bytes([known[c]]) if c in known else c.encode() for c in token)
+
+
+def _metaspace(token: str) -> bytes:
+    """The bytes of a token of SentencePiece, which writes spaces as U+2581 and bytes as <0x0A>."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + i): byte for i, byte in enumerate(hidden)
+    }
 
 
 def is_in(directory: str) -> bool:

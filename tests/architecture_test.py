@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "jaxmerge"
 LAYERS = (
     {"errors", "trees", "pareto", "stats", "requests", "tokenizer", "models"},
     {"sharding", "merge", "space"},
-    {"checkpoints", "generate"},
-    {"tasks"},
+    {"checkpoints", "generate", "batches"},
+    {"respond", "tasks"},
     {"evaluate"},
     {"rundir"},
     {"search"},

@@ -1,29 +1,14 @@
-"""Padding, the order of rows, and scores made by hand."""
-
-from typing import Any
+"""Tokens, padding and the cut into microbatches, with one token per byte."""
 
 import numpy as np
 import pytest
 
+from jaxmerge.batches import Encoded, Limits, Writing, encode
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.tasks import batches
-from jaxmerge.tasks.common import Example, Task
+from jaxmerge.requests import Generate, Likelihood, Prompt, Request, Rolling, Sampling
 from jaxmerge.tokenizer import Bytes
 
 TOKENIZER = Bytes()
-
-
-def generation(*prompts: str, judge=None) -> tuple[Task, list[Example]]:
-    """A generation task and its examples."""
-    examples = [Example(prompt, f"target {i}") for i, prompt in enumerate(prompts)]
-    options = {} if judge is None else {"judge": judge}
-    return Task("write", "generation", {"search": examples}, **options), examples
-
-
-def choices(*examples: Example, normalize: Any = "none") -> tuple[Task, list[Example]]:
-    """A multiple-choice task and its examples."""
-    task = Task("choose", "multiple_choice", {"search": examples}, normalize=normalize)
-    return task, list(examples)
 
 
 def random_texts(count: int, longest: int) -> list[str]:
@@ -35,160 +20,179 @@ def random_texts(count: int, longest: int) -> list[str]:
     ]
 
 
+def generations(*texts: str, **options) -> list[Request]:
+    return [Generate(Prompt(text), 5, **options) for text in texts]
+
+
+def read_back(encoded: Encoded) -> dict[int, list[tuple[str, str]]]:
+    """By request: what is read and what is scored, of each of its rows."""
+    rows: dict[int, list[tuple[str, str]]] = {}
+    for requests_B, (tokens_BxT, scored_BxT) in encoded.scoring:
+        for request, tokens, scored in zip(requests_B, tokens_BxT, scored_BxT):
+            if request < 0:
+                assert not scored.any()
+                continue
+            (places,) = np.nonzero(scored)
+            begin, end = places[0], places[-1] + 1
+            assert scored[begin:end].all()
+            assert (tokens[end:] == 0).all()
+            read = TOKENIZER.decode(tokens[:begin].tolist())
+            rows.setdefault(int(request), []).append(
+                (read, TOKENIZER.decode(tokens[places].tolist()))
+            )
+    return rows
+
+
 def test_prompts_are_padded_on_the_left():
     """Each row of the microbatches is its prompt, after as much padding as is said."""
-    prompts = random_texts(23, 60)
-    task, examples = generation(*prompts)
+    texts = random_texts(23, 60)
     seen = []
-    for rows_B, (tokens_BxT, padding_B) in batches.encode(task, examples, TOKENIZER, 8):
-        assert len(rows_B) == len(tokens_BxT) == len(padding_B) == 8
-        for row, tokens, padding in zip(rows_B, tokens_BxT, padding_B):
-            if row < 0:
+    (batches,) = encode(generations(*texts), TOKENIZER, Limits(rows=8)).writing.values()
+    for requests_B, (tokens_BxT, padding_B, seeds_B) in batches:
+        assert len(requests_B) == len(tokens_BxT) == len(padding_B) == len(seeds_B)
+        for request, tokens, padding in zip(requests_B, tokens_BxT, padding_B):
+            if request < 0:
                 assert padding == len(tokens)  # filling: nothing but padding
                 continue
-            seen.append(row)
-            assert TOKENIZER.decode(tokens[padding:].tolist()) == prompts[row]
+            seen.append(request)
+            assert TOKENIZER.decode(tokens[padding:].tolist()) == texts[request]
             assert (tokens[:padding] == 0).all()
     assert sorted(seen) == list(range(23))
 
 
-def test_choices_are_padded_on_the_right():
-    """Each row is prompt, choice and padding; the tokens of the choice are scored, no others."""
-    texts = random_texts(24, 30)
-    questions = [
-        Example(texts[0], texts[1], tuple(texts[1:3])),
-        Example(texts[3], texts[8], tuple(texts[4:10])),
-        Example("é?", "ü", ("ü", "ß!")),
-        *(Example(texts[i], texts[i + 1], (texts[i + 1],)) for i in range(10, 23)),
+def test_continuations_are_padded_on_the_right():
+    """Each row is prompt, continuation and padding; the tokens of the continuation are scored."""
+    texts = random_texts(30, 40)
+    pairs = [*zip(texts[::2], texts[1::2]), ("é?", "ü"), ("shot answer ", "ß!")]
+    requests: list[Request] = [Likelihood(Prompt(one), other) for one, other in pairs[:-1]]
+    requests.append(Likelihood(Prompt("answer ", shots=(("shot", " "),)), "ß!", ended=True))
+    encoded = encode(requests, TOKENIZER, Limits(rows=4))
+    pairs[-1] = (pairs[-1][0], "ß!\n")  # a newline ends a text of bytes
+    assert read_back(encoded) == {i: [pair] for i, pair in enumerate(pairs)}
+    assert encoded.scored.tolist() == [len(other.encode()) for _, other in pairs]
+
+
+def test_generations_that_differ_in_how_they_are_written_are_apart():
+    """Each kind has its program; seeds go with their rows."""
+    requests = [
+        *generations("a", "bb", until=("x", "")),
+        *generations("c", sampling=Sampling(0.5, 0.9, seed=7)),
+        *generations("d", sampling=Sampling(0.5, 0.9, seed=8)),
+        Generate(Prompt("e"), 6),
     ]
-    pairs = [(example.prompt, choice) for example in questions for choice in example.choices]
-    task, examples = choices(*questions)
-    seen = []
-    for rows_B, (tokens_BxT, scored_BxT) in batches.encode(task, examples, TOKENIZER, 4):
-        for row, tokens, scored in zip(rows_B, tokens_BxT, scored_BxT):
-            if row < 0:
-                assert not scored.any()
-                continue
-            seen.append(row)
-            prompt, choice = (text.encode() for text in pairs[row])
-            end = len(prompt) + len(choice)
-            assert bytes(tokens[:end].tolist()) == prompt + choice
-            assert (tokens[end:] == 0).all()
-            assert scored.tolist() == [len(prompt) <= t < end for t in range(len(tokens))]
-    assert sorted(seen) == list(range(len(pairs)))
+    writing = encode(requests, TOKENIZER, Limits(rows=2)).writing
+    assert set(writing) == {
+        Writing(5, ("x",), 0.0, 1.0),
+        Writing(5, (), 0.5, 0.9),
+        Writing(6, (), 0.0, 1.0),
+    }
+    ((requests_B, (_, _, seeds_B)),) = writing[Writing(5, (), 0.5, 0.9)]
+    assert dict(zip(requests_B.tolist(), seeds_B.tolist())) == {2: 7, 3: 8}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_every_microbatch_is_full(batch_size):
-    """All have the same number of rows; only the last has rows that fill up, at its end."""
-    task, examples = generation(*random_texts(10, 20))
-    encoded = batches.encode(task, examples, TOKENIZER, batch_size)
-    assert len(encoded) == -(-10 // batch_size)
-    rows = np.concatenate([microbatch.rows_B for microbatch in encoded])
-    assert len(rows) == batch_size * len(encoded)
-    assert (rows[:10] >= 0).all()
-    assert (rows[10:] == -1).all()
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_only_the_last_rows_fill_up(rows):
+    """No microbatch is larger than asked for, and filling stands at its end."""
+    (batches,) = encode(
+        generations(*random_texts(10, 20)), TOKENIZER, Limits(rows)
+    ).writing.values()
+    real = [int((requests_B >= 0).sum()) for requests_B, _ in batches]
+    assert sum(real) == 10
+    for count, (requests_B, _) in zip(real, batches):
+        assert len(requests_B) <= rows
+        assert (requests_B[:count] >= 0).all()
 
 
-def test_little_is_spent_on_padding():
-    """A microbatch is at most 1/8 or 7 tokens longer than its longest row; rows are sorted."""
-    task, examples = generation(*random_texts(400, 500))
-    longest_before = 0
-    for _, (tokens_BxT, padding_B) in batches.encode(task, examples, TOKENIZER, 16):
-        T = tokens_BxT.shape[1]
-        lengths = T - padding_B
-        assert T - lengths.max() <= max(7, lengths.max() / 8)
-        assert lengths.min() >= longest_before
-        longest_before = lengths.max()
+def test_rows_are_a_multiple_of_the_devices():
+    (batches,) = encode(
+        generations(*random_texts(50, 80)), TOKENIZER, Limits(rows=10, multiple=4)
+    ).writing.values()
+    assert all(len(requests_B) % 4 == 0 for requests_B, _ in batches)
 
 
-def test_few_shapes():
-    """Each shape is a program to compile: at most 8 for every doubling of the length."""
-    task, examples = generation(*("x" * length for length in range(1, 513)))
-    shapes = {arrays[0].shape for _, arrays in batches.encode(task, examples, TOKENIZER, 1)}
-    # 8, 16, ..., 64 by 8; then 8 in each of 64-128, 128-256, 256-512.
-    assert len(shapes) == 8 + 3 * 8
-    assert max(shapes) == (1, 512)
+def test_a_microbatch_has_no_more_tokens_than_asked_for():
+    """Unless a single row has."""
+    limits = Limits(rows=64, tokens=512)
+    (batches,) = encode(generations(*random_texts(200, 700)), TOKENIZER, limits).writing.values()
+    shapes = {arrays[0].shape for _, arrays in batches}
+    assert all(B * T <= 512 or B == 1 for B, T in shapes)
+    assert any(B == 1 and T > 512 for B, T in shapes)
+    assert any(B > 4 for B, T in shapes)
 
 
-@pytest.mark.parametrize("kind", ["generation", "multiple_choice"])
-@pytest.mark.parametrize("empty", ["prompt", "choice"])
-def test_an_empty_text_is_refused(kind, empty):
-    """Nothing would come before the first token; the task is named."""
-    prompt, choice = ("", "a") if empty == "prompt" else ("a", "")
-    examples = [Example("fine", "b", ("b",)), Example(prompt, choice, (choice, "b"))]
-    task = Task("holes", kind, {"search": examples})
-    if kind == "generation" and empty == "choice":
-        batches.encode(task, examples, TOKENIZER, 2)  # a target may be empty
-        return
-    with pytest.raises(JaxmergeError, match="empty") as caught:
-        batches.encode(task, examples, TOKENIZER, 2)
-    assert caught.value.where == "task holes"
+def realistic_lengths() -> dict[str, np.ndarray]:
+    """Lengths of prompts as tasks have them: sums, chats, code, few-shot questions."""
+    rng = np.random.default_rng(0)
+    return {
+        "short": rng.integers(12, 20, size=192),
+        "chat": np.exp(rng.normal(4.2, 0.5, size=200)).astype(int) + 30,
+        "code": np.exp(rng.normal(5.0, 0.4, size=164)).astype(int),
+        "few-shot": rng.normal(600, 40, size=100).astype(int),
+        "all": np.exp(rng.normal(4.5, 0.9, size=1000)).astype(int) + 1,
+    }
 
 
-def test_texts_end_at_stop():
-    """The judge sees what stands before the first stop token, and its own example."""
-    heard = []
-
-    def judge(example: Example, output: str) -> float:
-        heard.append((example.prompt, output))
-        return len(output) / 10
-
-    task, examples = generation("p0", "p1", judge=judge)
-    texts = [["ab\ncd\n", "\nabcd\n"], ["abcdef", "abcde\n"]]
-    tokens_CxRxM = np.array([[list(text.encode()) for text in rows] for rows in texts], np.int32)
-    scores = batches.judge_texts(task, examples, TOKENIZER, tokens_CxRxM)
-    assert heard == [("p0", "ab"), ("p1", ""), ("p0", "abcdef"), ("p1", "abcde")]
-    np.testing.assert_array_equal(scores, np.array([[0.2, 0.0], [0.6, 0.5]], np.float32))
-    assert scores.dtype == np.float32
+@pytest.mark.parametrize("mix", realistic_lengths())
+def test_little_is_spent_on_padding(mix):
+    """Under 15% of the tokens of a task are padding, rows that fill up included."""
+    lengths = realistic_lengths()[mix]
+    (batches,) = encode(
+        generations(*("x" * length for length in lengths)), TOKENIZER, Limits()
+    ).writing.values()
+    spent = sum(arrays[0].size for _, arrays in batches)
+    assert 1 - lengths.sum() / spent < 0.15
+    # Each shape is a program to compile.
+    assert len({arrays[0].shape for _, arrays in batches}) <= 6 * 8
 
 
-# Choices of 1, 2 and 6 bytes; the last is 1 token for a tokenizer that knows the word.
-QUESTIONS = (
-    Example("p", "yellow", ("a", "bb", "yellow")),
-    Example("p", "b", ("b", "cc")),
-)
-#                              a     bb   yellow    b     cc
-LOG_LIKELIHOOD_CxR = np.array(
-    [
-        [-1.0, -3.0, -3.9, -2.0, -3.0],
-        [-1.0, -1.5, -9.0, -1.0, -3.0],
-        [-3.0, -5.0, -2.0, -5.0, -2.0],
-    ],
-    np.float32,
-)
-
-
-class Words(Bytes):
-    """A tokenizer with one token for the word that it knows."""
-
-    def encode(self, text: str) -> list[int]:
-        return [0] if text == "yellow" else super().encode(text)
+def test_few_lengths():
+    """At most 8 for every doubling."""
+    texts = ["x" * length for length in range(1, 513)]
+    (batches,) = encode(generations(*texts), TOKENIZER, Limits(rows=1)).writing.values()
+    # 4, 8, ..., 64 by 4; then 8 in each of 64-128, 128-256, 256-512.
+    assert len({arrays[0].shape for _, arrays in batches}) == 16 + 3 * 8
 
 
 @pytest.mark.parametrize(
-    ("normalize", "expected"),
-    [
-        # Candidate 0: -1 > -3 > -3.9 picks a; bytes: -1, -1.5, -0.65 picks yellow.
-        # Candidate 1: -0.75 for bb is the best of -1, -0.75, -1.5.
-        # Candidate 2: yellow always; b against cc: -5 < -2, and -5 < -1.
-        ("none", [[0, 1], [0, 1], [1, 0]]),
-        ("bytes", [[1, 0], [0, 1], [1, 0]]),
-        ("tokens", [[0, 0], [0, 1], [1, 0]]),
-    ],
+    "request_", [*generations(""), Likelihood(Prompt("a"), ""), Rolling("")], ids=str
 )
-def test_choices_by_hand(normalize, expected):
-    """The best (normalised) log-likelihood against the target; bytes and tokens differ."""
-    task, examples = choices(*QUESTIONS, normalize=normalize)
-    scores = batches.judge_choices(task, examples, Words(), LOG_LIKELIHOOD_CxR)
-    np.testing.assert_array_equal(scores, np.array(expected, np.float32))
-    assert scores.dtype == np.float32
+def test_an_empty_text_is_refused(request_):
+    """Nothing would be read, or nothing scored; whose it is stands in the message."""
+    with pytest.raises(JaxmergeError, match="empty") as caught:
+        encode([request_], TOKENIZER, Limits(), "task holes")
+    assert caught.value.where == "task holes"
 
 
-@pytest.mark.parametrize("given", [float("nan"), -0.1, 1.5, float("inf")])
-def test_a_score_outside_its_range_is_refused(given):
-    """One NaN would make the mean, the log and the report meaningless."""
-    task = Task("odd", "generation", {}, judge=lambda example, output: given)
-    tokens = np.full((1, 1, 3), Bytes.stops[0], np.int32)
-    with pytest.raises(JaxmergeError, match="task odd"):
-        batches.judge_texts(task, [Example("a", "b")], Bytes(), tokens)
+def test_an_empty_prompt_is_the_token_before_every_text():
+    rows = read_back(encode([Likelihood(Prompt(""), "ab")], TOKENIZER, Limits()))
+    assert rows == {0: [("\n", "ab")]}
+
+
+def test_a_text_longer_than_the_context_is_scored_in_windows():
+    """Each token once, and each but the first window's after as much as the context holds."""
+    text = random_texts(1, 60)[0]
+    limits = Limits(context=7)
+    (rows,) = read_back(encode([Rolling(text)], TOKENIZER, limits)).values()
+    rows.sort(key=lambda row: text.index(row[1]))
+    assert "".join(scored for _, scored in rows) == text
+    assert rows[0] == ("\n", text[:7])
+    for read, scored in rows[1:]:
+        assert text.index(read + scored) == text.index(scored) - len(read)
+        assert len(read) + len(scored) == 8  # the last token is not read
+    assert encode([Rolling(text)], TOKENIZER, limits).scored.tolist() == [len(text)]
+
+
+def test_a_prompt_that_is_too_long():
+    """Refused, or cut on the left, so that all that is to be written or scored has room."""
+    requests = [*generations("0123456789"), Likelihood(Prompt("0123456789"), "ab")]
+    for request in requests:
+        with pytest.raises(JaxmergeError, match="too long") as caught:
+            encode([request], TOKENIZER, Limits(context=8), "task long")
+        assert "truncate" in caught.value.expected
+        encode([request], TOKENIZER, Limits(context=15))
+    encoded = encode(requests, TOKENIZER, Limits(context=8, truncate=True))
+    ((_, (tokens_BxT, padding_B, _)),) = next(iter(encoded.writing.values()))
+    assert TOKENIZER.decode(tokens_BxT[0, padding_B[0] :].tolist()) == "789"  # and 5 are written
+    assert read_back(encoded) == {1: [("3456789", "ab")]}  # 8 are read
+    with pytest.raises(JaxmergeError, match="too long"):
+        encode(requests, TOKENIZER, Limits(context=5, truncate=True))

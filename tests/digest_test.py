@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError

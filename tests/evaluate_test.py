@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator, Scores
 from jaxmerge.models.decoder import decoder
+from jaxmerge.requests import Response
 from jaxmerge.sharding import make_mesh, shardings
-from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks import kinds
+from jaxmerge.tasks.common import Example
 from jaxmerge.tokenizer import Bytes
 from tests import tiny
 
@@ -23,6 +27,7 @@ WRITE, CHOOSE = tiny.generation(search=7, test=2), tiny.choice(search=6, test=2)
 WEIGHTS_PxK = np.array(
     [[0.2, 0.5, 0.3], [1 / 3] * 3, [0.0, 1.0, 0.0], [0.6, 0.0, 0.4], [1.4, -0.7, 0.3]]
 )
+NEW_TOKENS = 6  # of tiny.generation
 WIDTH = 40  # longer than any prompt with its choice or continuation
 
 
@@ -30,7 +35,7 @@ def make_evaluator(sizes: Any = None, tasks=(WRITE, CHOOSE), **options: Any):
     """An evaluator of the pool on a mesh, by default of one device."""
     mesh = make_mesh(**(sizes or {}))
     placed = [jax.device_put(t, shardings(t, MODEL.sharding_rules, mesh)) for t in TREES]
-    options = {"candidates_per_step": 2, "batch_size": 8, **options}
+    options = {"candidates_per_step": 2, "limits": Limits(rows=8), **options}
     return Evaluator(placed, MODEL, TOKENIZER, tasks, "search", mesh, **options)
 
 
@@ -57,14 +62,14 @@ def expected() -> Scores:
 
     def write(params, example: Example) -> float:
         prompt, new = TOKENIZER.encode(example.prompt), []
-        while len(new) < WRITE.max_new_tokens:
+        while len(new) < NEW_TOKENS:
             logits_V = logits(params, prompt + new)[len(prompt) + len(new) - 1]
             second, first = np.sort(logits_V)[-2:]
             assert first - second > 2e-5 * np.abs(logits_V).max()
             if logits_V.argmax() in TOKENIZER.stops:
                 break
             new.append(int(logits_V.argmax()))
-        return WRITE.judge(example, TOKENIZER.decode(new))
+        return WRITE.judge(example, [TOKENIZER.decode(new)])
 
     def choose(params, example: Example) -> float:
         rated = []
@@ -148,12 +153,12 @@ def test_a_mesh_gives_the_same_scores(sizes, per_step):
 def test_candidates_and_examples_lie_where_promised():
     """Candidates on `pop`, examples on `data`: a device holds its part of either."""
     evaluator = make_evaluator({"pop": 2, "data": 4}, tasks=[WRITE], candidates_per_step=4)
-    ((_, arrays),) = evaluator._tasks[0].microbatches
-    tokens, padding = map(jnp.asarray, arrays)  # they are on the devices already
+    ((_, arrays),) = evaluator._tasks[0].prepared.groups[0].microbatches
+    tokens, padding, _ = map(jnp.asarray, arrays)  # they are on the devices already
     assert {shard.data.shape[0] for shard in tokens.addressable_shards} == {8 // 4}
     assert {shard.data.shape for shard in padding.addressable_shards} == {(8 // 4,)}
-    _, ((output,),) = evaluator._launch(WEIGHTS_PxK[:4])
-    assert output.shape == (4, 8, WRITE.max_new_tokens)
+    _, ((((output,),),),) = evaluator._launch(WEIGHTS_PxK[:4])
+    assert output.shape == (4, 8, NEW_TOKENS)
     assert {shard.data.shape[0] for shard in output.addressable_shards} == {4 // 2}
 
 
@@ -192,11 +197,13 @@ def test_nothing_but_tokens_and_log_likelihoods_leaves_the_device(monkeypatch, s
         with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
             jnp.asarray(WEIGHTS_PxK)
     assert_equal(scores, expected())
-    # 7 prompts are a microbatch of 8, the choices some of 8 rows each.
+    # 7 prompts are a microbatch of 8, the 18 choices are 8, 8 and 2.
     steps, C = -(-len(WEIGHTS_PxK) // per_step), per_step
-    questions = sum(len(example.choices) for example in CHOOSE.splits["search"])
-    step = [((C, 8, WRITE.max_new_tokens), "int32")] + -(-questions // 8) * [((C, 8), "float32")]
-    assert [(x.shape, str(x.dtype)) for x in fetched] == steps * step
+    rows = [len(batch.requests_B) for batch in evaluator._tasks[1].prepared.groups[0].microbatches]
+    assert sum(rows) == sum(len(example.choices) for example in CHOOSE.splits["search"])
+    step = [[((C, 8, NEW_TOKENS), "int32")]]
+    step += [[((C, B), "float32"), ((C, B), "bool")] for B in rows]
+    assert [[(x.shape, str(x.dtype)) for x in arrays] for arrays in fetched] == steps * step
     assert [(x.shape, str(x.dtype)) for x in sent] == steps * [((C, 3), "float32")]
 
 
@@ -204,7 +211,7 @@ def test_judging_overlaps_the_device(monkeypatch):
     """Step i + 1 is on its way before step i is fetched and judged; no third step is."""
     events: list[str] = []
 
-    def judge(example: Example, output: str) -> float:
+    def judge(example: Example, responses: Sequence[Response]) -> float:
         events.append("judge")
         return 0.0
 
@@ -214,20 +221,19 @@ def test_judging_overlaps_the_device(monkeypatch):
     monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or get(x))
     seen = []
     for step in evaluator.steps(WEIGHTS_PxK):
-        seen.append((len(step["generation"]), *events))
+        judged = events.count("judge")
+        assert 7 <= judged <= 14
+        assert events[-judged:] == judged * ["judge"]
+        seen.append((len(step["generation"]), *events[:-judged]))
         events.clear()
-    assert seen == [
-        (2, "launch", "launch", "fetch", *14 * ["judge"]),
-        (2, "launch", "fetch", *14 * ["judge"]),
-        (1, "fetch", *7 * ["judge"]),
-    ]
+    assert seen == [(2, "launch", "launch", "fetch"), (2, "launch", "fetch"), (1, "fetch")]
 
 
 def test_an_empty_split_is_refused():
     """With the task and the split, whether it is empty or not there at all."""
     for splits in ({"test": WRITE.splits["test"]}, {"search": [], "test": WRITE.splits["test"]}):
         with pytest.raises(JaxmergeError, match="the search split has no examples") as caught:
-            make_evaluator(tasks=[WRITE, Task("hollow", "generation", splits)])
+            make_evaluator(tasks=[WRITE, kinds.generation("hollow", splits)])
         assert caught.value.where == "task hollow"
 
 

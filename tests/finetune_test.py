@@ -11,6 +11,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.tasks import TASKS
+from jaxmerge.tokenizer import Bytes
 from jaxmerge.trees import map_named
 from tests import huggingface_models
 from tools import finetune
@@ -18,14 +19,14 @@ from tools import finetune
 SCHEDULE = finetune.Schedule(steps=30, batch=8, learning_rate=1e-2, seed=0)
 
 
-class Ascii:
+class Ascii(Bytes):
     """One token per printable character; `~` ends a text."""
 
     vocabulary = huggingface_models.VOCAB
     stops: tuple[int, ...] = (94,)
 
-    def prompt(self, text):
-        return [0, *self.encode(text)]
+    def prompt(self, prompt):
+        return [0, *self.encode(prompt.text)]
 
     def encode(self, text):
         return [ord(character) - 32 for character in text]
@@ -56,9 +57,9 @@ def test_answer_and_stop_are_predicted_from_the_token_before_them(sums):
     assert sequences.tokens.shape[1] % 8 == 0
     for row, example in enumerate(sums.splits["train"]):
         learnt = sequences.learnt[row]
-        assert Ascii().decode(sequences.answers[row, learnt]) == example.target + "~"
+        assert Ascii().decode(sequences.answers[row, learnt].tolist()) == example.target + "~"
         for n, source in enumerate(sequences.sources[row, learnt]):
-            read = Ascii().decode(sequences.tokens[row, 1 : source + 1])
+            read = Ascii().decode(sequences.tokens[row, 1 : source + 1].tolist())
             assert read == example.prompt + example.target[:n]
 
 

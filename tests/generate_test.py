@@ -200,7 +200,8 @@ def test_log_likelihood_equals_float64(name):
     """The sum of log softmax over the scored tokens, from the model's own logits."""
     tokens_BxT, scored_BxT = likelihood_rows()
     params, model = make_params(name), MODELS[name]
-    found_B = jax.jit(functools.partial(log_likelihood, model))(params, tokens_BxT, scored_BxT)
+    scored = jax.jit(functools.partial(log_likelihood, model))(params, tokens_BxT, scored_BxT)
+    found_B = scored.nats_B
     logits = np.asarray(jax.jit(model.apply)(params, tokens_BxT[:, :-1]), np.float64)
     peak = logits.max(axis=-1, keepdims=True)
     log_p = logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
@@ -219,7 +220,11 @@ def test_log_likelihood_equals_float64(name):
 def test_what_is_not_scored_does_not_count():
     """Position 0, which nothing comes before; and right padding, whatever it holds."""
     name = "grouped, tied"
-    program = jax.jit(functools.partial(log_likelihood, MODELS[name]))
+    scored = jax.jit(functools.partial(log_likelihood, MODELS[name]))
+
+    def program(*arguments):
+        return scored(*arguments).nats_B
+
     tokens_BxT, scored_BxT = likelihood_rows()
     found_B = program(make_params(name), tokens_BxT, scored_BxT)
     first = scored_BxT.at[:, 0].set(~scored_BxT[:, 0])

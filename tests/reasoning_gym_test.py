@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 import sys
+from typing import Any
 
 import pytest
 
@@ -53,17 +54,17 @@ def test_the_data_sets_own_judge_scores(dataset):
     task = reasoning_gym(**SIZES, **dataset)
     for examples in task.splits.values():
         for example in examples:
-            assert task.judge(example, example.target) == 1.0
-            assert task.judge(example, f" {example.target}\n") == 1.0
-            assert task.judge(example, "") <= 0.01
+            assert task.judge(example, [example.target]) == 1.0
+            assert task.judge(example, [f" {example.target}\n"]) == 1.0
+            assert task.judge(example, [""]) <= 0.01
             for wrong in ("?", "the answer", "[", "1/0", example.target + "7"):
-                assert 0.0 <= task.judge(example, wrong) < 1.0
+                assert 0.0 <= task.judge(example, [wrong]) < 1.0
 
 
 def test_part_of_the_answer_is_part_of_the_score():
     task = reasoning_gym(dataset="letter_counting", **SIZES)
     example = task.splits["search"][0]
-    assert 0.0 < task.judge(example, f"It is {example.target}.") < 1.0
+    assert 0.0 < task.judge(example, [f"It is {example.target}."]) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_part_of_the_answer_is_part_of_the_score():
         ({"dataset": "gcd", "max_value": 5}, "task gcd, split .*: the task has fewer examples"),
     ],
 )
-def test_what_is_wrong_with_a_name_or_an_argument_is_said(arguments, message):
+def test_what_is_wrong_with_a_name_or_an_argument_is_said(arguments: Any, message):
     with pytest.raises(JaxmergeError, match=message):
         reasoning_gym(**arguments)
 

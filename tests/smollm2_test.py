@@ -17,6 +17,7 @@ from jaxmerge.checkpoints.pool import load
 from jaxmerge.generate import generate
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
+from jaxmerge.requests import Prompt
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks import TASKS
 from jaxmerge.tokenizer import Pretrained
@@ -59,7 +60,7 @@ def prompts(directory):
         for name in ("arithmetic", "instructions", "sorting")
         for example in TASKS[name](train=0, search=17, test=0).splits["search"]
     ][:50]
-    rows = [tokenizer.prompt(text) for text in texts]
+    rows = [tokenizer.prompt(Prompt(text)) for text in texts]
     T = max(map(len, rows))
     tokens_BxT = np.zeros((len(rows), T), np.int32)
     for row, tokens in zip(tokens_BxT, rows):

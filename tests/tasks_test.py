@@ -8,6 +8,7 @@ import re
 import pytest
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.requests import Generate, Likelihood, Prompt
 from jaxmerge.tasks import TASKS
 from jaxmerge.tasks.common import Example
 from jaxmerge.tasks.instructions import INSTRUCTIONS, follows
@@ -43,7 +44,7 @@ def test_no_prompt_is_in_two_splits_of_any_two_seeds(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_the_same_seed_gives_the_same_examples_and_another_seed_others(name):
     build = TASKS[name]
-    assert build(seed=3, **SIZES) == build(seed=3, **SIZES)
+    assert build(seed=3, **SIZES).splits == build(seed=3, **SIZES).splits
     assert build(seed=3, **SIZES).splits["search"] != build(seed=4, **SIZES).splits["search"]
 
 
@@ -65,12 +66,17 @@ def test_more_examples_than_exist_is_an_error_that_names_task_and_split():
 def test_targets_are_right_and_others_are_wrong(name):
     task = TASKS[name](**SIZES)
     for example in task.splits["search"]:
-        assert len(Bytes().encode(example.target)) < task.max_new_tokens
-        assert task.judge(example, example.target) == 1.0
-        assert task.judge(example, f" {example.target} ") == 1.0
-        assert task.judge(example, "") == 0.0
-        assert task.judge(example, example.target + "7") == 0.0
-        if task.kind == "multiple_choice":
+        match task.requests(example):
+            case [Generate() as request]:
+                assert len(Bytes().encode(example.target)) < request.max_new_tokens
+                assert task.judge(example, [example.target]) == 1.0
+                assert task.judge(example, [f" {example.target} "]) == 1.0
+                assert task.judge(example, [""]) == 0.0
+                assert task.judge(example, [example.target + "7"]) == 0.0
+            case requests:
+                prompt = Prompt(example.prompt)
+                assert requests == [Likelihood(prompt, choice) for choice in example.choices]
+        if example.choices:
             assert len(set(example.choices)) == 4
             begins_target = [c for c in example.choices if example.target.startswith(c)]
             assert begins_target == [example.target]

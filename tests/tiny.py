@@ -9,6 +9,7 @@ from jaxmerge.checkpoints import orbax
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model
+from jaxmerge.tasks import kinds
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.trees import PyTree
 
@@ -56,7 +57,7 @@ def generation(*, search: int = 12, test: int = 20, seed: int = 0) -> Task:
     prompts = letters(seed, search + test)
     examples = [Example(prompt, "aeiou") for prompt in prompts]
     splits = {"search": examples[:search], "test": examples[search:]}
-    return Task("generation", "generation", splits, judge=_vowels, max_new_tokens=6)
+    return kinds.generation("generation", splits, _vowels, max_new_tokens=6)
 
 
 def choice(*, search: int = 12, test: int = 20, seed: int = 1) -> Task:
@@ -66,7 +67,7 @@ def choice(*, search: int = 12, test: int = 20, seed: int = 1) -> Task:
         for i, prompt in enumerate(prompts)
     ]
     splits = {"search": examples[:search], "test": examples[search:]}
-    return Task("choice", "multiple_choice", splits, normalize="bytes")
+    return kinds.multiple_choice("choice", splits, normalize="bytes")
 
 
 def plain_apply():

@@ -8,6 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.requests import Prompt
 from jaxmerge.tokenizer import Bytes, Pretrained, Tokenizer, check_same_vocabulary, is_in
 
 TEMPLATE = (
@@ -42,7 +43,7 @@ def directory(tmp_path_factory):
 def test_plain_prompts_have_a_start_and_no_end(directory):
     tokenizer = Pretrained(directory)
     assert isinstance(tokenizer, Tokenizer)
-    assert tokenizer.prompt("ab") == [0, 6, 7]
+    assert tokenizer.prompt(Prompt("ab")) == [0, 6, 7]
     assert tokenizer.encode("ab") == [6, 7]
     assert tokenizer.decode([6, 7, 1]) == "ab"
     assert (tokenizer.vocabulary, tokenizer.stops) == (33, (1,))
@@ -50,8 +51,8 @@ def test_plain_prompts_have_a_start_and_no_end(directory):
 
 def test_chat_prompts_end_where_the_answer_begins(directory):
     user, assistant, end = 4, 5, 1
-    assert Pretrained(directory, chat=True).prompt("ab") == [user, 6, 7, end, assistant]
-    system = Pretrained(directory, chat=True, system="c").prompt("ab")
+    assert Pretrained(directory, chat=True).prompt(Prompt("ab")) == [user, 6, 7, end, assistant]
+    system = Pretrained(directory, chat=True, system="c").prompt(Prompt("ab"))
     assert system == [3, 8, end, user, 6, 7, end, assistant]
 
 
@@ -72,7 +73,7 @@ def test_templates_cannot_reach_python(tmp_path):
     """They render in a sandbox."""
     make(tmp_path, template="{{ ''.__class__.__mro__ }}")
     with pytest.raises(Exception, match="unsafe"):
-        Pretrained(str(tmp_path), chat=True).prompt("ab")
+        Pretrained(str(tmp_path), chat=True).prompt(Prompt("ab"))
 
 
 def test_no_tokenizer(tmp_path):
@@ -99,4 +100,4 @@ def test_vocabularies_that_differ(directory, tmp_path):
 
 def test_bytes():
     assert isinstance(Bytes(), Tokenizer)
-    assert Bytes().decode(Bytes().prompt("né")) == "né"
+    assert Bytes().decode(Bytes().prompt(Prompt("né"))) == "né"

@@ -67,7 +67,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     """Measures, and prints one line of JSON at the end."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoints", required=True, help="pattern of Hugging Face directories")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="", help="see pool.dtype")

@@ -41,6 +41,7 @@ from jaxmerge.models.decoder import Decoder, decoder
 from jaxmerge.models.layout import Layout
 from jaxmerge.models.model import Params
 from jaxmerge.prepare import build_task, start_jax
+from jaxmerge.requests import Rolling
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
 from jaxmerge.tokenizer import Pretrained, Tokenizer
@@ -82,15 +83,17 @@ def encode(task: Task, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]
     Raises:
         JaxmergeError: there is nothing to train on.
     """
-    examples = task.splits["train"]
+    examples = task.splits.get("train", ())
     if not examples:
         raise JaxmergeError("the train split has no examples", where=f"task {task.name}")
+    asked = [task.requests(example)[0] for example in examples]
     return [
         (
-            tokenizer.prompt(example.prompt),
+            tokenizer.prompt(request.prompt),
             [*tokenizer.encode(example.target), tokenizer.stops[0]],
         )
-        for example in examples
+        for example, request in zip(examples, asked)
+        if not isinstance(request, Rolling)
     ]
 
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.prepare import build_task
-from jaxmerge.tasks.common import Task
+from jaxmerge.requests import Generate
+from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tokenizer import Pretrained
 
 FLAGS = flags.FLAGS
@@ -53,17 +54,34 @@ def continuations(
     return out[:, T:].tolist()
 
 
+def greedy(task: Task, example: Example) -> list[Generate]:
+    """The one text that is asked for, without drawing.
+
+    Raises:
+        JaxmergeError: the task asks for anything else.
+    """
+    match task.requests(example):
+        case [Generate(sampling=None) as request]:
+            return [request]
+    raise JaxmergeError(
+        "only tasks that ask for one greedy text can be compared", where=f"task {task.name}"
+    )
+
+
 def score(model: Any, tokenizer: Pretrained, task: Task, batch: int) -> float:
     """The mean score on the test split."""
     examples, scores = task.splits["test"], []
     for first in tqdm(range(0, len(examples), batch), desc=task.name, disable=None):
         some = examples[first : first + batch]
-        prompts = [tokenizer.prompt(example.prompt) for example in some]
-        written = continuations(model, prompts, tokenizer.stops, task.max_new_tokens)
-        for example, tokens in zip(some, written):
+        asked = [request for example in some for request in greedy(task, example)]
+        prompts = [tokenizer.prompt(request.prompt) for request in asked]
+        written = continuations(model, prompts, tokenizer.stops, asked[0].max_new_tokens)
+        for example, request, tokens in zip(some, asked, written):
             ends = [i for i, token in enumerate(tokens) if token in tokenizer.stops]
             text = tokenizer.decode(tokens[: ends[0]] if ends else tokens)
-            scores.append(task.judge(example, text))
+            for stop in filter(None, request.until):
+                text = text.split(stop)[0]
+            scores.append(task.judge(example, [text]))
     return float(np.mean(np.asarray(scores, np.float32)))
 
 
@@ -76,8 +94,6 @@ def main(argv: list[str]) -> None:
     try:
         found = json.loads((workdir / "results.json").read_text())["best"]["test"]
         tasks = [build_task(config, name) for name in config.objective.tasks]
-        if any(task.kind != "generation" for task in tasks):
-            raise JaxmergeError("only tasks of kind generation can be compared")
         tokenizer = Pretrained(exported, chat=config.pool.chat, system=config.pool.system)
         model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
         differing = 0

@@ -36,14 +36,7 @@ def read(directory: str) -> Architecture | None:
             attributes that the decoder does not heed (see `from_config`).
     """
     path = os.path.join(directory, "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            written = json.load(file)
-    except (OSError, ValueError) as error:
-        raise JaxmergeError("the config cannot be read", where=path, found=str(error)) from None
-    if not isinstance(written, dict):
-        raise JaxmergeError("the config is no JSON object", where=path, found=str(written)[:80])
-    if str(written.get("model_type")) not in FAMILIES:
+    if str(_written(path).get("model_type")) not in FAMILIES:
         return None
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # takes seconds to import
@@ -64,6 +57,27 @@ def read(directory: str) -> Architecture | None:
             "transformers refuses the config", where=path, found=str(error)
         ) from None
     return from_config(config, path)
+
+
+def context(directory: str) -> int:
+    """How many tokens the model of a Hugging Face directory can hold; 0 where it does not say.
+
+    Raises:
+        JaxmergeError: `config.json` is missing or unreadable.
+    """
+    written = _written(os.path.join(directory, "config.json"))
+    return int(written.get("max_position_embeddings") or 0)
+
+
+def _written(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            written = json.load(file)
+    except (OSError, ValueError) as error:
+        raise JaxmergeError("the config cannot be read", where=path, found=str(error)) from None
+    if not isinstance(written, dict):
+        raise JaxmergeError("the config is no JSON object", where=path, found=str(written)[:80])
+    return written
 
 
 def from_config(config: Any, where: str) -> Architecture | None:

@@ -1,4 +1,4 @@
-"""Tasks: questions with disjoint splits, judged by exact programs."""
+"""Tasks: questions with disjoint splits, judged by programs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from jaxmerge.tasks.arithmetic import arithmetic
 from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
 from jaxmerge.tasks.instructions import instructions
+from jaxmerge.tasks.jsonl import jsonl
 from jaxmerge.tasks.programs import programs
 from jaxmerge.tasks.reasoning_gym import reasoning_gym
 from jaxmerge.tasks.sorting import sorting
+from jaxmerge.tasks.text import text
 
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
@@ -20,4 +22,9 @@ TASKS: dict[str, Callable[..., Task]] = {
     "counting": counting,
 }
 # What `builder` of a task in a config may name besides import paths.
-BUILDERS: dict[str, Callable[..., Task]] = {**TASKS, "reasoning_gym": reasoning_gym}
+BUILDERS: dict[str, Callable[..., Task]] = {
+    **TASKS,
+    "jsonl": jsonl,
+    "perplexity": text,
+    "reasoning_gym": reasoning_gym,
+}

@@ -1,9 +1,9 @@
-"""Disjoint splits of generated examples."""
+"""Disjoint splits, of examples that are generated and of examples that are there already."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -62,3 +62,51 @@ def draw_splits(
                 )
         splits[split] = tuple(chosen.values())
     return splits
+
+
+def divide(
+    examples: Iterable[Example],
+    identity: Callable[[Example], str],
+    *,
+    name: str,
+    search: int,
+    test: int,
+) -> dict[str, tuple[Example, ...]]:
+    """The search and test splits of examples that are there already.
+
+    The CRC-32 of its identity, modulo 5, decides where an example belongs: 0 and 1 are `search`,
+    2 to 4 are `test`. So it stays in its split when others are added, whatever the sizes. A split
+    is in the order of these CRC-32s: a smaller one is a random part of a larger one, which begins
+    with it. Examples of equal identity count once.
+
+    Args:
+        examples: all there are.
+        identity: what makes an example this one.
+        name: the task, for the error message.
+        search: examples in that split, at most; `test` alike.
+
+    Raises:
+        JaxmergeError: no example belongs to a split that was asked for.
+    """
+    by_identity = {identity(example): example for example in examples}
+    ordered = sorted((zlib.crc32(key.encode()), key) for key in by_identity)
+    splits = {}
+    for split, size in (("search", search), ("test", test)):
+        owned = [by_identity[key] for crc, key in ordered if _OWNER[crc % 5] == split]
+        if size and not owned:
+            raise JaxmergeError(
+                f"no example belongs to the {split} split",
+                where=f"task {name}",
+                expected=f"more examples, or {split}=0",
+                found=f"{len(by_identity)} examples in all",
+            )
+        splits[split] = tuple(owned[:size])
+    return splits
+
+
+def public(name: str) -> str:
+    """The warning of a task whose examples others report scores on."""
+    return (
+        f"{name} is a public test set. A search that it steers is fitted to it: afterwards scores "
+        "on it, those of its test split included, no longer measure generalisation."
+    )

@@ -1,0 +1,234 @@
+"""Requests to responses: what merged models answer, many models and requests at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxmerge import batches
+from jaxmerge.batches import Limits, Writing
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.generate import Draw, generate, log_likelihood, stop_states
+from jaxmerge.models.model import Model, Params
+from jaxmerge.requests import Generate, Likely, Request, Response
+from jaxmerge.tokenizer import Tokenizer
+
+_WITHIN_A_MODEL = ("data", "fsdp", "tensor")  # mesh axes that need collectives
+
+Outputs = list[tuple[Any, ...]]  # of the microbatches of each group: arrays `[C, B, ...]`
+
+
+class _Group(NamedTuple):
+    """Microbatches that share a program."""
+
+    program: Callable[..., Any]
+    microbatches: list[batches.Microbatch]  # their arrays on the devices
+    shared: tuple[Array, ...]  # arrays that all of them take
+
+
+class Prepared(NamedTuple):
+    """Requests, encoded and on the devices."""
+
+    requests: Sequence[Request]
+    scored: np.ndarray  # tokens of each request whose likelihood is asked for
+    groups: list[_Group]
+
+
+class Responder:
+    """Answers requests with merged models, which are stacked `[C, ...]` over the `pop` axis.
+
+    Args:
+        model: their architecture.
+        tokenizer: text to ids; its vocabulary must fit the model's.
+        mesh: from `sharding.make_mesh`; models are spread over `pop`, requests over `data`.
+        limits: what goes through a model at a time.
+        vmap_candidates: of a device's models, how many run side by side in one program; 0: 1 on CPU
+            (one after the other is 2 to 3 times faster there), else all.
+
+    Raises:
+        JaxmergeError: the vocabularies do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        limits: Limits,
+        *,
+        vmap_candidates: int = 0,
+    ):
+        if model.vocabulary and tokenizer.vocabulary > model.vocabulary:
+            raise JaxmergeError(
+                "the tokenizer has tokens that the model does not know",
+                where="pool.tokenizer",
+                expected=f"at most {model.vocabulary} tokens",
+                found=str(tokenizer.vocabulary),
+            )
+        data = mesh.shape["data"]
+        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self._limits = limits._replace(multiple=data)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        # Between CPU devices, collectives of programs that queue up can wait for each other's
+        # threads for ever (jaxlib 0.10.2): there, one program at a time.
+        self._one_at_a_time = on_cpu and any(mesh.shape[axis] > 1 for axis in _WITHIN_A_MODEL)
+        self._side_by_side = vmap_candidates or (1 if on_cpu else 0)
+        self._pieces: list[bytes] = []
+
+    def prepare(self, requests: Sequence[Request], where: str = "") -> Prepared:
+        """Encodes requests and puts them on the devices.
+
+        Args:
+            requests: of any kind.
+            where: whose they are, for error messages.
+
+        Raises:
+            JaxmergeError: a prompt is empty, or too long for the model.
+        """
+        encoded = batches.encode(requests, self._tokenizer, self._limits, where)
+        groups = []
+        if encoded.scoring:
+            groups.append(self._group(_scoring(self._model), encoded.scoring))
+        for kind, microbatches in encoded.writing.items():
+            run = _writing(self._model, kind, self._tokenizer.stops)
+            groups.append(self._group(run, microbatches, *self._stop_states(kind.until)))
+        return Prepared(requests, encoded.scored, groups)
+
+    def launch(self, prepared: Prepared, merged: Params) -> Outputs:
+        """Enqueues the programs; waits for the device only where they must not queue up.
+
+        Args:
+            prepared: from `prepare`.
+            merged: parameters of C models, `[C, ...]`; C is a multiple of the `pop` axis.
+        """
+        return [
+            tuple(
+                self._started(group.program(merged, *microbatch.arrays, *group.shared))
+                for microbatch in group.microbatches
+            )
+            for group in prepared.groups
+        ]
+
+    def responses(
+        self, prepared: Prepared, outputs: Outputs, count: int
+    ) -> list[tuple[Response, ...]]:
+        """The responses of the first `count` models, in the order of the requests."""
+        answers: list[list[Response]] = [[""] * len(prepared.requests) for _ in range(count)]
+        nats_CxR = np.zeros((count, len(prepared.requests)))
+        greedy_CxR = np.ones(nats_CxR.shape, bool)
+        for group, of_group in zip(prepared.groups, outputs):
+            for microbatch, output in zip(group.microbatches, of_group):
+                arrays = [array[:count] for array in jax.device_get(output)]
+                rows = [(row, i) for row, i in enumerate(microbatch.requests_B) if i >= 0]
+                for row, i in rows:
+                    if len(arrays) == 2:  # a text longer than the context has several rows
+                        nats_CxR[:, i] += arrays[0][:, row]
+                        greedy_CxR[:, i] &= arrays[1][:, row]
+                    else:
+                        for answer, tokens_M in zip(answers, arrays[0][:, row]):
+                            answer[i] = self._text(prepared.requests[i], tokens_M)
+        for i in np.flatnonzero(prepared.scored):
+            for answer, nats, greedy in zip(answers, nats_CxR[:, i], greedy_CxR[:, i]):
+                answer[i] = Likely(float(nats), bool(greedy), int(prepared.scored[i]))
+        return [tuple(answer) for answer in answers]
+
+    def __call__(self, merged: Params, requests: Sequence[Request]) -> list[tuple[Response, ...]]:
+        """The responses of all models `[C, ...]` to all requests."""
+        prepared = self.prepare(requests)
+        count = jax.tree.leaves(merged)[0].shape[0]
+        return self.responses(prepared, self.launch(prepared, merged), count)
+
+    def _group(
+        self, run: Callable[..., Any], microbatches: list[batches.Microbatch], *shared: np.ndarray
+    ) -> _Group:
+        over_data = NamedSharding(self._mesh, PartitionSpec("data"))
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        return _Group(
+            population_program(run, self._mesh, self._side_by_side),
+            [
+                batches.Microbatch(each.requests_B, jax.device_put(each.arrays, over_data))
+                for each in microbatches
+            ],
+            tuple(jax.device_put(array, everywhere) for array in shared),
+        )
+
+    def _stop_states(self, until: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+        if not until:
+            return ()
+        self._pieces = self._pieces or self._tokenizer.pieces()
+        return (stop_states(until, self._pieces),)
+
+    def _started(self, output: Any) -> Any:
+        return jax.block_until_ready(output) if self._one_at_a_time else output
+
+    def _text(self, request: Request, tokens_M: np.ndarray) -> str:
+        """What was written, without what ended it."""
+        assert isinstance(request, Generate)
+        ends = np.flatnonzero(tokens_M == self._tokenizer.stops[0])
+        text = self._tokenizer.decode(tokens_M[: ends[0] if len(ends) else None].tolist())
+        first = [text.find(stop) for stop in request.until if stop and stop in text]
+        return text[: min(first)] if first else text
+
+
+# Cached, as is the program made of them: splits, tasks and runs share what is compiled.
+@functools.cache
+def _writing(model: Model, kind: Writing, stops: tuple[int, ...]) -> Callable[..., Any]:
+    draw = Draw(kind.temperature, kind.top_p) if kind.temperature else None
+
+    def run(params: Params, *arrays_B: Array) -> tuple[Array]:
+        made = generate(
+            model, params, *arrays_B, max_new_tokens=kind.max_new_tokens, stops=stops, draw=draw
+        )
+        return (made,)
+
+    return run
+
+
+@functools.cache
+def _scoring(model: Model) -> Callable[..., Any]:
+    return functools.partial(log_likelihood, model)
+
+
+@functools.cache
+def population_program(
+    run: Callable[..., Any], mesh: Mesh, vmap_candidates: int
+) -> Callable[..., Any]:
+    """Lifts `run(params, *rows_B) -> [B, ...]` to `(merged_C, *rows_B) -> [C, B, ...]`.
+
+    Each place of the `pop` axis works on its own candidates; inside, the compiler spreads one model
+    over the other axes.
+
+    Args:
+        run: what is done with one model; gives a tuple of arrays.
+        mesh: whose `pop` axis the models are spread over.
+        vmap_candidates: models side by side; 0: all of a device's.
+    """
+
+    def local(merged: Params, *arrays_B: Array) -> Any:
+        if vmap_candidates == 1:
+            return jax.lax.map(lambda params: run(params, *arrays_B), merged)
+        if not vmap_candidates:
+            return jax.vmap(lambda params: run(params, *arrays_B))(merged)
+        return jax.lax.map(
+            lambda params: run(params, *arrays_B), merged, batch_size=vmap_candidates
+        )
+
+    def lifted(merged: Params, *arrays_B: Array) -> Any:
+        over_pop = PartitionSpec("pop")
+        specs = (over_pop, *(PartitionSpec() for _ in arrays_B))
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=over_pop,
+            axis_names={"pop"},
+            check_vma=False,
+        )(merged, *arrays_B)
+
+    return jax.jit(lifted)
