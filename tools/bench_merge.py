@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,6 @@ from jaxmerge.checkpoints.safetensors import make_header
 from jaxmerge.streaming.block import Kind, pages, program
 
 _MERGEKIT = "0.1.5"
-_WIDTH, _FEED_FORWARD, _VOCABULARY = 1024, 2816, 32000
 _CORES = len(os.sched_getaffinity(0))
 _KERNEL_VALUES = 2**24  # of each checkpoint: more than any cache holds
 _BLOCK = 2**18
@@ -71,12 +71,24 @@ void merge(const uint16_t **x, const float *w, int count, uint16_t *out, long be
 """
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+class Size(NamedTuple):
+    """The size of a Llama."""
+
+    layers: int
+    width: int = 1024
+    feed_forward: int = 2816
+    vocabulary: int = 32000
+
+
+_SMALL = Size(layers=1, width=64, feed_forward=128, vocabulary=128)
+
+
+def shapes(size: Size) -> dict[str, tuple[int, ...]]:
     """The tensors of a Llama."""
-    width, inner = _WIDTH, _FEED_FORWARD
-    found = {"model.embed_tokens.weight": (_VOCABULARY, width), "model.norm.weight": (width,)}
-    found["lm_head.weight"] = (_VOCABULARY, width)
-    for layer in range(layers):
+    width, inner = size.width, size.feed_forward
+    found = {"model.embed_tokens.weight": (size.vocabulary, width), "model.norm.weight": (width,)}
+    found["lm_head.weight"] = (size.vocabulary, width)
+    for layer in range(size.layers):
         prefix = f"model.layers.{layer}."
         for name in "qkvo":
             found[f"{prefix}self_attn.{name}_proj.weight"] = (width, width)
@@ -88,11 +100,11 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make_models(directory: Path, count: int, layers: int) -> list[Path]:
+def make_models(directory: Path, count: int, size: Size) -> list[Path]:
     """Random models; those that are there already are left as they are."""
-    paths = [directory / f"layers{layers}" / f"model{k}" for k in range(count)]
+    paths = [directory / "-".join(map(str, size)) / f"model{k}" for k in range(count)]
     dtype = np.dtype(ml_dtypes.bfloat16)
-    tensors = sorted(shapes(layers).items())
+    tensors = sorted(shapes(size).items())
     for k, path in enumerate(paths):
         if (path / "config.json").exists():
             continue
@@ -102,20 +114,20 @@ def make_models(directory: Path, count: int, layers: int) -> list[Path]:
             stream.write(make_header((name, dtype, shape) for name, shape in tensors))
             for _, shape in tensors:
                 stream.write((rng.standard_normal(shape, np.float32) / 50).astype(dtype).tobytes())
-        (path / "config.json").write_text(json.dumps(_config(layers)))
+        (path / "config.json").write_text(json.dumps(_config(size)))
     return paths
 
 
-def _config(layers: int) -> dict[str, object]:
+def _config(size: Size) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": _WIDTH,
-        "intermediate_size": _FEED_FORWARD,
-        "num_hidden_layers": layers,
+        "hidden_size": size.width,
+        "intermediate_size": size.feed_forward,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "vocab_size": _VOCABULARY,
+        "vocab_size": size.vocabulary,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
@@ -295,8 +307,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench_merge.json"))
     args = parser.parse_args()
     directory = args.directory.absolute()
-    models = make_models(directory, args.checkpoints, args.layers)
-    small = make_models(directory, args.checkpoints, 0)
+    models = make_models(directory, args.checkpoints, Size(args.layers))
+    small = make_models(directory, args.checkpoints, _SMALL)
     peak = peak_memory(models, directory)  # before any other child, of which the largest counts
     merging.set_up_host(jaxmerge_config(models))
     kernels = Kernels(directory, args.checkpoints)
