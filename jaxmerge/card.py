@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmerge import formatting
+from jaxmerge.formatting import Format
+from jaxmerge.objective import AGGREGATES
+
 _TOP = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -28,13 +32,20 @@ theta = sum_k alpha_k theta_k.
 _SCORES = """
 ## Scores
 
-In percent, on the test split, which the search never saw, with 95% bootstrap intervals.
+On the test split, which the search never saw, with 95% bootstrap intervals. What was maximised is
+`{aggregate}`: {phrase}.
 
-| task | this merge | best single checkpoint ({single}) |
+| {title} | this merge | best single checkpoint ({single}) |
 |---|---|---|
 {scores}
 
-Over the single checkpoint: {delta:+.1f} points [{low:+.1f}, {high:+.1f}].
+Over the single checkpoint: {delta}{points} {interval}.
+"""
+
+_WARNINGS = """
+## Warnings
+
+{warnings}
 """
 
 _COMMAND = """
@@ -69,25 +80,42 @@ def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any])
         records: of the checkpoints, as in pool.json.
         findings: what results.json says.
     """
-    best = findings["best"]
+    parts = [of_weights(records, list(findings["best"]["weights"].values()), "")]
+    parts.append(_scores(findings))
+    if findings["warnings"]:
+        warnings = "\n".join(f"- {warning}" for warning in findings["warnings"])
+        parts.append(_WARNINGS.format(warnings=warnings))
+    if findings["command"]:
+        parts.append(_COMMAND.format(command=findings["command"]))
+    return "".join(parts)
+
+
+def _scores(findings: Mapping[str, Any]) -> str:
+    """The winner beside the single checkpoint that is best on test."""
+    best, aggregate = findings["best"], findings["objective"]["aggregate"]
     single = max(findings["individuals"], key=lambda entry: entry["test_objective"])
     versus = best["vs"][single["name"]]
+    formats = formatting.of_results(findings)
+    form = formats["objective"]
+    tasks = findings["tasks"]
+    title, names = formatting.headings(
+        "task", [*tasks, aggregate], [*(formats[task] for task in tasks), form]
+    )
     rows = [
-        _row(task, best["test"][task], best["ci95"][task], single["test"][task])
-        for task in findings["tasks"]
+        _row(name, formats[task], best["test"][task], best["ci95"][task], single["test"][task])
+        for name, task in zip(names, tasks)
     ]
-    rows.append(
-        _row("mean", best["test_objective"], best["ci95"]["objective"], single["test_objective"])
-    )
-    scores = _SCORES.format(
+    objectives = best["test_objective"], best["ci95"]["objective"], single["test_objective"]
+    return _SCORES.format(
+        aggregate=aggregate,
+        phrase=AGGREGATES[aggregate].phrase,
+        title=title,
         single=single["name"],
-        scores="\n".join(rows),
-        delta=100 * versus["delta"],
-        low=100 * versus["ci95"][0],
-        high=100 * versus["ci95"][1],
+        scores="\n".join([*rows, _row(names[-1], form, *objectives)]),
+        delta=form.difference(versus["delta"]),
+        points=form.points,
+        interval=form.differences(versus["ci95"]),
     )
-    head, command = of_weights(records, list(best["weights"].values()), ""), findings["command"]
-    return head + scores + (_COMMAND.format(command=command) if command else "")
 
 
 def _source(record: Mapping[str, Any]) -> str:
@@ -95,8 +123,5 @@ def _source(record: Mapping[str, Any]) -> str:
     return "/".join(str(record["source"]).rstrip("/").split("/")[-2:])
 
 
-def _row(name: str, score: float, ends: Sequence[float], single: float) -> str:
-    low, high = ends
-    return (
-        f"| {name} | {100 * score:.1f} [{100 * low:.1f}, {100 * high:.1f}] | {100 * single:.1f} |"
-    )
+def _row(name: str, form: Format, score: float, ends: Sequence[float], single: float) -> str:
+    return f"| {name} | {form.score(score)} {form.interval(ends)} | {form.score(single)} |"

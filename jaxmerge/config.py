@@ -16,6 +16,7 @@ import ml_collections
 
 from jaxmerge import export, space
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.objective import Objective, define
 from jaxmerge.search.baselines import BASELINES
 from jaxmerge.tasks import TASKS
 
@@ -30,8 +31,8 @@ def default() -> Config:
     config.seed = 0  # of the search and the random baseline; tasks have their own
 
     config.pool = ml_collections.ConfigDict()
-    # Directories or patterns, such as ("pools/quickstart/*",); at least two checkpoints: of Orbax,
-    # of Hugging Face (safetensors), or PEFT LoRA adapters.
+    # Directories or patterns, such as ("pools/quickstart/*",), of Orbax, of Hugging Face
+    # (safetensors), or PEFT LoRA adapters; at least two that are alike. --mode=evaluate takes any.
     config.pool.checkpoints = ()
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves.
@@ -67,7 +68,12 @@ def default() -> Config:
 
     config.objective = ml_collections.ConfigDict()
     config.objective.tasks = ()  # names: of jaxmerge.tasks.TASKS, or of fields of `tasks` below
-    config.objective.weights = ()  # one positive number per task, normalised to sum 1; (): equal
+    # What is maximised: mean; weighted (mean, by `weights`); worst (the minimum over tasks);
+    # normalised (mean gain over the pool's best, in units of the pool's range on the task);
+    # chebyshev (distance to the pool's best of each task, negated). See jaxmerge.objective.
+    config.objective.aggregate = "mean"
+    # One positive number per task, normalised to sum 1: for weighted; chebyshev may have them.
+    config.objective.weights = ()
     config.objective.search_examples = 192  # of each task; they steer the search
     config.objective.test_examples = 1000  # of each task; they are what is reported
     config.heldout = ()  # tasks that the search never sees, scored for winner and best individual
@@ -132,15 +138,26 @@ def check(config: Config) -> None:
         JaxmergeError: names the field.
     """
     check_pool(config)
+    check_tasks(config)
     space.check(config.space.constraint, config.space.bounds)
-    if not config.objective.tasks:
-        raise JaxmergeError("no tasks are named", where="objective.tasks")
+    unknown = [name for name in config.baselines if name not in BASELINES]
+    if unknown:
+        raise JaxmergeError(
+            "unknown baseline", where="baselines", expected=", ".join(BASELINES), found=unknown[0]
+        )
+
+
+def check_tasks(config: Config) -> None:
+    """The part of `check` that an evaluation of checkpoints needs too."""
+    objective(config)
     both = set(config.objective.tasks) & set(config.heldout)
     if both:
         raise JaxmergeError(
             "a held-out task must not steer the search", where="heldout", found=", ".join(both)
         )
     for name in (*config.objective.tasks, *config.heldout):
+        if name == "objective":  # the key of their aggregate in results.json
+            raise JaxmergeError("a task can't have this name", where="tasks", found=name)
         if name not in TASKS and not config.tasks.get(name, {}).get("builder"):
             raise JaxmergeError(
                 "unknown task",
@@ -148,19 +165,6 @@ def check(config: Config) -> None:
                 expected=f"one of {', '.join(TASKS)}, or a field of `tasks` with a builder",
                 found=name,
             )
-    unknown = [name for name in config.baselines if name not in BASELINES]
-    if unknown:
-        raise JaxmergeError(
-            "unknown baseline", where="baselines", expected=", ".join(BASELINES), found=unknown[0]
-        )
-    weights = config.objective.weights
-    if weights and (len(weights) != len(config.objective.tasks) or min(weights) <= 0):
-        raise JaxmergeError(
-            "needs one positive number per task",
-            where="objective.weights",
-            expected=f"{len(config.objective.tasks)} numbers",
-            found=str(weights),
-        )
     if config.evaluate.too_long not in ("refuse", "truncate"):
         raise JaxmergeError(
             "unknown choice",
@@ -182,11 +186,14 @@ def check_pool(config: Config) -> None:
         raise JaxmergeError("no checkpoints are named", where="pool.checkpoints")
 
 
-def task_weights(config: Config) -> dict[str, float]:
-    """Weights of the tasks in the objective, by name; they sum to 1."""
-    names = config.objective.tasks
-    raw = config.objective.weights or (1.0,) * len(names)
-    return {name: weight / sum(raw) for name, weight in zip(names, raw)}
+def objective(config: Config) -> Objective:
+    """What the config maximises.
+
+    Raises:
+        JaxmergeError: names the field, as `jaxmerge.objective.define` does.
+    """
+    fields = config.objective
+    return define(fields.tasks, [float(weight) for weight in fields.weights], fields.aggregate)
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
 from jaxmerge.export import check_like
+from jaxmerge.formatting import plain_bounds
 from jaxmerge.models import families
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, from_apply
+from jaxmerge.objective import Objective
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
 from jaxmerge.sharding import make_mesh
@@ -41,7 +43,9 @@ class Prepared(NamedTuple):
     pool: Pool
     evaluators: dict[str, Evaluator]  # by split: search, test and heldout
     strategy: strategies.Strategy
-    task_weights: dict[str, float]
+    objective: Objective
+    bounds: dict[str, list[float | None]]  # of all tasks, as in results.json
+    warnings: tuple[str, ...]  # of the objective's tasks
 
 
 def prepare(config: Config, workdir: str) -> Prepared:
@@ -49,8 +53,8 @@ def prepare(config: Config, workdir: str) -> Prepared:
     configs.check(config)
     start_jax(config)
     sources = find_checkpoints(config)
-    model, mesh = _model(config, sources), _mesh(config)
-    tokenizer = _tokenizer(config, sources, model)
+    model, mesh = build_model(config, sources[0]), _mesh(config)
+    tokenizer = build_tokenizer(config, huggingface_directory(config, sources), model)
     splits = {
         "search": [build_task(config, name) for name in config.objective.tasks],
         "test": [build_task(config, name) for name in config.objective.tasks],
@@ -68,7 +72,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
             "search" if name == "search" else "test",
             mesh,
             candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
-            limits=_limits(config, sources),
+            limits=build_limits(config, huggingface_directory(config, sources)),
             vmap_candidates=config.evaluate.vmap_candidates,
         )
         for name, tasks in splits.items()
@@ -79,7 +83,26 @@ def prepare(config: Config, workdir: str) -> Prepared:
     except JaxmergeError:
         directory.close()
         raise
-    return Prepared(directory, sources, pool, evaluators, strategy, configs.task_weights(config))
+    return Prepared(
+        directory,
+        sources,
+        pool,
+        evaluators,
+        strategy,
+        configs.objective(config),
+        bounds_of([*splits["test"], *splits["heldout"]]),
+        warnings_of(splits["search"]),
+    )
+
+
+def bounds_of(tasks: Sequence[Task]) -> dict[str, list[float | None]]:
+    """The tasks' bounds, as in results.json."""
+    return {task.name: plain_bounds(task.bounds) for task in tasks}
+
+
+def warnings_of(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """What the tasks warn of, each by its name."""
+    return tuple(f"{task.name}: {task.warning}" for task in tasks if task.warning)
 
 
 def start_jax(config: Config) -> None:
@@ -117,10 +140,14 @@ def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
     return config.pool.base or (of_sources[0] if of_sources else "")
 
 
-def _limits(config: Config, sources: Sequence[Source]) -> Limits:
-    """What goes through a model at a time; its context is what its configuration says."""
+def build_limits(config: Config, like: str) -> Limits:
+    """What goes through a model at a time.
+
+    Args:
+        config: whose `evaluate` says it.
+        like: Hugging Face directory whose configuration says the context; "": nothing does.
+    """
     evaluate = config.evaluate
-    like = huggingface_directory(config, sources)
     return Limits(
         rows=evaluate.batch_size,
         tokens=evaluate.batch_tokens,
@@ -134,10 +161,15 @@ def _mesh(config: Config) -> Mesh:
     return make_mesh(pop=axes.pop, data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
 
 
-def _model(config: Config, sources: Sequence[Source]) -> Model:
+def build_model(config: Config, source: Source) -> Model:
+    """The model that a checkpoint is of, as the config or else the checkpoint says.
+
+    Raises:
+        JaxmergeError: neither says, or there is no decoder for it.
+    """
     named, arguments = config.pool.model, config.pool.model_args.to_dict()
     if not named:
-        arguments = dict(sources[0].architecture)
+        arguments = dict(source.architecture)
         named = arguments.pop("model", "")
         if "model_type" in arguments:
             raise JaxmergeError(
@@ -164,9 +196,14 @@ def _model(config: Config, sources: Sequence[Source]) -> Model:
     return built if isinstance(built, Model) else from_apply(built)
 
 
-def _tokenizer(config: Config, sources: Sequence[Source], model: Model) -> Tokenizer:
+def build_tokenizer(config: Config, directory: str, model: Model) -> Tokenizer:
+    """The tokenizer that the config names, or else that of a Hugging Face directory.
+
+    Raises:
+        JaxmergeError: there is none.
+    """
     pool = config.pool
-    named = pool.tokenizer or huggingface_directory(config, sources)
+    named = pool.tokenizer or directory
     if named == "bytes" or (not named and model.vocabulary in (0, Bytes.vocabulary)):
         return Bytes()
     if not named:

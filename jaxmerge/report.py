@@ -14,7 +14,7 @@ import html
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -25,6 +25,7 @@ from plotly.offline import get_plotlyjs
 
 from jaxmerge import report_tables
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.objective import Objective, from_plain
 
 Json = dict[str, Any]
 
@@ -85,12 +86,8 @@ def read(directory: Path) -> Run:
         for name in ("config.json", "pool.json", "candidates.jsonl", "results.json")
     }
     where = str(directory / "results.json")
-    results = _parsed(texts["results.json"], where)
+    results = _current(_parsed(texts["results.json"], where), where)
     _require(results, schema["required"], where)
-    if results["version"] != 1:
-        raise JaxmergeError(
-            "unknown version", where=where, expected="version 1", found=str(results["version"])
-        )
     for _, entry in report_tables.models(results):
         _require(entry, schema["$defs"]["entry"]["required"], where)
     rivals = [entry["name"] for entry in results["individuals"] + results["baselines"]]
@@ -127,6 +124,8 @@ def render(run: Run) -> str:
         "policy": " ".join(_script_hash(source) for source in (plotly, script)),
         "title": title,
         "lead": lead,
+        "aim": report_tables.aim(results),
+        "warnings": report_tables.warnings(results),
         "x_options": report_tables.options(choices, 0),
         "y_options": report_tables.options(choices, 1),
         "weights": report_tables.weights_table(results, run.pool),
@@ -161,12 +160,38 @@ def console(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _current(results: Json, where: str) -> Json:
+    """Results of version 2; those of version 1 knew a weighted mean of scores from 0 to 1 alone."""
+    if results.get("version") == 1:
+        _require(results, ("tasks", "heldout_tasks", "task_weights"), where)
+        weights = results["task_weights"]
+        alike = len(set(weights.values())) == 1
+        results = {
+            **results,
+            "version": 2,
+            "objective": {
+                "aggregate": "mean" if alike else "weighted",
+                "weights": weights,
+                "reference": {},
+            },
+            "bounds": {t: [0.0, 1.0] for t in [*results["tasks"], *results["heldout_tasks"]]},
+            "warnings": [],
+            "hypervolume_reference": dict.fromkeys(results["tasks"], 0.0),
+        }
+    if results.get("version") != 2:
+        raise JaxmergeError(
+            "unknown version", where=where, expected="1 or 2", found=str(results.get("version"))
+        )
+    return results
+
+
 def _plot_data(run: Run) -> Json:
     """What the plots show; text in it is escaped, since plotly takes it for markup."""
-    tasks, weights = run.results["tasks"], run.results["task_weights"]
+    tasks, objective = run.results["tasks"], from_plain(run.results["objective"])
+    label = f"objective: {objective.aggregate}"
 
-    def choices(scores: Mapping[str, float]) -> list[float]:
-        return [*(scores[task] for task in tasks), _objective(scores, weights)]
+    def choices(scores: dict[str, float]) -> list[float]:
+        return [*(scores[task] for task in tasks), objective.of(scores)]
 
     models = [
         {
@@ -193,33 +218,28 @@ def _plot_data(run: Run) -> Json:
         if line["split"] == "search" and line["id"] not in named
     ]
     return {
-        "choices": [*(_plot_text(task) for task in tasks), "objective"],
+        "choices": [*(_plot_text(task) for task in tasks), label],
         "checkpoints": [_plot_text(checkpoint["name"]) for checkpoint in run.pool],
         "models": models,
         "points": points,
         "pareto": run.results["pareto"],
         "curves": {
-            "search": _curve(run, "search"),
-            "random": _curve(run, "baseline:random"),
+            "search": _curve(run, "search", objective),
+            "random": _curve(run, "baseline:random", objective),
             "single": max(entry["search_objective"] for entry in run.results["individuals"]),
         },
     }
 
 
-def _curve(run: Run, origin: str) -> Json:
+def _curve(run: Run, origin: str, objective: Objective) -> Json:
     """Best objective so far by evaluations, and each generation's mean where it ends."""
     lines = [line for line in run.candidates if line["origin"] == origin]
-    weights = run.results["task_weights"]
-    objective_P = np.array([_objective(line["scores"], weights) for line in lines])
+    objective_P = np.array([objective.of(line["scores"]) for line in lines])
     generation_P = np.array([line["generation"] for line in lines])
     ends = [int(np.flatnonzero(generation_P == g)[-1]) + 1 for g in np.unique(generation_P)]
     means = [float(objective_P[generation_P == g].mean()) for g in np.unique(generation_P)]
     best = np.maximum.accumulate(objective_P) if lines else objective_P
     return {"best": best.tolist(), "mean": means, "mean_at": ends}
-
-
-def _objective(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    return sum(weight * scores[task] for task, weight in weights.items())
 
 
 def _plot_text(value: object) -> str:

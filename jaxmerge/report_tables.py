@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxmerge.objective import AGGREGATES
+
 Json = dict[str, Any]
 
 
@@ -46,18 +48,43 @@ def headline(results: Json) -> tuple[str, str]:
     return title, lead
 
 
+def aim(results: Json) -> str:
+    """What the objective is."""
+    objective = results["objective"]
+    how = AGGREGATES[objective["aggregate"]]
+    said = f"The objective is <b>{text(objective['aggregate'])}</b>: {text(how.phrase)}"
+    if how.weights != "refused":
+        said += f", with weights {_listed(objective['weights'], '.3g')}"
+    if how.relative:
+        ranges = ", ".join(
+            f"{text(task)}&nbsp;{_score(ends['worst'])} to {_score(ends['best'])}"
+            for task, ends in objective["reference"].items()
+        )
+        said += f". The single checkpoints score on the search split: {ranges}"
+    return f"{said}."
+
+
+def warnings(results: Json) -> str:
+    """What whoever reads the scores should know of the tasks; empty where there is nothing."""
+    items = "".join(f"<li>{text(warning)}</li>" for warning in results["warnings"])
+    return f'<ul class="warnings">{items}</ul>' if items else ""
+
+
 def weights_table(results: Json, pool: Sequence[Json]) -> str:
     """The winner's weight of each checkpoint, beside what the checkpoint scores by itself."""
     best = results["best"]
     own = {entry["name"]: entry["test_objective"] for entry in results["individuals"]}
     weights = [best["weights"].get(checkpoint["name"], 0.0) for checkpoint in pool]
     low, high = min(0.0, *weights), max(0.0, *weights)
-    top = max(best["test_objective"], *own.values())
+    of_models = [best["test_objective"], *own.values()]
+    least, most = min(0.0, *of_models), max(0.0, *of_models)
     rows = [
         (
             text(checkpoint["name"]),
             _bar(weight, low, high, "weight"),
-            _bar(own[checkpoint["name"]], 0.0, top, "single") if checkpoint["name"] in own else "",
+            _bar(own[checkpoint["name"]], least, most, "single")
+            if checkpoint["name"] in own
+            else "",
         )
         for checkpoint, weight in zip(pool, weights)
     ]
@@ -65,7 +92,7 @@ def weights_table(results: Json, pool: Sequence[Json]) -> str:
         (
             "<b>searched merge</b>",
             f'<span class="number">sum {_score(sum(weights))}</span>',
-            _bar(best["test_objective"], 0.0, top, "winner"),
+            _bar(best["test_objective"], least, most, "winner"),
         )
     )
     return _table(("checkpoint", "weight in the merge", "test objective"), rows, css="bars")
@@ -143,7 +170,8 @@ def made_section(results: Json, pool: Sequence[Json], config: Json) -> str:
         "Evaluations": _total(results["evaluations_by_origin"], ","),
         "Seconds": _total(seconds, ",.1f"),
         "Pareto front": (
-            f"{len(results['pareto'])} candidates, hypervolume {results['hypervolume']:.4f}"
+            f"{len(results['pareto'])} candidates, hypervolume {results['hypervolume']:.4f} "
+            f"above {_listed(results['hypervolume_reference'], '.4g')}"
         ),
         "Versions": _listed(results["versions"]),
     }

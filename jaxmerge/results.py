@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge import pareto, stats
+from jaxmerge import formatting, pareto, stats
+from jaxmerge.formatting import Bounds
+from jaxmerge.objective import Objective, define
 from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.search.archive import Archive, Request
-from jaxmerge.search.baselines import Found, objective
+from jaxmerge.search.baselines import Found
 
 _PACKAGES = ("jaxmerge", "jax", "jaxlib", "flax", "orbax-checkpoint", "evosax", "numpy")
 
@@ -32,7 +34,8 @@ def score_heldout(archive: Archive, methods: Sequence[Found]) -> dict[str, dict[
 def collect(
     directory: RunDirectory,
     names: Sequence[str],
-    task_weights: Mapping[str, float],
+    objective: Objective,
+    bounds: Mapping[str, Bounds],
     individuals: Sequence[Found],
     baselines: Sequence[Found],
     winner: Found,
@@ -43,7 +46,8 @@ def collect(
 
     Args:
         names: of the checkpoints, in pool order.
-        task_weights: of the objective.
+        objective: what was maximised.
+        bounds: of all tasks' scores, held-out ones too, as in results.json.
         individuals, baselines, winner: what each method chose, on the search split.
         tested: the same, in this order, on the test split.
         heldout: scores on held-out tasks, of those methods that were scored there.
@@ -51,29 +55,27 @@ def collect(
     methods = [*individuals, *baselines, winner]
     samples = [directory.examples(candidate) for candidate in tested]
     entries = [
-        _entry(found, names, task_weights, candidate, sample, heldout.get(found.name, {}))
+        _entry(found, names, objective, candidate, sample, heldout.get(found.name, {}))
         for found, candidate, sample in zip(methods, tested, samples)
     ]
     versus = {}
     for found, sample in zip(methods[:-1], samples[:-1]):
-        compared = stats.paired(samples[-1], sample, task_weights)
+        compared = stats.paired(samples[-1], sample, objective)
         versus[found.name] = {
             "delta": compared.delta,
             "ci95": [compared.low, compared.high],
             "p": compared.p,
         }
     searched = [candidate for candidate in directory.candidates if candidate.split == "search"]
-    scores_PxM = np.array([[line.scores[task] for task in task_weights] for line in searched])
-    front = pareto.front(scores_PxM)
     return {
-        "tasks": list(task_weights),
-        "task_weights": dict(task_weights),
+        "tasks": list(objective.tasks),
+        "objective": objective.plain(),
         "heldout_tasks": list(next(iter(heldout.values()), {})),
+        "bounds": {task: list(ends) for task, ends in bounds.items()},
         "individuals": entries[: len(individuals)],
         "baselines": entries[len(individuals) : -1],
         "best": {**entries[-1], "vs": versus},
-        "pareto": [searched[i].id for i in front],
-        "hypervolume": pareto.hypervolume(scores_PxM[front], np.zeros(len(task_weights))),
+        **_front(searched, objective, bounds),
         "evaluations": len(searched),
         "evaluations_by_origin": dict(Counter(candidate.origin for candidate in searched)),
     }
@@ -95,35 +97,64 @@ def environment() -> dict[str, Any]:
 
 def table(results: Mapping[str, Any]) -> str:
     """The end of a run in words: test scores of all methods, and how sure the difference is."""
-    tasks, best = results["tasks"], results["best"]
+    best, formats = results["best"], formatting.of_results(results)
     entries = [*results["individuals"], *results["baselines"], best]
-    width = max(len(entry["name"]) for entry in entries)
-    columns = [*tasks, "mean"]
-    title = f"{'test scores, %':<{width}}  " + "  ".join(f"{name:>12}" for name in columns)
-    lines = [title, "-" * len(title)]
-    for entry in entries:
-        low, high = entry["ci95"]["objective"]
-        values = [entry["test"][task] for task in tasks] + [entry["test_objective"]]
-        lines.append(
-            f"{entry['name']:<{width}}  "
-            + "  ".join(f"{100 * value:12.1f}" for value in values)
-            + f"  [{100 * low:.1f}, {100 * high:.1f}]"
-        )
+    lines = _scores(results, entries)
     rival = max(results["individuals"], key=lambda entry: entry["test_objective"])
-    versus = best["vs"][rival["name"]]
-    low, high = versus["ci95"]
+    versus, form = best["vs"][rival["name"]], formats["objective"]
     lines.append(
         f"\nThe searched merge against the best single checkpoint ({rival['name']}): "
-        f"{100 * versus['delta']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], "
+        f"{form.difference(versus['delta'])}{form.points} {form.differences(versus['ci95'])}, "
         f"p = {versus['p']:.2g}."
     )
     for task in results["heldout_tasks"]:
-        scored = [entry for entry in entries if entry["heldout"]]
-        lines.append(
-            f"Held out, {task}: "
-            + ", ".join(f"{entry['name']} {100 * entry['heldout'][task]:.1f}" for entry in scored)
-        )
+        scored = [
+            f"{entry['name']} {formats[task].score(entry['heldout'][task])}"
+            for entry in entries
+            if entry["heldout"]
+        ]
+        lines.append(f"Held out, {task}: " + ", ".join(scored))
     return "\n".join(lines)
+
+
+def _scores(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table: a line per method, a column per task, and the objective with its interval."""
+    tasks, formats = results["tasks"], formatting.of_results(results)
+    forms = [*(formats[task] for task in tasks), formats["objective"]]
+    title, names = formatting.headings(
+        "test scores", [*tasks, results["objective"]["aggregate"]], forms
+    )
+    width = max(len(text) for text in (title, *(entry["name"] for entry in entries)))
+    widths = [max(12, len(name)) for name in names]
+    heading = "  ".join(f"{name:>{wide}}" for name, wide in zip(names, widths))
+    lines = [f"{title:<{width}}  {heading}"]
+    lines.append("-" * len(lines[0]))
+    for entry in entries:
+        values = [*(entry["test"][task] for task in tasks), entry["test_objective"]]
+        cells = [f"{form.score(value):>{wide}}" for form, value, wide in zip(forms, values, widths)]
+        interval = forms[-1].interval(entry["ci95"]["objective"])
+        lines.append(f"{entry['name']:<{width}}  {'  '.join(cells)}  {interval}")
+    return lines
+
+
+def _front(
+    searched: Sequence[Candidate], objective: Objective, bounds: Mapping[str, Bounds]
+) -> dict[str, Any]:
+    """The Pareto front on the search split, and its hypervolume above the least scores there are.
+
+    A task without a least score is measured from the worst single checkpoint.
+    """
+    scores_PxM = np.array([[line.scores[task] for task in objective.tasks] for line in searched])
+    front = pareto.front(scores_PxM)
+    least = {task: bounds[task][0] for task in objective.tasks}
+    corner = {
+        task: objective.reference[task].worst if low is None else low for task, low in least.items()
+    }
+    return {
+        "pareto": [searched[i].id for i in front],
+        "hypervolume": pareto.hypervolume(scores_PxM[front], np.array(list(corner.values()))),
+        "hypervolume_reference": corner,
+    }
 
 
 def _final(found: Found) -> Request:
@@ -133,22 +164,24 @@ def _final(found: Found) -> Request:
 def _entry(
     found: Found,
     names: Sequence[str],
-    task_weights: Mapping[str, float],
+    objective: Objective,
     tested: Candidate,
     sample: Mapping[str, np.ndarray],
     heldout: Mapping[str, float],
 ) -> dict[str, Any]:
-    intervals = {task: stats.interval({task: sample[task]}, {task: 1.0}) for task in task_weights}
-    intervals["objective"] = stats.interval(sample, task_weights)
+    intervals = {
+        task: stats.interval({task: sample[task]}, define([task])) for task in objective.tasks
+    }
+    intervals["objective"] = stats.interval(sample, objective)
     return {
         "name": found.name,
         "id": found.candidate.id,
         "weights": dict(zip(names, found.candidate.weights)),
         "evaluations": found.evaluations,
         "search": found.candidate.scores,
-        "search_objective": objective(found.candidate, task_weights),
+        "search_objective": objective.of(found.candidate.scores),
         "test": tested.scores,
-        "test_objective": objective(tested, task_weights),
+        "test_objective": objective.of(tested.scores),
         "ci95": {name: list(interval) for name, interval in intervals.items()},
         "heldout": dict(heldout),
     }

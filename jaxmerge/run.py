@@ -12,6 +12,12 @@ With --mode=merge it only merges, with the weights of the config, and evaluates 
     python -m jaxmerge.run --mode=merge --config=configs/default.py --workdir=runs/merge \\
         --config.pool.checkpoints="('models/a','models/b')" --config.merge.weights="(0.3,0.7)"
 
+With --mode=evaluate it scores checkpoints by themselves, one or many, alike or not, on the test
+examples of the config's tasks, and writes evaluation.json:
+
+    python -m jaxmerge.run --mode=evaluate --config=configs/quickstart.py --workdir=runs/scores \\
+        --config.pool.checkpoints="('models/a',)"
+
 Any field of the config can be set on the command line: --config.search.budget=400. The fields, with
 their units and defaults, are in jaxmerge/config.py.
 """
@@ -37,7 +43,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxmerge import card, report, results, space
+from jaxmerge import card, formatting, report, results, scoring, space
 from jaxmerge import config as configs
 from jaxmerge.checkpoints.pool import Pool, Record
 from jaxmerge.checkpoints.stream import LeafStream
@@ -55,6 +61,7 @@ from jaxmerge.prepare import (
 )
 from jaxmerge.progress import Progress
 from jaxmerge.rundir import RunDirectory
+from jaxmerge.scoring import evaluate
 from jaxmerge.search import baselines, strategies
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found, Setting
@@ -76,23 +83,28 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir)
-    directory, _, pool, evaluators, strategy, task_weights = prepared
+    directory, pool, strategy = prepared.directory, prepared.pool, prepared.strategy
+    for warning in prepared.warnings:
+        print(f"jaxmerge: {warning}", file=sys.stderr)
 
-    progress = Progress(_evaluations(config, pool, strategy), task_weights)
+    progress = Progress(_evaluations(config, pool, strategy))
     with closing(directory), progress:
-        archive = Archive(directory, evaluators, progress.candidates)
+        archive = Archive(directory, prepared.evaluators, progress.candidates)
         with _timed(seconds, "individuals"):
             individuals = baselines.individuals(archive, pool.names)
+            objective = prepared.objective.measured_by([one.scores for one in individuals])
+            form = formatting.of_objective(objective, prepared.bounds)
+            progress.rate(objective, form, individuals)
         with _timed(seconds, "baselines"):
             budget = config.search.budget // strategy.population * strategy.population
-            setting = Setting(archive, individuals, task_weights, budget, config.seed)
+            setting = Setting(archive, individuals, objective, budget, config.seed)
             found = [baselines.BASELINES[name].find(setting) for name in config.baselines]
         with _timed(seconds, "search"):
             best = search(
                 archive,
                 strategy,
                 lambda z: space.weights(z, config.space.constraint, config.space.bounds),
-                task_weights=task_weights,
+                objective=objective,
                 budget=config.search.budget,
                 seed=config.seed,
                 states=directory.path / "state",
@@ -110,9 +122,15 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
 
         with _timed(seconds, "statistics"):
             findings = results.collect(
-                directory, pool.names, task_weights, alone, found, winner, tested, heldout
+                *(directory, pool.names, objective, prepared.bounds),
+                *(alone, found, winner, tested, heldout),
             )
-        findings = {"version": 1, "command": command, **findings}
+        findings = {
+            "version": 2,
+            "command": command,
+            "warnings": list(prepared.warnings),
+            **findings,
+        }
         with _timed(seconds, "export"):
             _export_winner(config, prepared, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
@@ -172,7 +190,7 @@ def _evaluations(config: Config, pool: Pool, strategy: strategies.Strategy) -> i
 
 
 def _best(setting: Setting) -> Any:
-    return baselines.best(setting.individuals, setting.task_weights)
+    return baselines.best(setting.individuals, setting.objective)
 
 
 def _export_winner(config: Config, prepared: Prepared, findings: Mapping[str, Any]) -> None:
@@ -211,6 +229,9 @@ def main(argv: Sequence[str]) -> None:
         for path in merge(config, workdir, command):
             print(f"Merged: {path}")
         return
+    if flags.FLAGS.mode == "evaluate":
+        print(scoring.table(evaluate(config, workdir, command)))
+        return
     findings = run(config, workdir, command)
     print(results.table(findings))
     print(f"\nReport: {Path(workdir) / 'report.html'}")
@@ -224,7 +245,7 @@ def console() -> None:
     signal.signal(signal.SIGINT, _stop)
     sys.path.insert(0, os.getcwd())  # for the import paths in configs
     config_flags.DEFINE_config_file("config", None, "Path of the config file.")
-    flags.DEFINE_enum("mode", "search", ["search", "merge"], "What to do.")
+    flags.DEFINE_enum("mode", "search", ["search", "merge", "evaluate"], "What to do.")
     flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
     try:
         app.run(main, flags_parser=_parse)

@@ -11,9 +11,19 @@ PACKAGE = Path(__file__).parents[1] / "jaxmerge"
 
 # Lowest first. A module may import modules of lower layers, and of its own layer.
 LAYERS = (
-    {"errors", "trees", "pareto", "stats", "requests", "tokenizer", "models"},
+    {
+        "errors",
+        "trees",
+        "pareto",
+        "objective",
+        "formatting",
+        "stats",
+        "requests",
+        "tokenizer",
+        "models",
+    },
     {"sharding", "merge", "space"},
-    {"checkpoints", "generate", "batches"},
+    {"checkpoints", "generate", "batches", "sandbox"},
     {"respond", "tasks"},
     {"evaluate"},
     {"rundir"},
@@ -21,10 +31,14 @@ LAYERS = (
     {"export"},
     {"progress", "config", "results", "card", "report", "report_tables"},
     {"lm_eval_model", "prepare"},
+    {"scoring"},
     {"run"},
 )
 # They run where there is no JAX, or before it is set up.
-WITHOUT_JAX = ("report", "report_tables", "stats", "pareto", "rundir", "errors", "space")
+WITHOUT_JAX = (
+    *("report", "report_tables", "card", "objective", "formatting", "stats", "pareto", "rundir"),
+    *("errors", "space"),
+)
 
 
 def _imports(path: Path) -> set[str]:

@@ -29,6 +29,14 @@ def findings():
     return {
         "command": "python -m jaxmerge.run --config=mine.py",
         "tasks": ["adding", "spelling"],
+        "heldout_tasks": [],
+        "objective": {
+            "aggregate": "mean",
+            "weights": {"adding": 0.5, "spelling": 0.5},
+            "reference": {},
+        },
+        "bounds": {"adding": [0.0, 1.0], "spelling": [0.0, 1.0]},
+        "warnings": [],
         "individuals": [entry("sums", 0.5), entry("words", 0.4)],
         "best": {
             **entry("search", 0.75),
@@ -50,7 +58,23 @@ def test_the_card_of_a_search(findings):
     assert "| mean | 70.0 [68.0, 72.0] | 45.0 |" in text
     assert "+25.0 points [+20.0, +30.0]" in text
     assert text.rstrip().endswith("```\npython -m jaxmerge.run --config=mine.py\n```")
+    assert "| task, % |" in text
+    assert "Warnings" not in text
     assert "/home/me" not in text
+
+
+def test_a_card_of_other_numbers_than_shares(findings):
+    """Bits per byte and gains are no percentages; a share beside them still is, and says so."""
+    findings["bounds"]["spelling"] = [None, 0.0]
+    findings["objective"]["aggregate"] = "chebyshev"
+    findings["warnings"] = ["adding: the examples are public"]
+    text = card.of_search(RECORDS, findings)
+    assert "| adding, % | 75.0 [74.0, 76.0] | 50.0 |" in text
+    assert "| spelling | 0.650 [0.550, 0.750] | 0.400 |" in text
+    assert "| chebyshev | 0.700 [0.680, 0.720] | 0.450 |" in text
+    assert "Over the single checkpoint: +0.250 [+0.200, +0.300]." in text
+    assert "- adding: the examples are public" in text
+    assert "`chebyshev`: augmented Chebyshev distance" in text
 
 
 def test_the_card_of_given_weights():

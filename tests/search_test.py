@@ -9,6 +9,7 @@ import pytest
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
+from jaxmerge.objective import define
 from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive, Request
@@ -18,7 +19,7 @@ from jaxmerge.search.strategies import Strategy, evosax
 from jaxmerge.space import weights
 
 NAMES = ("north", "east", "south", "west")
-TASKS = {"sums": 0.5, "words": 0.5}
+OBJECTIVE = define(["sums", "words"])
 # How well each checkpoint answers 8 questions of each task; a merge scores the weighted mean,
 # squashed, so that the optimum lies inside the simplex.
 ABILITY = {
@@ -52,21 +53,25 @@ class Formula(Evaluator):
             yield {task: np.tanh(2 * rows @ ability) for task, ability in ABILITY.items()}
 
 
-def _run(path, lives=float("inf"), budget=40, save_seconds=0.0, strategy="CMA_ES"):
+def _run(
+    path, lives=float("inf"), budget=40, save_seconds=0.0, strategy="CMA_ES", aggregate="mean"
+):
     """A whole search with baselines; the log as written, the winner, and evaluations made."""
     directory = RunDirectory(path, {})
     formula = Formula(lives)
+    objective = define(["sums", "words"], (), aggregate)
     try:
         archive = Archive(directory, {"search": formula})
         individuals = baselines.individuals(archive, NAMES)
-        setting = Setting(archive, individuals, TASKS, 10, seed=0)
+        objective = objective.measured_by([one.scores for one in individuals])
+        setting = Setting(archive, individuals, objective, 10, seed=0)
         for baseline in baselines.BASELINES.values():
             baseline.find(setting)
         best = search(
             archive,
             STRATEGIES[strategy],
             lambda z: weights(z, "softmax", (-8.0, 8.0)),
-            task_weights=TASKS,
+            objective=objective,
             budget=budget,
             seed=1,
             states=path / "state",
@@ -163,9 +168,30 @@ def test_the_search_beats_the_individuals(tmp_path):
     value = [sum(line["scores"].values()) / 2 for line in lines]
     origin = [line["origin"] for line in lines]
     individual = max(v for v, o in zip(value, origin) if o == "individual")
-    assert baselines.objective(best, TASKS) > individual
+    assert OBJECTIVE.of(best.scores) > individual
     searched = [v for v, o in zip(value, origin) if o == "search"]
     assert np.mean(searched[-8:]) > np.mean(searched[:8])
+
+
+@pytest.mark.parametrize("aggregate", ["worst", "normalised", "chebyshev"])
+def test_the_search_follows_the_aggregate(tmp_path, aggregate):
+    """Its winner is the best of its candidates by that aggregate, computed here from the log."""
+    lines, best, _ = _run(tmp_path, budget=80, aggregate=aggregate)
+    individuals = [line["scores"] for line in lines if line["origin"] == "individual"]
+    top = {task: max(scores[task] for scores in individuals) for task in ABILITY}
+    span = {task: top[task] - min(scores[task] for scores in individuals) for task in ABILITY}
+
+    def value(scores):
+        gains = [(scores[task] - top[task]) / span[task] for task in ABILITY]
+        return {
+            "worst": min(scores.values()),
+            "normalised": sum(gains) / 2,
+            "chebyshev": min(gains) + 0.05 * sum(gains),
+        }[aggregate]
+
+    searched = [line for line in lines if line["origin"] == "search"]
+    assert value(best.scores) == pytest.approx(max(value(line["scores"]) for line in searched))
+    assert value(best.scores) > max(map(value, individuals))
 
 
 def test_budget_below_a_generation(tmp_path):
@@ -194,7 +220,7 @@ class Table(Archive):
 
 def _setting(individual_scores: list[float], merges: dict[tuple[int, ...], float]) -> Setting:
     individuals = [_rated(k, {"sums": score}) for k, score in enumerate(individual_scores)]
-    return Setting(Table(merges), individuals, {"sums": 1.0}, 10, 0)
+    return Setting(Table(merges), individuals, define(["sums"]), 10, 0)
 
 
 def test_greedy_soup_keeps_what_helps():
@@ -217,7 +243,7 @@ def test_best_per_task_counts_twice_who_is_best_twice():
     rated = [
         _rated(k, {task: float(values[k]) for task, values in scores.items()}) for k in range(4)
     ]
-    found = baselines.best_per_task(Setting(Table({}), rated, dict.fromkeys(scores, 1 / 3), 10, 0))
+    found = baselines.best_per_task(Setting(Table({}), rated, define(list(scores)), 10, 0))
     np.testing.assert_allclose(found.candidate.weights, [1 / 3, 2 / 3, 0, 0], rtol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """Random tiny models, pools and tasks, made in a moment."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -68,6 +69,13 @@ def choice(*, search: int = 12, test: int = 20, seed: int = 1) -> Task:
     ]
     splits = {"search": examples[:search], "test": examples[search:]}
     return kinds.multiple_choice("choice", splits, normalize="bytes")
+
+
+def text(*, search: int = 12, test: int = 20, seed: int = 2) -> Task:
+    """Perplexity, whose scores have no least one; and it warns."""
+    examples = [Example(text) for text in letters(seed, search + test)]
+    splits = {"search": examples[:search], "test": examples[search:]}
+    return dataclasses.replace(kinds.perplexity("text", splits), warning="it is public")
 
 
 def plain_apply():

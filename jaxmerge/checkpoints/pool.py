@@ -50,32 +50,44 @@ class Pool(NamedTuple):
     architecture: Mapping[str, Any]
 
 
-def survey(
-    patterns: Sequence[str], *, subtree: str = "", base: str = "", dtype: str = ""
-) -> tuple[Source, ...]:
-    """Finds the checkpoints and compares their metadata; reads no data.
+def find(patterns: Sequence[str], *, subtree: str = "", base: str = "") -> tuple[Source, ...]:
+    """Finds checkpoints, which need not be alike; reads no data.
 
     Args:
         patterns: directories, or patterns such as `pools/quickstart/*`, whose matches are sorted.
         subtree: where in each Orbax checkpoint the parameters are; "" for all of it.
         base: Hugging Face directory that adapters are laid upon; "": the one that each names.
+
+    Raises:
+        JaxmergeError: a path has no checkpoint, or is named twice.
+    """
+    paths = [path for pattern in patterns for path in _find(pattern)]
+    return tuple(
+        FORMATS[_format(path)].describe(name, path, subtree, base)
+        for name, path in zip(_names(paths), paths)
+    )
+
+
+def survey(
+    patterns: Sequence[str], *, subtree: str = "", base: str = "", dtype: str = ""
+) -> tuple[Source, ...]:
+    """Finds the checkpoints of a pool and compares their metadata; reads no data.
+
+    Args:
+        patterns: see `find`; `subtree` and `base` alike.
         dtype: what `load` will cast to; floating-point dtypes may differ unless it is "".
 
     Raises:
         JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
             then every difference of leaf names, shapes, dtypes and architectures is listed.
     """
-    paths = [path for pattern in patterns for path in _find(pattern)]
-    if len(paths) < 2:
+    sources = find(patterns, subtree=subtree, base=base)
+    if len(sources) < 2:
         raise JaxmergeError(
             "a pool needs at least two checkpoints",
             where="pool.checkpoints",
-            found=f"{len(paths)} in {list(patterns)}",
+            found=f"{len(sources)} in {list(patterns)}",
         )
-    sources = tuple(
-        FORMATS[_format(path)].describe(name, path, subtree, base)
-        for name, path in zip(_names(paths), paths)
-    )
     _check_alike(sources, dtype)
     return sources
 

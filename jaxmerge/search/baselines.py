@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxmerge.objective import Objective
 from jaxmerge.rundir import Candidate
 from jaxmerge.search.archive import Archive, Request
 
@@ -16,7 +17,7 @@ class Setting(NamedTuple):
 
     archive: Archive
     individuals: Sequence[Candidate]
-    task_weights: Mapping[str, float]
+    objective: Objective
     budget: int  # evaluations that the search has
     seed: int
 
@@ -29,16 +30,9 @@ class Found(NamedTuple):
     evaluations: int
 
 
-def objective(candidate: Candidate, task_weights: Mapping[str, float]) -> float:
-    """sum_t w_t score_t: what the search maximises."""
-    return sum(weight * candidate.scores[task] for task, weight in task_weights.items())
-
-
-def best(candidates: Sequence[Candidate], task_weights: Mapping[str, float]) -> Candidate:
+def best(candidates: Sequence[Candidate], objective: Objective) -> Candidate:
     """The candidate of the highest objective; of equals, the first."""
-    return max(
-        candidates, key=lambda candidate: (objective(candidate, task_weights), -candidate.id)
-    )
+    return max(candidates, key=lambda candidate: (objective.of(candidate.scores), -candidate.id))
 
 
 def individuals(archive: Archive, names: Sequence[str]) -> list[Candidate]:
@@ -58,7 +52,7 @@ def best_per_task(setting: Setting) -> Found:
     """The average of the best checkpoint of each task; one that is best at two counts twice."""
     chosen = [
         int(np.argmax([individual.scores[task] for individual in setting.individuals]))
-        for task in setting.task_weights
+        for task in setting.objective.tasks
     ]
     return _single("best-per-task", setting, chosen)
 
@@ -69,14 +63,12 @@ def greedy(setting: Setting) -> Found:
     Checkpoints are tried in order of their own objective, best first; one is kept when the average
     of those kept so far and it is at least as good as without it. K - 1 evaluations.
     """
-    order = sorted(
-        range(len(setting.individuals)),
-        key=lambda k: -objective(setting.individuals[k], setting.task_weights),
-    )
+    value = [setting.objective.of(individual.scores) for individual in setting.individuals]
+    order = sorted(range(len(value)), key=lambda k: -value[k])
     kept, soup = order[:1], setting.individuals[order[0]]
     for k in order[1:]:
         tried = _single("greedy", setting, [*kept, k]).candidate
-        if objective(tried, setting.task_weights) >= objective(soup, setting.task_weights):
+        if setting.objective.of(tried.scores) >= setting.objective.of(soup.scores):
             kept, soup = [*kept, k], tried
     return Found("greedy", soup, len(order) - 1)
 
@@ -89,7 +81,7 @@ def random(setting: Setting) -> Found:
         "search",
         [Request("baseline:random", "random", row) for row in drawn.astype(np.float32)],
     )
-    return Found("random", best(candidates, setting.task_weights), setting.budget)
+    return Found("random", best(candidates, setting.objective), setting.budget)
 
 
 class Baseline(NamedTuple):

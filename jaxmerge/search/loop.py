@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,9 +15,10 @@ from jaxtyping import Float
 from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.objective import Objective
 from jaxmerge.rundir import Candidate
 from jaxmerge.search.archive import Archive, Request
-from jaxmerge.search.baselines import best, objective
+from jaxmerge.search.baselines import best
 from jaxmerge.search.strategies import State, Strategy
 
 ToWeights = Callable[[Float[np.ndarray, "P D"]], Float[np.ndarray, "P K"]]
@@ -28,7 +29,7 @@ def search(
     strategy: Strategy,
     to_weights: ToWeights,
     *,
-    task_weights: Mapping[str, float],
+    objective: Objective,
     budget: int,
     seed: int,
     states: Path,
@@ -44,7 +45,7 @@ def search(
         archive: evaluates on the split `search`.
         strategy: asks for genotypes.
         to_weights: genotypes to merge weights; see `jaxmerge.space`.
-        task_weights: of the objective; sum to 1.
+        objective: what is maximised.
         budget: evaluations at most.
         seed: of the strategy.
         states: directory for the strategy's state.
@@ -72,12 +73,12 @@ def search(
             "search",
             [Request("search", "search", row, generation) for row in to_weights(z_PxD)],
         )
-        fitness_P = np.array([objective(candidate, task_weights) for candidate in candidates])
+        fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
         if time.monotonic() - saved >= save_seconds and generation + 1 < generations:
             _save(states, generation + 1, state)
             saved = time.monotonic()
-    return best([past for past in archive.past if past.origin == "search"], task_weights)
+    return best([past for past in archive.past if past.origin == "search"], objective)
 
 
 def _save(states: Path, generation: int, state: State) -> None:

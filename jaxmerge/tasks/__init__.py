@@ -1,4 +1,4 @@
-"""Tasks: questions with disjoint splits, judged by exact programs."""
+"""Tasks: questions with disjoint splits, judged by programs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Callable
 from jaxmerge.tasks.arithmetic import arithmetic
 from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
+from jaxmerge.tasks.human_eval import human_eval
 from jaxmerge.tasks.ifbench import ifbench
 from jaxmerge.tasks.instructions import instructions
+from jaxmerge.tasks.jsonl import jsonl
 from jaxmerge.tasks.lm_eval import lm_eval
 from jaxmerge.tasks.programs import programs
 from jaxmerge.tasks.reasoning_gym import reasoning_gym
 from jaxmerge.tasks.sorting import sorting
+from jaxmerge.tasks.text import text
 
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
@@ -24,7 +27,10 @@ TASKS: dict[str, Callable[..., Task]] = {
 # What `builder` of a task in a config may name besides import paths.
 BUILDERS: dict[str, Callable[..., Task]] = {
     **TASKS,
+    "human_eval": human_eval,
     "ifbench": ifbench,
+    "jsonl": jsonl,
     "lm_eval": lm_eval,
+    "perplexity": text,
     "reasoning_gym": reasoning_gym,
 }

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.tasks.answers import is_formula, literal
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.kinds import Form, generation
 from jaxmerge.tasks.splits import draw_splits
 
-# Their judges run the model's answer as Python: eval, or SymPy's parse_expr, which calls it.
-# `composite` judges by any of the others. Models under test must not get to do that.
-REFUSED = frozenset(
-    "binary_matrix composite countdown intermediate_integration n_queens polynomial_multiplication"
-    " puzzle24 simple_integration spiral_matrix string_insertion".split()
-)
+# Their judges run the model's answer as Python, which models under test must not get to do; in a
+# sandbox it could still make itself the score. So answers are parsed instead of run.
+LITERALS = frozenset("binary_matrix n_queens spiral_matrix string_insertion".split())
+FORMULAS = frozenset("countdown polynomial_multiplication puzzle24".split())
+# Refused: integrals need functions, and SymPy may simplify them for ever; `composite` judges by any
+# of the others.
+REFUSED = frozenset("composite intermediate_integration simple_integration".split())
+_UNREADABLE = "("  # what every judge of formulas takes for a wrong answer
 _SIZE = 2**16  # problems to draw from, where the arguments do not say otherwise
 
 
@@ -67,9 +71,11 @@ def reasoning_gym(
     sizes = {"train": train, "search": search, "test": test}
     splits = draw_splits(draw, name=dataset, seed=seed, **sizes)
 
+    score = _safe_score(dataset, problems.score_answer)
+
     def judge(example: Example, output: str) -> float:
         try:
-            return float(problems.score_answer(output.strip(), example.data))
+            return float(score(output.strip(), example.data))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return 0.0  # some judges stumble over an answer that they cannot read
 
@@ -85,6 +91,22 @@ def reasoning_gym(
         shots=shots,
         seed=seed,
     )
+
+
+def _safe_score(dataset: str, score: Any) -> Callable[[str, Any], float]:
+    """The judge of a data set, which runs nothing that a model wrote.
+
+    Judges that call `eval` on lists get a reader of literals in its place; judges that call SymPy's
+    parser see formulas only.
+    """
+    if dataset in LITERALS:
+        function = score.__func__
+        names = {**function.__globals__, "eval": literal}
+        without_eval = types.FunctionType(function.__code__, names, function.__name__)
+        return types.MethodType(without_eval, score.__self__)
+    if dataset in FORMULAS:
+        return lambda answer, entry: score(answer if is_formula(answer) else _UNREADABLE, entry)
+    return score
 
 
 def _create(dataset: str, arguments: dict[str, Any], where: str) -> Any:

@@ -1,0 +1,185 @@
+"""A user's own questions, one JSON object a line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from etils import epath
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.judges import JUDGES
+from jaxmerge.tasks.kinds import Form, TextJudge, generation, multiple_choice
+from jaxmerge.tasks.splits import divide
+
+
+def jsonl(
+    *,
+    path: str,
+    train_path: str = "",
+    search: int = 192,
+    test: int = 1000,
+    prompt: str = "{prompt}",
+    target: str = "{target}",
+    choices: str = "",
+    judge: str = "exact",
+    normalize: Literal["none", "bytes", "tokens"] = "none",
+    ended: bool = False,
+    max_new_tokens: int = 32,
+    until: Sequence[str] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    samples: int = 1,
+    seed: int = 0,
+    form: Form = "",
+    shots: int = 0,
+) -> Task:
+    r"""Questions from a file, as `{"prompt": "1+1=", "target": "2"}` in each line.
+
+    The prompt decides whether a line is a search or a test example, see `splits.divide`: lines can
+    be added, and every other stays where it is.
+
+    Args:
+        path: the file.
+        train_path: another such file, for `shots` and fine-tuning; no prompt may be in both.
+        search: examples in that split, at most; `test` alike.
+        prompt: what the model reads; `{name}` stands for that field of the line.
+        target: the answer, alike. A field that is a list has several, any of which will do; with
+            `choices` it may be the place of the right one, counted from 0.
+        choices: the field that has the list of choices: makes it multiple choice.
+        judge: of generated texts: `exact`, `regex`, `contains`, `numeric` or `json`, see `judges`;
+            or `module:function`, which is called with the `Example`, whose `data` is the line, and
+            the text, and gives a score from 0 to 1.
+        normalize: see `kinds.multiple_choice`; `ended` alike.
+        max_new_tokens: see `kinds.generation`; all that follow alike.
+
+    Raises:
+        JaxmergeError: a file can't be read; a line is no JSON object or lacks a field; the judge is
+            unknown; a split is empty.
+    """
+    name = f"jsonl {path}"
+    lines = {"": _read(path), "train": _read(train_path) if train_path else []}
+    examples = {
+        split: [_example(line, where, prompt, target, choices) for where, line in found]
+        for split, found in lines.items()
+    }
+    splits = divide(
+        examples.pop(""), lambda example: example.prompt, name=name, search=search, test=test
+    )
+    _check_apart(examples["train"], splits, train_path)
+    splits |= examples
+    if choices:
+        return multiple_choice(
+            name, splits, normalize=normalize, ended=ended, form=form, shots=shots
+        )
+    return generation(
+        name,
+        splits,
+        _judge(judge, name),
+        max_new_tokens=max_new_tokens,
+        until=until,
+        temperature=temperature,
+        top_p=top_p,
+        samples=samples,
+        seed=seed,
+        form=form,
+        shots=shots,
+    )
+
+
+def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file, each with where it stands."""
+    try:
+        text = epath.Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JaxmergeError("the file can't be read", where=path, found=str(error)) from error
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise JaxmergeError("this is no JSON", where=where, found=str(error)) from error
+        if not isinstance(content, dict):
+            raise JaxmergeError("this is no JSON object", where=where, found=line[:80])
+        lines.append((where, content))
+    return lines
+
+
+def _example(line: dict[str, Any], where: str, prompt: str, target: str, choices: str) -> Example:
+    question, answers = _filled(prompt, line, where)[0], _filled(target, line, where)
+    if not choices:
+        return Example(question, answers[0], data={**line, "targets": answers})
+    options = tuple(str(option) for option in _field(line, choices, where, list))
+    right = answers[0]
+    if right not in options and right.isdecimal() and int(right) < len(options):
+        right = options[int(right)]
+    if right not in options or len(set(options)) < len(options):
+        raise JaxmergeError(
+            "the target must be one of the choices, which must differ from each other",
+            where=where,
+            expected=f"one of {options}, or its place",
+            found=right,
+        )
+    return Example(question, right, options, line)
+
+
+def _filled(template: str, line: dict[str, Any], where: str) -> list[str]:
+    """The template with the line's fields in their places; of a list of answers, once for each."""
+    single = re.fullmatch(r"\{(\w+)\}", template)
+    value = _field(line, single[1], where, object) if single else None
+    if isinstance(value, list):
+        if not value:
+            raise JaxmergeError("the list of answers is empty", where=f"{where}, {template}")
+        return [str(each) for each in value]
+    return [
+        re.sub(r"\{(\w+)\}", lambda match: str(_field(line, match[1], where, object)), template)
+    ]
+
+
+def _field(line: dict[str, Any], name: str, where: str, kind: type) -> Any:
+    if not isinstance(line.get(name), kind) or line.get(name) is None:
+        raise JaxmergeError(
+            f"the line has no {'list ' if kind is list else ''}{name}",
+            where=where,
+            expected="that field, or other names in the task's prompt, target and choices",
+            found=", ".join(line),
+        )
+    return line[name]
+
+
+def _judge(named: str, where: str) -> TextJudge:
+    """The judge of this name; of several targets, the one that suits best."""
+    if named in JUDGES:
+        compare = JUDGES[named]
+        return lambda example, output: float(
+            any(compare(output, target) for target in example.data["targets"])
+        )
+    module, _, function = named.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise JaxmergeError(
+            "unknown judge",
+            where=f"task {where}",
+            expected=f"{', '.join(JUDGES)}, or module:function",
+            found=f"{named}: {error}",
+        ) from error
+
+
+def _check_apart(
+    train: Sequence[Example], splits: dict[str, tuple[Example, ...]], path: str
+) -> None:
+    """Raises unless no prompt of the train file is one of the others."""
+    known = {example.prompt for examples in splits.values() for example in examples}
+    both = [example.prompt for example in train if example.prompt in known]
+    if both:
+        raise JaxmergeError(
+            f"{len(both)} prompts are search or test examples too", where=path, found=both[0][:80]
+        )

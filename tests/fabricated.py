@@ -1,0 +1,191 @@
+"""A fabricated run: the files of a finished one, with names that would break a careless page."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmerge import stats
+from jaxmerge.objective import Objective, Range, define
+
+TASKS = ["arithmetic", "instructions", "programs & <b>tests</b>"]
+REFERENCE = dict.fromkeys(TASKS, Range(0.8, 0.4))
+# Each would rename the page if any of it ran.
+HOSTILE = "</script><script>document.title='pwned'</script>"
+HOSTILE_IMAGE = "\"><img src=x onerror=document.title='pwned'>"
+CHECKPOINTS = ["maths-long", "instruct-1e-3", "code", "mix-seed-2", HOSTILE, HOSTILE_IMAGE]
+N = 400
+
+
+def fabricate(
+    directory: Path, *, heldout: bool = True, gain: float = 0.0, aggregate: str = "mean"
+) -> None:
+    """Writes a run directory; `gain` is added to the winner's chance on every test example."""
+    objective = Objective(define(TASKS).weights, aggregate, REFERENCE)
+    rng = np.random.default_rng(0)
+    skill_KxT = np.array(
+        [[0.75, 0.4, 0.45], [0.4, 0.8, 0.4], [0.45, 0.4, 0.8], *[[0.55, 0.55, 0.5]] * 3]
+    )
+    ids = iter(range(10_000))
+    lines: list[dict[str, Any]] = []
+
+    def chances(weights_K: np.ndarray) -> np.ndarray:
+        concentration = float((weights_K**2).sum())
+        return np.clip(weights_K @ skill_KxT + 0.25 * (1 - concentration), 0, 0.97)
+
+    def draw(chances_T: np.ndarray) -> dict[str, np.ndarray]:
+        return {t: (rng.random(N) < c).astype(float) for t, c in zip(TASKS, chances_T)}
+
+    def evaluated(origin: str, name: str, weights_K: np.ndarray, generation: int) -> dict[str, Any]:
+        samples = draw(chances(weights_K))
+        line = {
+            "id": next(ids),
+            "generation": generation,
+            "origin": origin,
+            "name": name,
+            "split": "search",
+            "row": 0,
+            "weights": weights_K.tolist(),
+            "scores": {task: float(x_N.mean()) for task, x_N in samples.items()},
+            "n": dict.fromkeys(TASKS, N),
+            "seconds": 0.1,
+        }
+        lines.append(line)
+        return line
+
+    def entry(line: dict[str, Any], name: str, evaluations: int, bonus: float = 0.0) -> Any:
+        samples = draw(chances(np.array(line["weights"])) + bonus)
+        ends = {
+            task: stats.interval({task: samples[task]}, define([task]), resamples=500)
+            for task in TASKS
+        }
+        means = {task: float(x_N.mean()) for task, x_N in samples.items()}
+        return samples, {
+            "name": name,
+            "id": line["id"],
+            "weights": dict(zip(CHECKPOINTS, line["weights"])),
+            "evaluations": evaluations,
+            "search": line["scores"],
+            "search_objective": objective.of(line["scores"]),
+            "test": means,
+            "test_objective": objective.of(means),
+            "ci95": {
+                **{task: list(pair) for task, pair in ends.items()},
+                "objective": list(stats.interval(samples, objective, resamples=500)),
+            },
+            "heldout": {},
+        }
+
+    K = len(CHECKPOINTS)
+    individuals = [
+        entry(evaluated("individual", name, np.eye(K)[k], 0), name, 1)
+        for k, name in enumerate(CHECKPOINTS)
+    ]
+    uniform = entry(evaluated("baseline:uniform", "uniform", np.full(K, 1 / K), 0), "uniform", 1)
+    random_lines = [
+        evaluated("baseline:random", f"random/{i}", rng.dirichlet(np.ones(K)), i // 9)
+        for i in range(180)
+    ]
+    search_lines = [
+        evaluated(
+            "search",
+            f"search/{i}",
+            rng.dirichlet([1 + i / 9, 1 + i / 9, 1 + i / 9, 1, 1, 1]) * 1.06 - 0.01,
+            i // 9,
+        )
+        for i in range(180)
+    ]
+
+    def best_of(of: list[dict[str, Any]]) -> dict[str, Any]:
+        return max(of, key=lambda line: sum(line["scores"].values()))
+
+    random = entry(best_of(random_lines), "random", 180)
+    best_samples, best = entry(best_of(search_lines), "search", 180, gain)
+    rivals = [*individuals, uniform, random]
+    best["vs"] = {}
+    for samples, rival in rivals:
+        delta, low, high, p = stats.paired(best_samples, samples, objective, resamples=500)
+        best["vs"][rival["name"]] = {"delta": delta, "ci95": [low, high], "p": p}
+    lines.append({**lines[best["id"]], "id": next(ids), "origin": "final", "split": "test"})
+    for _, model in [*individuals[:1], uniform]:
+        model["heldout"] = {"sorting": 0.5, "copying": 0.75} if heldout else {}
+    best["heldout"] = {"sorting": 0.625, "copying": 0.75} if heldout else {}
+    scores_PxM = np.array([list(line["scores"].values()) for line in lines[:-1]])
+    # The front, by the definition.
+    pareto = [
+        line["id"]
+        for line, row in zip(lines, scores_PxM)
+        if not ((scores_PxM >= row).all(1) & (scores_PxM > row).any(1)).any()
+    ]
+    origins = [line["origin"] for line in lines[:-1]]
+    results = {
+        "version": 2,
+        "command": "python -m jaxmerge.run --config=configs/x.py --workdir=runs/<x>",
+        "tasks": TASKS,
+        "objective": objective.plain(),
+        "bounds": {task: [0.0, 1.0] for task in [*TASKS, "sorting", "copying"]},
+        "warnings": [f"{TASKS[2]}: judged by a program; {HOSTILE}"],
+        "heldout_tasks": ["sorting", "copying"] if heldout else [],
+        "individuals": [model for _, model in individuals],
+        "baselines": [model for _, model in (uniform, random)],
+        "best": best,
+        "pareto": pareto,
+        "hypervolume": 0.4321,
+        "hypervolume_reference": dict.fromkeys(TASKS, 0.0),
+        "evaluations": len(origins),
+        "evaluations_by_origin": {origin: origins.count(origin) for origin in sorted({*origins})},
+        "seconds": {"load": 1.25, "search": 40.5, "test": 3.0},
+        "versions": {"jax": "0.9.0", "jaxmerge": "0.1.0", "numpy": "2.4.6"},
+        "devices": {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1},
+    }
+    pool = [
+        {
+            "name": name,
+            "source": f"pool/{k}",
+            "format": "orbax",
+            "bytes": 3_400_000,
+            "parameters": 850_000,
+            "dtype": "float32",
+            "fingerprint": "0123456789abcdef" * 4,
+        }
+        for k, name in enumerate(CHECKPOINTS)
+    ]
+    config = {
+        "seed": 0,
+        "objective": {"tasks": TASKS, "weights": [], "aggregate": "mean"},
+        "pool": {"checkpoints": [checkpoint["source"] for checkpoint in pool]},
+        "space": {"constraint": "signed", "bounds": [-float("inf"), float("inf")]},
+        "search": {"strategy": "CMA_ES", "population": 9, "budget": 180},
+    }
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "pool.json").write_text(json.dumps({"checkpoints": pool}))
+    (directory / "candidates.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (directory / "results.json").write_text(json.dumps(results))
+
+
+class Page(HTMLParser):
+    """What an HTML parser sees: the elements, and the text of each kind of element."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[str] = []
+        self.text: dict[str, list[str]] = {}
+        self._open = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += [name for name, _ in attrs]
+        self._open = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        self.text.setdefault(self._open, []).append(data)
