@@ -127,7 +127,7 @@ def test_lm_eval_hears_what_its_own_model_says(directory):
     hugging_face: Any = HFLM
     theirs = hugging_face(directory, device="cpu", dtype="float32", batch_size=1)
 
-    def ask(model: Any, kind: str, arguments: list[tuple[Any, ...]]) -> Any:
+    def ask(model: Any, kind: Any, arguments: list[tuple[Any, ...]]) -> Any:
         return getattr(model, kind)([Instance(kind, {}, each, 0) for each in arguments])
 
     found, expected = (ask(model, "loglikelihood", pairs) for model in (ours, theirs))
