@@ -84,8 +84,11 @@ def default() -> Config:
     config.tasks = ml_collections.ConfigDict()
 
     config.merge = ml_collections.ConfigDict()
-    # For --mode=merge: one number per checkpoint, in the order of pool.json (patterns are sorted).
+    # For --mode=merge: one number per checkpoint, in the order of pool.json (patterns are sorted);
+    # or several such tuples, for as many merges in one pass over the checkpoints.
     config.merge.weights = ()
+    config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
+    config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time; see BUILD.md
 
     config.space = ml_collections.ConfigDict()
     config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.space

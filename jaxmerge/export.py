@@ -34,17 +34,20 @@ def check(formats: Sequence[str], dtype: str) -> None:
         )
 
 
-def check_like(formats: Sequence[str], like: str, abstract: PyTree) -> None:
+def check_like(
+    formats: Sequence[str], like: str, abstract: PyTree, *, by_tensor: bool = False
+) -> None:
     """Raises `JaxmergeError` unless leaves can be written as the model of a directory.
 
     Args:
         formats: of `FORMATS`.
         like: Hugging Face directory, or "" when there is none.
         abstract: tree of the merged model's leaves.
+        by_tensor: whether the leaves are the tensors, see `directory.read`.
     """
     if "huggingface" not in formats or not like:
         return
-    expected = dict(huggingface.layout(like).shapes)
+    expected = dict(huggingface.layout(like, by_tensor=by_tensor).shapes)
     found = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if wrong:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -15,12 +14,11 @@ from jax.sharding import Mesh
 from jaxmerge import config as configs
 from jaxmerge import rundir
 from jaxmerge.batches import Limits
-from jaxmerge.checkpoints.pool import Pool, Record, load, survey
+from jaxmerge.checkpoints.pool import Pool, load
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
-from jaxmerge.export import check_like
 from jaxmerge.formatting import plain_bounds
 from jaxmerge.models import families
 from jaxmerge.models.architecture import DecoderConfig
@@ -30,9 +28,10 @@ from jaxmerge.objective import Objective
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
 from jaxmerge.sharding import make_mesh
+from jaxmerge.sources import find_checkpoints, huggingface_directory, record_pool, start_jax
 from jaxmerge.tasks import BUILDERS
 from jaxmerge.tasks.common import Task
-from jaxmerge.tokenizer import Bytes, Pretrained, Tokenizer, check_same_vocabulary, is_in
+from jaxmerge.tokenizer import Bytes, Pretrained, Tokenizer
 
 
 class Prepared(NamedTuple):
@@ -103,41 +102,6 @@ def bounds_of(tasks: Sequence[Task]) -> dict[str, list[float | None]]:
 def warnings_of(tasks: Sequence[Task]) -> tuple[str, ...]:
     """What the tasks warn of, each by its name."""
     return tuple(f"{task.name}: {task.warning}" for task in tasks if task.warning)
-
-
-def start_jax(config: Config) -> None:
-    """Sets devices and the compilation cache; before JAX is first used."""
-    if config.mesh.cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def find_checkpoints(config: Config) -> tuple[Source, ...]:
-    """The pool's checkpoints, compared with each other; no data are read.
-
-    Raises:
-        JaxmergeError: they can't be merged, having other leaves, shapes or vocabularies; or the
-            merge can't be exported.
-    """
-    pool = config.pool
-    sources = survey(pool.checkpoints, subtree=pool.subtree, base=pool.base, dtype=pool.dtype)
-    directories = [pool.base] if pool.base else []
-    directories += [source.path for source in sources if source.format != "orbax"]
-    with_tokenizer = [directory for directory in directories if is_in(directory)]
-    if with_tokenizer:
-        check_same_vocabulary(with_tokenizer)
-    like = huggingface_directory(config, sources)
-    check_like(config.export.formats, like, sources[0].abstract)
-    return sources
-
-
-def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
-    """Where the pool's Hugging Face configuration and tokenizer are; "": nowhere."""
-    of_sources = [source.directory for source in sources if source.directory]
-    return config.pool.base or (of_sources[0] if of_sources else "")
 
 
 def build_limits(config: Config, like: str) -> Limits:
@@ -262,19 +226,3 @@ def _strategy(config: Config, checkpoints: int) -> strategies.Strategy:
         sigma=config.search.sigma,
         params=config.search.params.to_dict(),
     )
-
-
-def record_pool(directory: RunDirectory, of_pool: Sequence[Record]) -> None:
-    """Writes pool.json; refuses a directory whose candidates were made of other checkpoints."""
-    records = [dataclasses.asdict(record) for record in of_pool]
-    known = directory.read_json("pool.json")
-    if known is not None:
-        for before, now in zip(known["checkpoints"], records):
-            if before["fingerprint"] != now["fingerprint"]:
-                raise JaxmergeError(
-                    "the checkpoint is not the one that this run directory was started with",
-                    where=now["source"],
-                    expected=f"fingerprint {before['fingerprint']}",
-                    found=now["fingerprint"],
-                )
-    directory.write_json("pool.json", {"checkpoints": records})

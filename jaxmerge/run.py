@@ -36,9 +36,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -46,27 +45,22 @@ from ml_collections import config_flags
 from jaxmerge import card, formatting, report, results, scoring, space
 from jaxmerge import config as configs
 from jaxmerge.checkpoints.pool import Pool, Record
-from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export
 from jaxmerge.merge.linear import linear
-from jaxmerge.prepare import (
-    Prepared,
-    find_checkpoints,
-    huggingface_directory,
-    prepare,
-    record_pool,
-    start_jax,
-)
+from jaxmerge.merging import merge, set_up_host
 from jaxmerge.progress import Progress
-from jaxmerge.rundir import RunDirectory
 from jaxmerge.scoring import evaluate
 from jaxmerge.search import baselines, strategies
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found, Setting
 from jaxmerge.search.loop import search
+from jaxmerge.sources import huggingface_directory
 from jaxmerge.trees import named_leaves
+
+if TYPE_CHECKING:
+    from jaxmerge.prepare import Prepared
 
 
 def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
@@ -80,6 +74,8 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     Raises:
         JaxmergeError: anything that the user can mend.
     """
+    from jaxmerge.prepare import prepare  # imports Flax: half a second that a merge can do without
+
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir)
@@ -140,46 +136,6 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     return findings
 
 
-def merge(config: Config, workdir: str, command: str = "") -> list[Path]:
-    """The merge with the weights of `config.merge`, leaf by leaf; any architecture will do.
-
-    Args:
-        config: from a `get_config()`; its tasks and search are not looked at.
-        workdir: the run directory; the merge is written to its `merged`.
-        command: what the model card says to run again.
-
-    Returns:
-        The checkpoints that were written, one per format.
-
-    Raises:
-        JaxmergeError: anything that the user can mend.
-    """
-    configs.check_pool(config)
-    start_jax(config)
-    sources = find_checkpoints(config)
-    weights = np.asarray(config.merge.weights, np.float32)
-    if len(weights) != len(sources):
-        raise JaxmergeError(
-            "needs one weight per checkpoint",
-            where="merge.weights",
-            expected=f"{len(sources)} numbers, for {', '.join(source.name for source in sources)}",
-            found=str(tuple(config.merge.weights)),
-        )
-    leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
-    with closing(RunDirectory(workdir, configs.plain(config))) as directory:
-        written = export(
-            directory.path / "merged",
-            leaves.abstract,
-            lambda name: linear(leaves(name), weights),
-            architecture=sources[0].architecture,
-            like=huggingface_directory(config, sources),
-            card=lambda: card.of_weights(_plain(leaves.records()), weights.tolist(), command),
-            **config.export,
-        )
-        record_pool(directory, leaves.records())
-    return written
-
-
 def _evaluations(config: Config, pool: Pool, strategy: strategies.Strategy) -> int:
     """How many candidates the run will have scored at its end, on all splits."""
     K, budget = len(pool.names), config.search.budget // strategy.population * strategy.population
@@ -226,6 +182,7 @@ def main(argv: Sequence[str]) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     command = "python -m jaxmerge.run " + shlex.join(sys.argv[1:])
     if flags.FLAGS.mode == "merge":
+        set_up_host(config)
         for path in merge(config, workdir, command):
             print(f"Merged: {path}")
         return

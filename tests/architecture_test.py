@@ -28,10 +28,11 @@ LAYERS = (
     {"evaluate"},
     {"rundir"},
     {"search"},
-    {"export"},
+    {"export", "streaming"},
     {"progress", "config", "results", "card", "report", "report_tables"},
+    {"sources"},
     {"lm_eval_model", "prepare"},
-    {"scoring"},
+    {"merging", "scoring"},
     {"run"},
 )
 # They run where there is no JAX, or before it is set up.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
@@ -175,3 +176,23 @@ def test_every_damaged_leaf_is_named():
         check_digests(source, found)
     assert caught.value.where == "/pool/model"
     check_digests(source, {name: LeafDigest(checksum, True) for name, checksum in known.items()})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shape", [(30, 7, 64), (5, 333), (1000,), (77, 13), ()])
+def test_a_leaf_in_blocks_has_the_same_digest(shape, dtype):
+    """Wherever it is cut: within rows, between them, or across several."""
+    rng = np.random.default_rng(0)
+    leaf = np.asarray(10 * rng.normal(size=shape)).astype(dtype)
+    per_word = digest.values_per_word(shape, leaf.dtype)
+    words = digest.words(leaf.reshape(-1), per_word)
+    lanes, first = np.zeros(2, np.uint32), 0
+    while first < words.size:
+        count = min(int(rng.integers(1, 900)), words.size - first)
+        block, positions = np.zeros((1, 900), np.uint32), np.zeros(900, np.uint32)
+        block[0, :count] = words[first : first + count]
+        digest.positions(shape, leaf.dtype, first, positions[:count])
+        sums, _ = digest.block_sums(jnp.asarray(block), jnp.asarray(positions), leaf.dtype)
+        lanes += np.asarray(sums)[:, 0]
+        first += count
+    assert digest.checksum(lanes) == digest.digests({"x": leaf})["x"].checksum

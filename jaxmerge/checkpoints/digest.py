@@ -44,9 +44,14 @@ def start(leaf: Array | np.ndarray) -> Computing:
 def finish(computing: Mapping[str, Computing]) -> dict[str, LeafDigest]:
     """Waits for the digests that were begun."""
     return {
-        name: LeafDigest(f"{int(lanes[0]):08x}{int(lanes[1]):08x}", bool(finite))
+        name: LeafDigest(checksum(lanes), bool(finite))
         for name, (lanes, finite) in jax.device_get(dict(computing)).items()
     }
+
+
+def checksum(lanes: UInt32[np.ndarray, " 2"]) -> str:
+    """The lanes of a leaf as 16 hexadecimal digits."""
+    return f"{int(lanes[0]):08x}{int(lanes[1]):08x}"
 
 
 def digests(tree: PyTree) -> dict[str, LeafDigest]:
@@ -77,14 +82,55 @@ def check_digests(source: Source, found: Mapping[str, LeafDigest]) -> None:
         )
 
 
+def words(values: np.ndarray, per_word: int) -> UInt32[np.ndarray, " *W"]:
+    """The bits of values in C order as the words that are digested.
+
+    Args:
+        values: their number along the last axis is a multiple of `per_word`.
+        per_word: see `values_per_word`.
+    """
+    if per_word > 1 or values.dtype.itemsize == 4:
+        return values.view(np.uint32)
+    if values.dtype == np.bool_:
+        return values.astype(np.uint32)
+    return values.view({1: np.uint8, 2: np.uint16}[values.dtype.itemsize]).astype(np.uint32)
+
+
+def values_per_word(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """How many neighbours share a word: as many as fit, where they fill all words of a row."""
+    fitting = 4 // dtype.itemsize
+    return fitting if dtype != np.bool_ and shape and shape[-1] % fitting == 0 else 1
+
+
+def positions(
+    shape: tuple[int, ...], dtype: np.dtype, first: int, out: UInt32[np.ndarray, " W"]
+) -> None:
+    """Sets out[:] to the positions of a leaf's words in C order, from word `first` on."""
+    *rows, last = _hashes(shape, dtype) or (np.zeros(1, np.uint32),)
+    width = len(last)
+    start, stop = first // width, -(-(first + out.size) // width)
+    of_row = np.zeros(stop - start, np.uint32)
+    if rows:
+        places = np.unravel_index(np.arange(start, stop), [len(row) for row in rows])
+        for hashed, place in zip(rows, places):
+            of_row += hashed[place]
+    begin = first - start * width
+    head = min(-first % width, out.size)
+    tail = head + (out.size - head) // width * width
+    np.add(last[begin : begin + head], of_row[0], out=out[:head])
+    middle = out[head:tail].reshape(-1, width)
+    np.add(of_row[bool(head) :][: len(middle), None], last, out=middle)
+    np.add(last[: out.size - tail], of_row[-1], out=out[tail:])
+
+
 @functools.cache
 def _hashes(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, ...]:
     """A hash of each place on each axis of a leaf's words; a word's position is their sum."""
-    words = jax.eval_shape(_words, jax.ShapeDtypeStruct(shape, dtype))
+    of_leaf = jax.eval_shape(_words, jax.ShapeDtypeStruct(shape, dtype))
     # Seeds far apart: next to each other, they would give [1, 1] and [2, 0] the same position.
     return tuple(
         _mix(np.arange(size, dtype=np.uint32) + np.uint32(0x9E3779B9 * (axis + 1) % 2**32))
-        for axis, size in enumerate(words.shape)
+        for axis, size in enumerate(of_leaf.shape)
     )
 
 
@@ -102,15 +148,41 @@ def _leaf_digest(
     for axis, hashed in enumerate(hashes):
         others = [other for other in range(words.ndim) if other != axis]
         position += jnp.expand_dims(hashed, others)
+    lanes, not_finite = _sums(words, position, leaf.dtype, tuple(range(words.ndim)))
+    return lanes, not_finite == 0
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def block_sums(
+    words_RxW: UInt32[Array, "R W"], position_W: UInt32[Array, " W"], dtype: Any
+) -> tuple[UInt32[Array, "2 R"], UInt32[Array, " R"]]:
+    """What a block of words adds to the digests of R leaves that are alike.
+
+    The lanes of a leaf are the sums of those of its blocks, modulo 2^32. Words and positions that
+    are 0 add nothing, so that a short block can be filled up with them.
+
+    Args:
+        words_RxW: the bits of R leaves, see `words`.
+        position_W: see `positions`.
+        dtype: of the leaves.
+
+    Returns:
+        Lanes, and words that are not 0 where a value is NaN or infinite.
+    """
+    position = jnp.broadcast_to(position_W[None], words_RxW.shape)
+    return _sums(words_RxW, position, dtype, (1,))
+
+
+def _sums(words: Array, position: Array, dtype: Any, axes: tuple[int, ...]) -> tuple[Array, Array]:
     mixed = _mix(words ^ position)
     # One reduction for all: several would keep `mixed`, as large as the leaf, in between.
     *lanes, not_finite = jax.lax.reduce(
-        (mixed, mixed * (position | 1), _not_finite(words, leaf.dtype)),
+        (mixed, mixed * (position | 1), _not_finite(words, dtype)),
         (jnp.uint32(0),) * 3,
         lambda one, other: (one[0] + other[0], one[1] + other[1], one[2] | other[2]),
-        tuple(range(words.ndim)),
+        axes,
     )
-    return jnp.stack(lanes), not_finite == 0
+    return jnp.stack(lanes), not_finite
 
 
 # The bits of a value that are all ones where it is NaN or infinite, and in no other value.
@@ -145,10 +217,10 @@ def _words(leaf: Array) -> Array:
     """The bits of a leaf as uint32: neighbours along the last axis share a word where they fit."""
     if leaf.dtype == jnp.bool_:
         return leaf.astype(jnp.uint32)
-    per_word = 4 // leaf.dtype.itemsize
-    if per_word > 1 and leaf.ndim and leaf.shape[-1] % per_word == 0:
+    per_word = values_per_word(leaf.shape, leaf.dtype)
+    if per_word > 1:
         leaf = leaf.reshape(*leaf.shape[:-1], leaf.shape[-1] // per_word, per_word)
-    elif per_word > 1:
+    elif leaf.dtype.itemsize < 4:
         unsigned = {1: jnp.uint8, 2: jnp.uint16}[leaf.dtype.itemsize]
         return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(leaf, jnp.uint32)

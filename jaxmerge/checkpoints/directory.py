@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +17,7 @@ from etils import epath
 
 from jaxmerge.checkpoints.safetensors import Tensor, parse_json, read_header, read_into
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.models import families
-from jaxmerge.models.layout import Layout, Part
+from jaxmerge.models.layout import BUFFERS, Layout, Part
 from jaxmerge.trees import PyTree
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,8 +42,13 @@ class Checkpoint(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
-def read(directory: epath.Path) -> Checkpoint:
+def read(directory: epath.Path, *, by_tensor: bool = False) -> Checkpoint:
     """Reads config, index and headers: kilobytes, whatever the size of the model.
+
+    Args:
+        directory: of the model.
+        by_tensor: take each tensor for a leaf, as if the model were unknown: it needs no
+            transformers, which takes seconds to import.
 
     Raises:
         JaxmergeError: the weights are pickled or quantised; index or headers are not what they have
@@ -52,9 +56,13 @@ def read(directory: epath.Path) -> Checkpoint:
     """
     tensors = _tensors(directory)
     model_type = _model_type(directory)
-    known = families.read(str(directory)) if model_type else None
+    known = _known(directory) if model_type and not by_tensor else None
     if known is None:
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        shapes = {
+            name: tensor.shape
+            for name, tensor in tensors.items()
+            if not any(re.search(regex, name) for regex in BUFFERS)
+        }
         parts = {name: (Part(name, 0, shape[0] if shape else 1),) for name, shape in shapes.items()}
         architecture = {"model": "", "model_type": model_type} if model_type else {}
         return Checkpoint(directory, architecture, Layout(parts, shapes, shapes), tensors)
@@ -83,14 +91,28 @@ def abstract(checkpoint: Checkpoint) -> PyTree:
     return tree
 
 
-def read_values(tensors: Mapping[str, Tensor], name: str, first: int, out: np.ndarray) -> None:
-    """Sets out[:] to the values of a tensor in C order, from `first` on, in the dtype of `out`."""
+def read_values(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    first: int,
+    out: np.ndarray,
+    read: Callable[[epath.Path, int, np.ndarray], None] = read_into,
+) -> None:
+    """Sets out[:] to the values of a tensor in C order, from `first` on, in the dtype of `out`.
+
+    Args:
+        tensors: where they lie.
+        name: of the tensor.
+        first: place of the first value.
+        out: contiguous.
+        read: reads bytes, see `safetensors.read_into`.
+    """
     tensor = tensors[name]
     start = tensor.start + first * tensor.dtype.itemsize
     if tensor.dtype == out.dtype:
-        return read_into(tensor.file, start, out)
+        return read(tensor.file, start, out)
     stored = np.empty(out.shape, tensor.dtype)
-    read_into(tensor.file, start, stored)
+    read(tensor.file, start, stored)
     out[:] = stored
     return None
 
@@ -149,6 +171,13 @@ def _sharded(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
             "index and files do not agree:\n  " + "\n  ".join(problems), where=str(index)
         )
     return {tensor: headers[file][tensor] for tensor, file in names.items()}
+
+
+def _known(directory: epath.Path) -> Any:
+    """The decoder of a directory, see `families.read`; None where there is none for it."""
+    from jaxmerge.models import families  # imports Flax, which takes half a second
+
+    return families.read(str(directory))
 
 
 def _model_type(directory: epath.Path) -> str:

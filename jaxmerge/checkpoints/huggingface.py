@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +48,9 @@ def recognises(path: epath.Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in _NAMES)
 
 
-def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> Source:
+def describe(
+    name: str, path: epath.Path, subtree: str = "", base: str = "", *, by_tensor: bool = False
+) -> Source:
     """Reads the config and the headers of the weights.
 
     Args:
@@ -56,11 +58,12 @@ def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> 
         path: the directory.
         subtree: not heeded: a directory holds parameters alone.
         base: not heeded: a directory holds a whole model.
+        by_tensor: see `directory.read`.
 
     Raises:
         JaxmergeError: see `directory.read`.
     """
-    checkpoint = directory.read(path)
+    checkpoint = directory.read(path, by_tensor=by_tensor)
     return Source(
         name=name,
         path=str(path),
@@ -92,13 +95,17 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     return restore_leaves(abstract, checkpoint.layout, values, keep)
 
 
-def layout(path: str) -> Layout:
+def layout(path: str, *, by_tensor: bool = False) -> Layout:
     """How the leaves of a directory's model make up its tensors.
+
+    Args:
+        path: of the directory.
+        by_tensor: see `directory.read`.
 
     Raises:
         JaxmergeError: see `directory.read`.
     """
-    return directory.read(epath.Path(path)).layout
+    return directory.read(epath.Path(path), by_tensor=by_tensor).layout
 
 
 def save(
@@ -133,19 +140,16 @@ def save(
     target = Path(path).absolute()
     if target.exists() or target.is_symlink():
         raise JaxmergeError("there is something here already", where=str(path))
-    tensors = _tensor_dtypes(layout, abstract, dtype)
-    files = _split(layout, tensors, shard_bytes)
+    dtypes = _tensor_dtypes(layout, abstract, dtype)
+    tensors = {
+        name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in layout.tensors.items()
+    }
+    files = split(tensors, shard_bytes)
     new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         new.mkdir(parents=True)
         _write_files(new, files, layout, leaf)
-        _write_index(new, files, layout)
-        _copy(Path(like), new, _most_common(layout, tensors))
-        if card:
-            (new / "README.md").write_text(card())
-        _make_durable(new)
-        new.rename(target)
-        _sync(target.parent)
+        publish(new, target, files, like, card)
     except OSError as error:
         raise JaxmergeError(
             "the model can't be written", where=str(path), found=error.strerror or str(error)
@@ -154,14 +158,74 @@ def save(
         shutil.rmtree(new, ignore_errors=True)
 
 
-class _File(NamedTuple):
+class WeightsFile(NamedTuple):
     """A file of weights to be written."""
 
     name: str
-    tensors: Mapping[str, np.dtype]  # in the order of the file
+    tensors: Mapping[str, jax.ShapeDtypeStruct]  # in the order of the file
     header: bytes
     starts: Mapping[str, int]  # where each tensor begins
     size: int
+
+
+def split(tensors: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> list[WeightsFile]:
+    """Tensors to files, layer after layer, each as full as the limit of bytes allows."""
+
+    def by_number(name: str) -> list[tuple[bool, int, str]]:
+        parts = re.split(r"(\d+)", name)
+        return [(each.isdecimal(), int(each) if each.isdecimal() else 0, each) for each in parts]
+
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(tensors, key=by_number):
+        if groups[-1] and size + _bytes(tensors[name]) > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _bytes(tensors[name])
+    files = []
+    for number, group in enumerate(groups, start=1):
+        order = in_file_order({name: np.dtype(tensors[name].dtype) for name in group})
+        header = make_header(
+            (name, np.dtype(tensors[name].dtype), tensors[name].shape) for name in order
+        )
+        starts, at = {}, len(header)
+        for name in order:
+            starts[name] = at
+            at += _bytes(tensors[name])
+        alone = len(groups) == 1
+        file = directory.WEIGHTS if alone else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        files.append(WeightsFile(file, {name: tensors[name] for name in order}, header, starts, at))
+    return files
+
+
+def publish(
+    new: Path,
+    target: Path,
+    files: Sequence[WeightsFile],
+    like: str,
+    card: Callable[[], str] | None = None,
+) -> None:
+    """Adds to a directory of written weights what else a model needs, and gives it its name.
+
+    Args:
+        new: the directory; the weights are in it.
+        target: what it is to be called, beside `new`.
+        files: the weights.
+        like: see `save`.
+        card: see `save`.
+    """
+    _write_index(new, files)
+    _copy(Path(like), new, _most_common(files))
+    if card:
+        (new / "README.md").write_text(card())
+    _make_durable(new)
+    new.rename(target)
+    _sync(target.parent)
+
+
+def _bytes(tensor: jax.ShapeDtypeStruct) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _tensor_dtypes(layout: Layout, abstract: PyTree, dtype: str) -> dict[str, np.dtype]:
@@ -185,37 +249,8 @@ def _tensor_dtypes(layout: Layout, abstract: PyTree, dtype: str) -> dict[str, np
     return {name: dtypes[name] for name in layout.tensors}
 
 
-def _split(layout: Layout, dtypes: Mapping[str, np.dtype], limit: int) -> list[_File]:
-    """Tensors to files, layer after layer, each as full as the limit allows."""
-
-    def size(name: str) -> int:
-        return math.prod(layout.tensors[name]) * dtypes[name].itemsize
-
-    def by_number(name: str) -> list[tuple[bool, int, str]]:
-        parts = re.split(r"(\d+)", name)
-        return [(each.isdecimal(), int(each) if each.isdecimal() else 0, each) for each in parts]
-
-    groups: list[list[str]] = [[]]
-    for name in sorted(dtypes, key=by_number):
-        if groups[-1] and sum(map(size, groups[-1])) + size(name) > limit:
-            groups.append([])
-        groups[-1].append(name)
-    files = []
-    for number, group in enumerate(groups, start=1):
-        order = in_file_order({name: dtypes[name] for name in group})
-        header = make_header((name, dtypes[name], layout.tensors[name]) for name in order)
-        starts, at = {}, len(header)
-        for name in order:
-            starts[name] = at
-            at += size(name)
-        alone = len(groups) == 1
-        file = directory.WEIGHTS if alone else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        files.append(_File(file, {name: dtypes[name] for name in order}, header, starts, at))
-    return files
-
-
 def _write_files(
-    new: Path, files: list[_File], layout: Layout, leaf: Callable[[str], jax.Array]
+    new: Path, files: Sequence[WeightsFile], layout: Layout, leaf: Callable[[str], jax.Array]
 ) -> None:
     """Leaf after leaf, the rows of each tensor to their place in whichever file has it."""
     with contextlib.ExitStack() as stack:
@@ -224,8 +259,8 @@ def _write_files(
         for file, stream in zip(files, streams):
             os.posix_fallocate(stream.fileno(), 0, file.size)  # a full disk is found now
             write_at(stream.fileno(), 0, np.frombuffer(file.header, np.uint8))
-            for name, dtype in file.tensors.items():
-                place[name] = (stream.fileno(), file.starts[name], dtype)
+            for name, tensor in file.tensors.items():
+                place[name] = (stream.fileno(), file.starts[name], np.dtype(tensor.dtype))
         for name, parts in layout.leaves.items():
             wanted = functools.reduce(jnp.promote_types, (place[p.tensor][2] for p in parts))
             values, at = _host(name, leaf(name), wanted).reshape(-1), 0
@@ -249,12 +284,13 @@ def _host(name: str, leaf: jax.Array, dtype: np.dtype) -> np.ndarray:
     return np.asarray(cast)
 
 
-def _write_index(new: Path, files: list[_File], layout: Layout) -> None:
+def _write_index(new: Path, files: Sequence[WeightsFile]) -> None:
     if len(files) == 1:
         return
+    shapes = [tensor.shape for file in files for tensor in file.tensors.values()]
     index = {
         "metadata": {
-            "total_parameters": sum(math.prod(shape) for shape in layout.tensors.values()),
+            "total_parameters": sum(map(math.prod, shapes)),
             "total_size": sum(file.size - len(file.header) for file in files),
         },
         "weight_map": {name: file.name for file in files for name in file.tensors},
@@ -282,12 +318,13 @@ def _copy(like: Path, new: Path, dtype: str) -> None:
     (new / "config.json").write_text(text)
 
 
-def _most_common(layout: Layout, dtypes: Mapping[str, np.dtype]) -> str:
+def _most_common(files: Sequence[WeightsFile]) -> str:
     """The floating-point dtype of most values; "" where there is none."""
     count: Counter[str] = Counter()
-    for name, dtype in dtypes.items():
-        if jnp.issubdtype(dtype, jnp.floating):
-            count[str(dtype)] += math.prod(layout.tensors[name])
+    for file in files:
+        for tensor in file.tensors.values():
+            if jnp.issubdtype(tensor.dtype, jnp.floating):
+                count[str(tensor.dtype)] += math.prod(tensor.shape)
     return count.most_common(1)[0][0] if count else ""
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from jaxmerge.checkpoints.digest import digests
 from jaxmerge.checkpoints.leaves import Keep, as_read
@@ -22,8 +21,6 @@ from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, map_named
 
-# What Orbax raises for metadata that are missing, cut short or garbled.
-_BROKEN = (OSError, ValueError, KeyError, TypeError, ocp.errors.InvalidLayoutError)
 _METADATA = "_CHECKPOINT_METADATA"
 _MARKERS = (_METADATA, "_METADATA", "orbax.checkpoint")
 
@@ -49,6 +46,7 @@ def save(
         raise JaxmergeError("there is something here already", where=str(path))
     checksums = {name: digest.checksum for name, digest in digests(params).items()}
     ours: Any = {"checksums": checksums, "architecture": dict(architecture or {})}
+    ocp = _orbax()
     context = ocp.Context()
     context.array.saving.use_compression = False
     with context:
@@ -59,7 +57,7 @@ def recognises(path: epath.Path) -> bool:
     """Whether there is a finished Orbax checkpoint here."""
     # Orbax itself takes any directory for a checkpoint, even an empty one.
     marked = path.is_dir() and any((path / marker).exists() for marker in _MARKERS)
-    return marked and ocp.is_orbax_checkpoint(path)
+    return marked and _orbax().is_orbax_checkpoint(path)
 
 
 def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> Source:
@@ -74,9 +72,12 @@ def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> 
     Raises:
         JaxmergeError: the metadata can't be read, or hold no such subtree.
     """
+    ocp = _orbax()
+    # What it raises for metadata that are missing, cut short or garbled.
+    broken = (OSError, ValueError, KeyError, TypeError, ocp.errors.InvalidLayoutError)
     try:
         metadata = ocp.metadata(path)
-    except _BROKEN as error:
+    except broken as error:
         raise JaxmergeError(
             "the checkpoint's metadata can't be read", where=str(path), found=_first_line(error)
         ) from error
@@ -119,6 +120,7 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     wanted = abstract
     for key in reversed([key for key in source.subtree.split("/") if key]):
         wanted = {key: wanted}
+    ocp = _orbax()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     # Bytes on their way from disk: one leaf, or small ones together; it must exceed the largest.
@@ -144,6 +146,12 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """The path as Orbax wants it: absolute, or a URL left as it is."""
     path = epath.Path(path).expanduser()
     return path if "://" in str(path) else path.resolve()
+
+
+def _orbax() -> Any:
+    from orbax.checkpoint import v1  # takes a third of a second to import
+
+    return v1
 
 
 def _abstract(path: str, name: str, found: Any) -> jax.ShapeDtypeStruct:

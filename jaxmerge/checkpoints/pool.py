@@ -50,38 +50,58 @@ class Pool(NamedTuple):
     architecture: Mapping[str, Any]
 
 
-def find(patterns: Sequence[str], *, subtree: str = "", base: str = "") -> tuple[Source, ...]:
+def formats(patterns: Sequence[str]) -> set[str]:
+    """The formats of the checkpoints that `survey` would find.
+
+    Raises:
+        JaxmergeError: a path has no checkpoint.
+    """
+    return {_format(path) for pattern in patterns for path in _find(pattern)}
+
+
+def find(
+    patterns: Sequence[str], *, subtree: str = "", base: str = "", by_tensor: bool = False
+) -> tuple[Source, ...]:
     """Finds checkpoints, which need not be alike; reads no data.
 
     Args:
         patterns: directories, or patterns such as `pools/quickstart/*`, whose matches are sorted.
         subtree: where in each Orbax checkpoint the parameters are; "" for all of it.
         base: Hugging Face directory that adapters are laid upon; "": the one that each names.
+        by_tensor: every tensor of a Hugging Face directory is a leaf, see `directory.read`; the
+            checkpoints must all be such directories.
 
     Raises:
         JaxmergeError: a path has no checkpoint, or is named twice.
     """
     paths = [path for pattern in patterns for path in _find(pattern)]
     return tuple(
-        FORMATS[_format(path)].describe(name, path, subtree, base)
+        huggingface.describe(name, path, by_tensor=True)
+        if by_tensor
+        else FORMATS[_format(path)].describe(name, path, subtree, base)
         for name, path in zip(_names(paths), paths)
     )
 
 
 def survey(
-    patterns: Sequence[str], *, subtree: str = "", base: str = "", dtype: str = ""
+    patterns: Sequence[str],
+    *,
+    subtree: str = "",
+    base: str = "",
+    dtype: str = "",
+    by_tensor: bool = False,
 ) -> tuple[Source, ...]:
     """Finds the checkpoints of a pool and compares their metadata; reads no data.
 
     Args:
-        patterns: see `find`; `subtree` and `base` alike.
+        patterns: see `find`; `subtree`, `base` and `by_tensor` alike.
         dtype: what `load` will cast to; floating-point dtypes may differ unless it is "".
 
     Raises:
         JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
             then every difference of leaf names, shapes, dtypes and architectures is listed.
     """
-    sources = find(patterns, subtree=subtree, base=base)
+    sources = find(patterns, subtree=subtree, base=base, by_tensor=by_tensor)
     if len(sources) < 2:
         raise JaxmergeError(
             "a pool needs at least two checkpoints",

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -98,21 +99,35 @@ def read_into(file: epath.Path, start: int, out: np.ndarray) -> None:
     Raises:
         JaxmergeError: the file can't be read, or ends too early.
     """
-    view = out.reshape(-1).view(np.uint8).data
-    read = _pread if "://" not in str(file) else _seek_and_read
-    try:
-        done = read(str(file), start, view)
-    except OSError as error:
-        raise JaxmergeError(
-            "the file can't be read", where=str(file), found=error.strerror or str(error)
-        ) from error
-    if done < len(view):
-        raise JaxmergeError(
-            "the file is cut short",
-            where=str(file),
-            expected=f"{start + len(view)} bytes",
-            found=f"{start + done} bytes",
-        )
+    _read(str(file), start, out, _pread if "://" not in str(file) else _seek_and_read)
+
+
+class OpenFiles:
+    """Files that stay open for many reads from several threads."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+        self._opening = threading.Lock()
+
+    def read_into(self, file: epath.Path, start: int, out: np.ndarray) -> None:
+        """As the function `read_into`.
+
+        Raises:
+            JaxmergeError: the file can't be read, or ends too early.
+        """
+        _read(str(file), start, out, self._pread if "://" not in str(file) else _seek_and_read)
+
+    def close(self) -> None:
+        """Closes all files; the next read opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _pread(self, file: str, start: int, view: memoryview) -> int:
+        with self._opening:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                os.posix_fadvise(self._descriptors[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return _pread_from(self._descriptors[file], start, view)
 
 
 def write_at(descriptor: int, start: int, values: np.ndarray) -> None:
@@ -218,17 +233,40 @@ def _check_ranges(file: epath.Path, tensors: Mapping[str, Tensor], first: int, s
         )
 
 
+def _read(
+    file: str, start: int, out: np.ndarray, read: Callable[[str, int, memoryview], int]
+) -> None:
+    view = out.reshape(-1).view(np.uint8).data
+    try:
+        done = read(file, start, view)
+    except OSError as error:
+        raise JaxmergeError(
+            "the file can't be read", where=file, found=error.strerror or str(error)
+        ) from error
+    if done < len(view):
+        raise JaxmergeError(
+            "the file is cut short",
+            where=file,
+            expected=f"{start + len(view)} bytes",
+            found=f"{start + done} bytes",
+        )
+
+
 def _pread(file: str, start: int, view: memoryview) -> int:
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    done = 0
     try:
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], start + done)
-            if not count:
-                break
-            done += count
+        return _pread_from(descriptor, start, view)
     finally:
         os.close(descriptor)
+
+
+def _pread_from(descriptor: int, start: int, view: memoryview) -> int:
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], start + done)
+        if not count:
+            break
+        done += count
     return done
 
 

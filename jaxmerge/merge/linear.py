@@ -21,13 +21,23 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, named_leaves
 
 
-def weighted_sum(leaves: Sequence[Array], weights_K: Float[Array, " K"]) -> Array:
+def weighted_sum(
+    leaves: Sequence[Array], weights_K: Float[Array, " K"], *, dense: bool = False
+) -> Array:
     """sum_k w_k x_k for one leaf, accumulated in float32 (or wider) and rounded once, to nearest.
 
+    The terms are added in the order of the leaves, and each product and each sum is rounded, as
+    NumPy does it: all platforms and all ways to compile this agree on every bit.
     A weight of exactly 0 leaves its checkpoint out, NaN and all, and a single weight of 1 copies
     its checkpoint: arithmetic would turn subnormal values into 0 on most devices. So one-hot
     weights return x_k bit for bit.
     Leaves that are not floating point are copied from the first checkpoint.
+
+    Args:
+        leaves: of K checkpoints.
+        weights_K: one for each.
+        dense: whether it is known that there are several weights and none of them is 0: then the
+            compiled program need not provide for the others.
     """
     dtype = leaves[0].dtype
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -37,9 +47,24 @@ def weighted_sum(leaves: Sequence[Array], weights_K: Float[Array, " K"]) -> Arra
     total = jnp.array(-0.0, wide)  # the neutral element; +0.0 is not: -0.0 + 0.0 = 0.0
     for leaf, weight in zip(leaves, weights_K.astype(wide)):
         value = leaf.astype(wide)
-        added = jnp.where(alone & (weight == 1), value, total + weight * value)
+        if dense:
+            total = total + _product(weight, value)
+            continue
+        added = jnp.where(alone & (weight == 1), value, total + _product(weight, value))
         total = jnp.where(weight == 0, total, added)
     return total.astype(dtype)
+
+
+def _product(weight: Array, value: Array) -> Array:
+    """weight * value, rounded by itself.
+
+    Compilers like to make one fused operation of a product and the sum that it goes into, and of
+    two products that are added they choose which. Integer arithmetic in between keeps them apart.
+    """
+    bits = {4: jnp.uint32, 8: jnp.uint64}[value.dtype.itemsize]
+    zero = (weight != weight).astype(bits)  # but for NaN, which no compiler can leave out
+    product = jax.lax.bitcast_convert_type(weight * value, bits)
+    return jax.lax.bitcast_convert_type(product + zero, value.dtype)
 
 
 def linear(trees: Sequence[PyTree], weights: Float[Array | np.ndarray, "*P K"]) -> PyTree:

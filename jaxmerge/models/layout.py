@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+# Buffers that old versions of transformers wrote out, and newer ones compute.
+BUFFERS = (r"rotary_emb\.inv_freq$",)
+
 
 class Part(NamedTuple):
     """Rows [start, stop) of a tensor, that is of its first axis."""

@@ -9,7 +9,7 @@ import jax
 
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
-from jaxmerge.models.layout import Layout, Part
+from jaxmerge.models.layout import BUFFERS, Layout, Part
 from jaxmerge.trees import named_leaves
 
 # Leaves of the decoder and the tensors they are made of; those of a layer follow its prefix. Leaves
@@ -57,8 +57,7 @@ def layout(config: DecoderConfig, names: Mapping[str, str]) -> Layout:
             parts.append(Part(tensor, start, stop))
             tensors[tensor] = (stop, *shape[1:])
         leaves[leaf] = tuple(parts)
-    # Buffers that old versions of transformers wrote out, and newer ones compute.
-    return Layout(leaves, shapes, tensors, ignored=(r"rotary_emb\.inv_freq$",))
+    return Layout(leaves, shapes, tensors, ignored=BUFFERS)
 
 
 def _tensor_names(leaf: str, name: str, config: DecoderConfig) -> list[str]:

@@ -1,0 +1,1 @@
+"""Merges from file to file: blocks of tensors are read, merged and written side by side."""

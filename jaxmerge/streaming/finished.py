@@ -1,0 +1,119 @@
+"""Which files of a merge are finished: what a merge that was stopped need not do again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxmerge.checkpoints import digest
+from jaxmerge.checkpoints.huggingface import WeightsFile
+from jaxmerge.checkpoints.safetensors import Tensor, read_into
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.rundir import RunDirectory
+
+NAME = "merge.json"
+_STEP = 2**20  # values that are read back at once
+
+Checksums = Mapping[str, str]  # of tensors, by name
+
+
+class Finished:
+    """The record of finished files, `merge.json` in the run directory.
+
+    It is written anew after each file, when the file is on disk.
+
+    Args:
+        directory: of the run.
+        tensors: of each checkpoint; a record of other files than these is not heeded.
+        outputs: names of the merges.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        tensors: Sequence[Mapping[str, Tensor]],
+        outputs: Sequence[str],
+    ):
+        self._directory = directory
+        head = {"inputs": [_identity(each) for each in tensors], "outputs": list(outputs)}
+        known = directory.read_json(NAME) or {}
+        same = all(known.get(key) == value for key, value in head.items())
+        self._record: dict[str, Any] = {**head, "files": known["files"] if same else {}}
+
+    def add(
+        self, file: WeightsFile, inputs: Sequence[Checksums], outputs: Mapping[int, Checksums]
+    ) -> None:
+        """Records that a file is on disk.
+
+        Args:
+            file: what was written.
+            inputs: checksums of the tensors that it was made of, of each checkpoint.
+            outputs: checksums of the tensors that were written, by the number of the merge.
+        """
+        known = self._record["files"].get(file.name, {}).get("outputs", {})
+        of_outputs = known | {str(number): each for number, each in outputs.items()}
+        entry = {"bytes": file.size, "inputs": list(inputs), "outputs": of_outputs}
+        self._record["files"][file.name] = entry
+        self._directory.write_json(NAME, self._record)
+
+    def inputs(self, file: WeightsFile) -> list[dict[str, str]]:
+        """Checksums of the tensors that a file was made of, of each checkpoint."""
+        return self._record["files"][file.name]["inputs"]
+
+    def is_sound(self, file: WeightsFile, output: int, directory: Path) -> bool:
+        """Whether a file of a merge is what was recorded; reads all of it."""
+        path = directory / file.name
+        entry = self._record["files"].get(file.name)
+        if entry is None or str(output) not in entry["outputs"] or not path.is_file():
+            return False
+        if path.stat().st_size != file.size or not _begins_with(path, file.header):
+            return False
+        return all(
+            _checksum(path, file.starts[name], tensor) == entry["outputs"][str(output)].get(name)
+            for name, tensor in file.tensors.items()
+        )
+
+
+def _identity(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
+    """Name, size and time of the files that tensors are in."""
+    files = sorted({tensor.file for tensor in tensors.values()})
+    stats = [file.stat() for file in files]
+    return [[str(file), stat.length, stat.mtime] for file, stat in zip(files, stats)]
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(len(header)) == header
+
+
+def _checksum(path: Path, start: int, tensor: jax.ShapeDtypeStruct) -> str:
+    """The checksum of a tensor, read in pieces."""
+    shape, dtype = tensor.shape, np.dtype(tensor.dtype)
+    per_word = digest.values_per_word(shape, dtype)
+    lanes, size = np.zeros(2, np.uint32), tensor.size
+    values = np.zeros(min(_STEP, -(-size // 4) * 4), dtype)
+    positions = np.zeros(values.size // per_word, np.uint32)
+    for first in range(0, size, max(values.size, 1)):
+        count = min(values.size, size - first)
+        read_into(epath.Path(path), start + first * dtype.itemsize, values[:count])
+        values[count:] = 0
+        digest.positions(shape, dtype, first // per_word, positions[: count // per_word])
+        positions[count // per_word :] = 0
+        words = digest.words(values, per_word)
+        sums, _ = digest.block_sums(words[None], positions, dtype)
+        lanes += np.asarray(sums)[:, 0]
+    return digest.checksum(lanes)
+
+
+def damaged(path: Path) -> JaxmergeError:
+    """The error for a merge that is there and is not what was written."""
+    return JaxmergeError(
+        "the merge that is here is not the one that was written",
+        where=str(path),
+        expected="the file as it was, or no such directory: then it is merged again",
+    )
