@@ -70,8 +70,9 @@ class JaxmergeLM(LM):
         batch_size: rows at a time; "auto" is 64.
         data: mesh axis that requests are spread over; -1: all devices that are left.
         fsdp: mesh axis that parameters are spread over; `tensor` alike.
-        max_batch_size: given by lm_eval; not heeded.
-        device: must not be given: JAX chooses, by JAX_PLATFORMS.
+        max_batch_size: not heeded; lm_eval gives it to every model.
+        device: not heeded either, since lm_eval says `cuda:0` when nobody does; JAX takes the best
+            that there is, or what JAX_PLATFORMS says.
 
     Raises:
         JaxmergeError: there is no such checkpoint, or it does not say what model it is of; there
@@ -94,13 +95,6 @@ class JaxmergeLM(LM):
         device: str | None = None,
     ):
         super().__init__()
-        if device:
-            raise JaxmergeError(
-                "JAX chooses the device",
-                where="--device",
-                expected="the environment variable JAX_PLATFORMS",
-                found=device,
-            )
         source = _source(path, subtree, base)
         directory = tokenizer or source.directory or _beside(source.path)
         model = _model(source)

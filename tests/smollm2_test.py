@@ -122,6 +122,7 @@ def test_lm_eval_hears_what_its_own_model_says(directory):
     ]
     pairs += [("The capital of France is", " Paris"), ("One, two, three,", " four")]
     writing = [(text, {"until": ["\n", "the"], "max_gen_toks": 16}) for text in texts[:6]]
+    torch.set_num_threads(1)
     ours = JaxmergeLM(directory, dtype="float32", data=1)
     hugging_face: Any = HFLM
     theirs = hugging_face(directory, device="cpu", dtype="float32", batch_size=1)
