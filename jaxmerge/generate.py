@@ -145,16 +145,19 @@ def _drawn(
     return jax.vmap(one)(seeds_B, scaled_BxV).astype(jnp.int32)
 
 
-def stop_states(until: Sequence[str], pieces: Sequence[bytes]) -> Int[np.ndarray, "A V"]:
+def stop_states(
+    until: Sequence[str], pieces: Sequence[bytes], first: Sequence[bytes]
+) -> Int[np.ndarray, "A V"]:
     """The automaton that finds stop texts in tokens, wherever the tokens begin and end.
 
     A state is how much of a stop text has been written, byte by byte (Aho and Corasick, 1975). From
-    state a, token v leads to state `[a, v]`. State 0 is the first; the last is that a stop text has
-    been found, and leads nowhere else.
+    state a, token v leads to state `[a, v]`. State 0 is that no token has been written; the last is
+    that a stop text has been found, and leads nowhere else.
 
     Args:
         until: the stop texts, none of them empty.
         pieces: the bytes that each token writes.
+        first: those that it writes as the first token of a text.
     """
     texts = [text.encode() for text in until]
     begun = sorted({text[:i] for text in texts for i in range(len(text))}, key=len)
@@ -167,16 +170,24 @@ def stop_states(until: Sequence[str], pieces: Sequence[bytes]) -> Int[np.ndarray
             if not any(written.endswith(whole) for whole in texts):
                 ends = (written[k:] for k in range(len(written) + 1))
                 following[i, byte] = next(place[end] for end in ends if end in place)
+    later_VxA = _after(following, pieces, np.arange(found + 1))
+    start_Vx1 = _after(following, first, np.zeros(1, int))
+    return np.ascontiguousarray(np.concatenate([start_Vx1, later_VxA], axis=1).T + 1)
+
+
+def _after(
+    following: np.ndarray, pieces: Sequence[bytes], states_A: np.ndarray
+) -> Int[np.ndarray, "V A"]:
+    """The state after all bytes of each piece, from each of some states."""
     order = np.argsort([-len(piece) for piece in pieces], kind="stable")
-    longest = max(map(len, pieces), default=0)
-    padded = np.zeros((len(pieces), longest), np.uint8)
+    lengths = np.array([len(pieces[v]) for v in order])
+    padded = np.zeros((len(pieces), max(lengths, default=0)), np.uint8)
     for row, v in enumerate(order):
         padded[row, : len(pieces[v])] = np.frombuffer(pieces[v], np.uint8)
-    lengths = np.array([len(pieces[v]) for v in order])
-    states_VxA = np.tile(np.arange(found + 1, dtype=np.int32), (len(pieces), 1))
-    for i in range(longest):
-        count = int(np.searchsorted(-lengths, -i, side="left"))  # tokens of more than i bytes
+    states_VxA = np.tile(states_A.astype(np.int32), (len(pieces), 1))
+    for i in range(padded.shape[1]):
+        count = int(np.searchsorted(-lengths, -i, side="left"))  # pieces of more than i bytes
         states_VxA[:count] = following[states_VxA[:count], padded[:count, i, None]]
     by_token = np.empty_like(states_VxA)
     by_token[order] = states_VxA
-    return np.ascontiguousarray(by_token.T)
+    return by_token

@@ -79,7 +79,7 @@ class Responder:
         # threads for ever (jaxlib 0.10.2): there, one program at a time.
         self._one_at_a_time = on_cpu and any(mesh.shape[axis] > 1 for axis in _WITHIN_A_MODEL)
         self._side_by_side = vmap_candidates or (1 if on_cpu else 0)
-        self._pieces: list[bytes] = []
+        self._pieces: list[list[bytes]] = []  # of any token, and of the first
 
     def prepare(self, requests: Sequence[Request], where: str = "") -> Prepared:
         """Encodes requests and puts them on the devices.
@@ -162,10 +162,11 @@ class Responder:
         if not until:
             return ()
         if not self._pieces:
-            pieces = self._tokenizer.pieces()
+            pieces = self._tokenizer.pieces(), self._tokenizer.pieces(first=True)
             # A model can write ids that its tokenizer does not know; they add nothing to the text.
-            self._pieces = pieces + [b""] * (self._model.vocabulary - len(pieces))
-        return (stop_states(until, self._pieces),)
+            unknown = [b""] * (self._model.vocabulary - len(pieces[0]))
+            self._pieces = [each + unknown for each in pieces]
+        return (stop_states(until, *self._pieces),)
 
     def _started(self, output: Any) -> Any:
         return jax.block_until_ready(output) if self._one_at_a_time else output

@@ -37,8 +37,12 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
-    def pieces(self) -> list[bytes]:
-        """What each id below `vocabulary` stands for in UTF-8, special tokens too."""
+    def pieces(self, first: bool = False) -> list[bytes]:
+        """What each id below `vocabulary` stands for in UTF-8, special tokens too.
+
+        Args:
+            first: at the beginning of a text, where some tokenizers drop a space.
+        """
         ...
 
 
@@ -67,7 +71,7 @@ class Bytes:
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode(errors="replace")
 
-    def pieces(self) -> list[bytes]:
+    def pieces(self, first: bool = False) -> list[bytes]:
         return [bytes([byte]) for byte in range(256)]
 
 
@@ -141,7 +145,7 @@ class Pretrained:
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def pieces(self) -> list[bytes]:
+    def pieces(self, first: bool = False) -> list[bytes]:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         by_byte = backend is not None and "ByteLevel" in str(backend.decoder)
         added = self._tokenizer.get_added_vocab()  # as they are; a special one is in no text
@@ -149,7 +153,11 @@ class Pretrained:
         for token, index in self._tokenizer.get_vocab().items():
             encode = str.encode if token in added else _byte_level if by_byte else _metaspace
             pieces[index] = encode(token)
-        return pieces
+        if not first:
+            return pieces
+        spaced = [i for i, piece in enumerate(pieces) if re.match(rb" \w", piece)]
+        dropped = spaced and not self.decode(spaced[:1]).startswith(" ")
+        return [piece.removeprefix(b" ") for piece in pieces] if dropped else pieces
 
     @property
     def template(self) -> str:

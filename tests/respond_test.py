@@ -26,7 +26,7 @@ class Latin(Bytes):
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode("latin-1")
 
-    def pieces(self) -> list[bytes]:
+    def pieces(self, first: bool = False) -> list[bytes]:
         return [chr(token).encode() for token in range(256)]
 
 
@@ -130,7 +130,7 @@ def test_a_stop_text_ends_the_work_too():
     """After the token that completes it, a row has nothing but stops."""
     text = long_text()
     prompt = jnp.array([list(b"once")])
-    following = jnp.asarray(stop_states([text[4:7]], TOKENIZER.pieces()))
+    following = jnp.asarray(stop_states([text[4:7]], *2 * [TOKENIZER.pieces()]))
     end = text.index(text[4:7]) + 3
     run = functools.partial(generate, MODEL, max_new_tokens=40, stops=(10,))
     row = jax.jit(run)(TREES[0], prompt, jnp.zeros(1, int), None, following)[0].tolist()
@@ -143,7 +143,7 @@ def test_the_automaton_finds_what_python_finds():
     pieces = [b""] + [bytes(p) for n in (1, 2, 3) for p in np.ndindex(*[3] * n)]
     pieces = [bytes(97 + c for c in piece) for piece in pieces]
     until = ["abcab", "ccab", "bacac"]
-    following = stop_states(until, pieces)
+    following = stop_states(until, pieces, pieces)
     last = len(following) - 1
     found = 0
     for _ in range(500):
@@ -154,6 +154,17 @@ def test_the_automaton_finds_what_python_finds():
             assert (state == last) == any(stop in text for stop in until)
         found += state == last
     assert 50 < found < 450
+
+
+def test_a_space_that_is_dropped_at_the_beginning_is_no_part_of_a_stop_text():
+    pieces = [b" a", b"a", b"b"]
+    following = stop_states([" ab"], pieces, [piece.removeprefix(b" ") for piece in pieces])
+    last = len(following) - 1
+    for tokens, stopped in (([0, 2], False), ([0, 0, 2], True), ([1, 0, 2], True), ([1, 2], False)):
+        state = 0
+        for token in tokens:
+            state = following[state, token]
+        assert (state == last) == stopped
 
 
 def draw(seeds: list[int], count: int = 5, **options) -> np.ndarray:

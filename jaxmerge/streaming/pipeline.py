@@ -90,7 +90,9 @@ class Pipeline:
                 suffice for the smallest blocks.
         """
         P, K = weights_PxK.shape
-        sizes = {kind: self._size(kind, P) for kind in {part.kind for part in parts}}
+        kinds = {part.kind for part in parts}
+        self._check_memory(max((kind.memory(P, _LEAST) for kind in kinds), default=0))
+        sizes = {kind: self._size(kind, P) for kind in kinds}
         self._reserve(max((kind.memory(P, size) for kind, size in sizes.items()), default=0))
         lanes = {part.name: np.zeros((K + P, 2), np.uint32) for part in parts}
         stretches = _Shared(_stretches(parts, sizes))
@@ -125,18 +127,20 @@ class Pipeline:
             for name, rows in lanes.items()
         }
 
+    def _check_memory(self, least: int) -> None:
+        if least > self._memory_bytes:
+            raise JaxmergeError(
+                "the memory does not suffice for the smallest blocks",
+                where="merge.memory_bytes",
+                expected=f"at least {least * _WORKERS}",
+                found=str(self._memory_bytes * _WORKERS),
+            )
+
     def _size(self, kind: Kind, outputs: int) -> int:
         """Values of a block of this kind: as many as the memory allows, up to `_MOST`."""
         size = _MOST
         while size > _LEAST and kind.memory(outputs, size) > self._memory_bytes:
             size //= 2
-        if kind.memory(outputs, size) > self._memory_bytes:
-            raise JaxmergeError(
-                "the memory does not suffice for the smallest blocks",
-                where="merge.memory_bytes",
-                expected=f"at least {kind.memory(outputs, size) * _WORKERS}",
-                found=str(self._memory_bytes * _WORKERS),
-            )
         return size
 
     def _reserve(self, size: int) -> None:
