@@ -175,10 +175,18 @@ def check_tasks(config: Config) -> None:
             expected="refuse, truncate",
             found=config.evaluate.too_long,
         )
-    for name in ("search_examples", "test_examples"):
-        if config.objective[name] < 1:
+    for section, name, least in (
+        ("evaluate", "batch_size", 1),
+        ("evaluate", "batch_tokens", 1),
+        ("evaluate", "context", 0),
+        ("objective", "search_examples", 1),
+        ("objective", "test_examples", 1),
+    ):
+        if config[section][name] < least:
             raise JaxmergeError(
-                "must be at least 1", where=f"objective.{name}", found=str(config.objective[name])
+                f"must be at least {least}",
+                where=f"{section}.{name}",
+                found=str(config[section][name]),
             )
 
 

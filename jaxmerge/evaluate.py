@@ -7,6 +7,7 @@ back to the host, where they are judged while the device works on the next step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -159,7 +160,7 @@ class _Asked:
     def _judge(self, answered: _Answered) -> float:
         score = self.task.judge(self.examples[answered.example], answered.responses)
         low, high = self.task.bounds
-        if not low <= score <= high:  # NaN is neither
+        if not (low <= score <= high and math.isfinite(score)):
             raise JaxmergeError(
                 "the judge gave a score that is none",
                 where=f"task {self.task.name}",

@@ -54,8 +54,8 @@ class JaxmergeLM(LM):
     """A checkpoint that lm_eval can ask, with the encoding of its own Hugging Face model.
 
     Spaces at the end of a context are scored with the continuation, both are encoded together, an
-    empty context is the token that begins (or else ends) texts, and what is too long loses its
-    beginning. Greedy texts are those of transformers, but no repetition penalty of a
+    empty context is the token that begins (or else ends) texts, and a prompt that is too long loses
+    its beginning. Greedy texts are those of transformers, but no repetition penalty of a
     generation_config.json is heeded.
 
     Args:

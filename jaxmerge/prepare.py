@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,7 +32,7 @@ from jaxmerge.search import strategies
 from jaxmerge.sharding import make_mesh
 from jaxmerge.sources import find_checkpoints, huggingface_directory, record_pool, start_jax
 from jaxmerge.tasks import BUILDERS
-from jaxmerge.tasks.common import Task
+from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tokenizer import Bytes, Pretrained, Tokenizer
 
 
@@ -54,11 +56,8 @@ def prepare(config: Config, workdir: str) -> Prepared:
     sources = find_checkpoints(config)
     model, mesh = build_model(config, sources[0]), _mesh(config)
     tokenizer = build_tokenizer(config, huggingface_directory(config, sources), model)
-    splits = {
-        "search": [build_task(config, name) for name in config.objective.tasks],
-        "test": [build_task(config, name) for name in config.objective.tasks],
-        "heldout": [build_task(config, name) for name in config.heldout],
-    }
+    tasks = [build_task(config, name) for name in config.objective.tasks]
+    heldout = [build_task(config, name) for name in config.heldout]
     strategy = _strategy(config, len(sources))
     rundir.check(workdir, configs.plain(config))
     pool = load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
@@ -67,18 +66,19 @@ def prepare(config: Config, workdir: str) -> Prepared:
             pool.trees,
             model,
             tokenizer,
-            tasks,
+            of_split,
             "search" if name == "search" else "test",
             mesh,
             candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
             limits=build_limits(config, huggingface_directory(config, sources)),
             vmap_candidates=config.evaluate.vmap_candidates,
         )
-        for name, tasks in splits.items()
+        for name, of_split in (("search", tasks), ("test", tasks), ("heldout", heldout))
     }
     directory = RunDirectory(workdir, configs.plain(config))
     try:
         record_pool(directory, pool.records)
+        record_tasks(directory, [*tasks, *heldout])
     except JaxmergeError:
         directory.close()
         raise
@@ -89,9 +89,37 @@ def prepare(config: Config, workdir: str) -> Prepared:
         evaluators,
         strategy,
         configs.objective(config),
-        bounds_of([*splits["test"], *splits["heldout"]]),
-        warnings_of(splits["search"]),
+        bounds_of([*tasks, *heldout]),
+        warnings_of(tasks),
     )
+
+
+def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
+    """Writes tasks.json; refuses a directory whose candidates were scored on other examples."""
+    records = {
+        task.name: {
+            split: {"examples": len(examples), "digest": _digest(examples)}
+            for split, examples in task.splits.items()
+            if split != "train"
+        }
+        for task in tasks
+    }
+    known = directory.read_json("tasks.json")
+    if known not in (None, records):
+        changed = [name for name in records if known.get(name) != records[name]]
+        raise JaxmergeError(
+            "the examples are not those that this run directory was started with",
+            where=f"task {', '.join(changed)}",
+            expected=str([known.get(name) for name in changed]),
+            found=str([records[name] for name in changed]),
+        )
+    directory.write_json("tasks.json", records)
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Of what is asked and what is right, 16 hexadecimal digits."""
+    asked = [(example.prompt, example.target, example.choices) for example in examples]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def bounds_of(tasks: Sequence[Task]) -> dict[str, list[float | None]]:

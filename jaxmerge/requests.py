@@ -84,7 +84,8 @@ class Likely(NamedTuple):
     """The log-likelihood of some tokens.
 
     Attributes:
-        nats: sum of the natural logarithms of their probabilities.
+        nats: sum of the natural logarithms of their probabilities; -1e9 where the model's logits
+            are not finite.
         greedy: whether each was the likeliest.
         tokens: how many there are.
     """

@@ -21,6 +21,8 @@ from jaxmerge.tokenizer import Tokenizer
 
 _WITHIN_A_MODEL = ("data", "fsdp", "tensor")  # mesh axes that need collectives
 
+_NOT_FINITE = -1e9  # nats that stand for a likelihood that is no number
+
 Outputs = list[tuple[Any, ...]]  # of the microbatches of each group: arrays `[C, B, ...]`
 
 
@@ -133,6 +135,8 @@ class Responder:
                     else:
                         for answer, tokens_M in zip(answers, arrays[0][:, row]):
                             answer[i] = self._text(prepared.requests[i], tokens_M)
+        # Logits that overflow are those of a merge that is no model: it must lose, not end the run.
+        nats_CxR = np.where(np.isfinite(nats_CxR), nats_CxR, _NOT_FINITE)
         for i in np.flatnonzero(prepared.scored):
             for answer, nats, greedy in zip(answers, nats_CxR[:, i], greedy_CxR[:, i]):
                 answer[i] = Likely(float(nats), bool(greedy), int(prepared.scored[i]))

@@ -26,12 +26,12 @@ from jaxmerge.prepare import (
     build_model,
     build_task,
     build_tokenizer,
-    record_pool,
-    start_jax,
+    record_tasks,
     warnings_of,
 )
 from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.sharding import make_mesh
+from jaxmerge.sources import huggingface_directory, record_pool, start_jax
 from jaxmerge.tasks.common import Task
 
 _ORIGIN = "evaluation"  # of a candidate in the log
@@ -79,6 +79,7 @@ def evaluate(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     for warning in head["warnings"]:
         print(f"jaxmerge: {warning}", file=sys.stderr)
     with closing(RunDirectory(workdir, configs.plain(config))) as directory:
+        record_tasks(directory, [*tasks, *heldout])
         mesh, entries = _mesh(config), []
         for k, subject in enumerate(subjects):
             if k == len(directory.candidates):
@@ -119,7 +120,7 @@ def _subjects(config: Config) -> list[_Subject]:
     """All checkpoints with their models; what can't be evaluated is refused before any is."""
     pool, subjects = config.pool, []
     for source in find(pool.checkpoints, subtree=pool.subtree, base=pool.base):
-        model, directory = build_model(config, source), source.directory or pool.base
+        model, directory = build_model(config, source), huggingface_directory(config, [source])
         build_tokenizer(config, directory, model)
         subjects.append(_Subject(source, model, directory))
     return subjects

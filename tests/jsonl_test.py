@@ -91,8 +91,53 @@ def test_shots_come_from_the_train_file(tmp_path):
 
 
 def test_a_train_prompt_must_not_be_searched_or_tested(tmp_path):
-    with pytest.raises(JaxmergeError, match="1 prompts are search or test examples too"):
-        jsonl(path=written(tmp_path, SUMS), train_path=written(tmp_path, SUMS[:1], "train"))
+    train = written(tmp_path, SUMS[:1], "train")
+    with pytest.raises(JaxmergeError, match="there twice") as caught:
+        jsonl(path=written(tmp_path, SUMS), train_path=train, search=1, test=1)
+    assert caught.value.where == f"{train}, line 1"
+
+
+def test_a_question_is_its_prompt_and_choices(tmp_path):
+    """So one prompt may stand before many lists of choices; the same question again is refused."""
+    lines = [{"prompt": "Right?", "target": 0, "choices": [str(n), "x"]} for n in range(20)]
+    assert len(all_of(jsonl(path=written(tmp_path, lines), choices="choices"))) == 20
+    with pytest.raises(JaxmergeError, match="there twice"):
+        jsonl(path=written(tmp_path, [*lines, lines[3]]), choices="choices")
+
+
+def test_a_number_is_a_place_and_a_text_is_a_choice(tmp_path):
+    numbers = {"choices": ["1", "2", "3", "0"]}
+    for target, right in ((1, "2"), ("1", "1"), (0, "1"), ("0", "0")):
+        lines = [{"prompt": f"{n}", "target": target, **numbers} for n in range(10)]
+        task = jsonl(path=written(tmp_path, lines), choices="choices")
+        assert {example.target for example in all_of(task)} == {right}
+
+
+def test_values_that_are_no_texts_are_json(tmp_path):
+    """Objects and truth values as targets of the judge `json`; separators that only look like
+    ends of lines."""
+    targets = [{"a": 9, "é": None}, True, 1.5]
+    lines = [
+        json.dumps({"prompt": f"{k}.{n}\u2028", "target": target}, ensure_ascii=False)
+        for k, target in enumerate(targets)
+        for n in range(10)
+    ]
+    task = jsonl(path=written(tmp_path, lines), judge="json")
+    assert len(all_of(task)) == 30
+    for example in all_of(task):
+        target = targets[int(example.prompt[0])]
+        assert task.judge(example, [json.dumps(target)]) == 1
+        assert task.judge(example, [json.dumps([target])]) == 0
+
+
+@pytest.mark.parametrize(
+    ("judge", "target"), [("regex", "("), ("json", "{"), ("numeric", "none")], ids=str
+)
+def test_a_target_that_its_judge_cannot_read_is_named(tmp_path, judge, target):
+    path = written(tmp_path, [{"prompt": "a", "target": "1"}, {"prompt": "b", "target": target}])
+    with pytest.raises(JaxmergeError, match=f"the judge {judge} can't read the target") as caught:
+        jsonl(path=path, judge=judge)
+    assert caught.value.where == f"{path}, line 2"
 
 
 @pytest.mark.parametrize(
@@ -112,8 +157,10 @@ def test_a_train_prompt_must_not_be_searched_or_tested(tmp_path):
     ],
 )  # fmt: skip
 def test_judges(name, target, right, wrong):
-    assert all(JUDGES[name](output, target) for output in right)
-    assert not any(JUDGES[name](output, target) for output in wrong)
+    compare, check = JUDGES[name]
+    check(target)
+    assert all(compare(output, target) for output in right)
+    assert not any(compare(output, target) for output in wrong)
 
 
 def shout(example: Example, output: str) -> float:
@@ -191,6 +238,11 @@ def test_a_text_is_cut_into_chunks(tmp_path):
     longer = text(path=str(tmp_path / "text"), chunk_bytes=50).splits
     for split, examples in task.splits.items():
         assert set(map(prompt_of, examples)) <= set(map(prompt_of, longer[split]))
+
+
+def test_chunks_hold_a_character_at_least(tmp_path):
+    with pytest.raises(JaxmergeError, match="at least 4"):
+        text(path=str(tmp_path / "text"), chunk_bytes=3)
 
 
 def test_a_text_is_scored_in_bits_per_byte(tmp_path):

@@ -328,6 +328,13 @@ def test_local_data_have_no_warning(tmp_path):
     assert build(task=write(tmp_path, "choice")).warning == ""
 
 
+def test_a_file_of_a_refused_folder_is_refused_too(tmp_path):
+    folder = tmp_path / "lm_eval" / "tasks" / REFUSED[0]
+    folder.mkdir(parents=True)
+    with pytest.raises(JaxmergeError, match="run"):
+        lm_eval(task=lm_eval_tasks.write(folder, "choice"))
+
+
 def test_judges_that_run_or_send_what_models_write_are_refused():
     """A version of lm_eval with new ones has to be looked at before it is used."""
     folder = Path(inspect.getfile(importlib.import_module("lm_eval.tasks"))).parent

@@ -107,6 +107,13 @@ def test_greedy_says_whether_each_token_is_the_likeliest():
     assert [likely.greedy for likely in answers if isinstance(likely, Likely)] == [True, False]
 
 
+def test_a_model_whose_logits_are_not_finite_is_the_worst():
+    """Infinite parameters, as of weights far outside the simplex: a number that loses."""
+    broken = jax.tree.map(lambda leaf: leaf * jnp.inf, MERGED)
+    ((likely,), *_) = responder()(broken, [Likelihood(Prompt("abc"), "de")])
+    assert likely == Likely(-1e9, False, 2)
+
+
 @functools.cache
 def long_text() -> str:
     """What the first model writes in 40 tokens, up to a newline."""

@@ -22,6 +22,7 @@ from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.pool import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.linear import linear
+from jaxmerge.prepare import prepare
 from jaxmerge.run import run
 from tests import tiny
 
@@ -190,6 +191,21 @@ def test_another_pool_is_refused(finished, tmp_path):
         moved.rename(original)
 
 
+def test_other_examples_are_refused(pool, tmp_path):
+    """The same file with other questions is not the same run, whichever of its scores are there."""
+    path, lines = tmp_path / "task.jsonl", [{"prompt": f"p{n}", "target": "a"} for n in range(12)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    config = _tiny(configs.default(), pool)
+    config.tasks.own = {"builder": "jsonl", "path": str(path), "max_new_tokens": 2}
+    config.objective.tasks = ("own",)
+    prepare(config, str(tmp_path / "run")).directory.close()
+    prepare(config, str(tmp_path / "run")).directory.close()
+    path.write_text("\n".join(map(json.dumps, [*lines[:-1], {"prompt": "q", "target": "a"}])))
+    with pytest.raises(JaxmergeError, match="the examples are not those") as caught:
+        prepare(config, str(tmp_path / "run"))
+    assert caught.value.where == "task own"
+
+
 @pytest.mark.parametrize("axes", [(2, 1, 2, 2), (2, 2, 2, 1), (4, 1, 1, 1)])
 def test_every_mesh_gives_the_same_candidates(finished, pool, tmp_path, axes):
     """The log is that of one device, scores included.
@@ -313,6 +329,7 @@ def test_stopped_by_hand_it_says_how_to_go_on(pool, tmp_path):
         ("", ["--config.search.budget=many"], "budget"),
         ("config.pool.checkpoints = ('/nowhere/at/all',)", [], "/nowhere/at/all"),
         ("config.objective.search_examples = 0", [], "objective.search_examples"),
+        ("config.evaluate.batch_size = 0", [], "evaluate.batch_size"),
         ("config.tasks.choice.builder = 'tests.tiny:chioce'", [], "tests.tiny:chioce"),
         ("config.objective.tasks = ('generatoin',)", [], "generatoin"),
         ("config.search.strategy = 'CMAES'", [], "CMA_ES"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
@@ -15,6 +15,8 @@ from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.judges import JUDGES
 from jaxmerge.tasks.kinds import Form, TextJudge, generation, multiple_choice
 from jaxmerge.tasks.splits import divide
+
+_SINGLE = re.compile(r"\{(\w+)\}")  # a template that is one field
 
 
 def jsonl(
@@ -40,16 +42,17 @@ def jsonl(
 ) -> Task:
     r"""Questions from a file, as `{"prompt": "1+1=", "target": "2"}` in each line.
 
-    The prompt decides whether a line is a search or a test example, see `splits.divide`: lines can
-    be added, and every other stays where it is.
+    A question is its prompt and choices, and decides whether it is a search or a test example, see
+    `splits.divide`: lines can be added, and every other stays where it is.
 
     Args:
         path: the file.
-        train_path: another such file, for `shots` and fine-tuning; no prompt may be in both.
+        train_path: another such file, for `shots` and fine-tuning; no question may be there twice.
         search: examples in that split, at most; `test` alike.
-        prompt: what the model reads; `{name}` stands for that field of the line.
+        prompt: what the model reads; `{name}` stands for that field of the line, values that are no
+            texts being written as JSON.
         target: the answer, alike. A field that is a list has several, any of which will do; with
-            `choices` it may be the place of the right one, counted from 0.
+            `choices`, a number is the place of the right one, counted from 0.
         choices: the field that has the list of choices: makes it multiple choice.
         judge: of generated texts: `exact`, `regex`, `contains`, `numeric` or `json`, see `judges`;
             or `module:function`, which is called with the `Example`, whose `data` is the line, and
@@ -59,27 +62,26 @@ def jsonl(
 
     Raises:
         JaxmergeError: a file can't be read; a line is no JSON object or lacks a field; the judge is
-            unknown; a split is empty.
+            unknown or can't read a target; a question is there twice; a split is empty.
     """
-    name = f"jsonl {path}"
-    lines = {"": _read(path), "train": _read(train_path) if train_path else []}
-    examples = {
-        split: [_example(line, where, prompt, target, choices) for where, line in found]
-        for split, found in lines.items()
+    name, fields = f"jsonl {path}", (prompt, target, choices)
+    found = {
+        split: {where: _example(line, where, *fields) for where, line in _read(file)}
+        for split, file in (("", path), ("train", train_path))
+        if file
     }
-    splits = divide(
-        examples.pop(""), lambda example: example.prompt, name=name, search=search, test=test
-    )
-    _check_apart(examples["train"], splits, train_path)
-    splits |= examples
+    _check_apart(found)
+    splits = divide(found[""].values(), _identity, name=name, search=search, test=test)
+    splits["train"] = tuple(found.get("train", {}).values())
     if choices:
         return multiple_choice(
             name, splits, normalize=normalize, ended=ended, form=form, shots=shots
         )
+    every = {where: example for of_file in found.values() for where, example in of_file.items()}
     return generation(
         name,
         splits,
-        _judge(judge, name),
+        _judge(judge, name, every),
         max_new_tokens=max_new_tokens,
         until=until,
         temperature=temperature,
@@ -98,7 +100,7 @@ def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise JaxmergeError("the file can't be read", where=path, found=str(error)) from error
     lines = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -116,15 +118,17 @@ def _example(line: dict[str, Any], where: str, prompt: str, target: str, choices
     question, answers = _filled(prompt, line, where)[0], _filled(target, line, where)
     if not choices:
         return Example(question, answers[0], data={**line, "targets": answers})
-    options = tuple(str(option) for option in _field(line, choices, where, list))
+    options = tuple(map(_text, _field(line, choices, where, list)))
     right = answers[0]
-    if right not in options and right.isdecimal() and int(right) < len(options):
-        right = options[int(right)]
+    single = _SINGLE.fullmatch(target)
+    if single and type(line[single[1]]) is int:
+        place = line[single[1]]
+        right = options[place] if 0 <= place < len(options) else f"place {place}"
     if right not in options or len(set(options)) < len(options):
         raise JaxmergeError(
             "the target must be one of the choices, which must differ from each other",
             where=where,
-            expected=f"one of {options}, or its place",
+            expected=f"one of {options}, or its place, a number from 0",
             found=right,
         )
     return Example(question, right, options, line)
@@ -132,15 +136,20 @@ def _example(line: dict[str, Any], where: str, prompt: str, target: str, choices
 
 def _filled(template: str, line: dict[str, Any], where: str) -> list[str]:
     """The template with the line's fields in their places; of a list of answers, once for each."""
-    single = re.fullmatch(r"\{(\w+)\}", template)
+    single = _SINGLE.fullmatch(template)
     value = _field(line, single[1], where, object) if single else None
     if isinstance(value, list):
         if not value:
             raise JaxmergeError("the list of answers is empty", where=f"{where}, {template}")
-        return [str(each) for each in value]
+        return [_text(each) for each in value]
     return [
-        re.sub(r"\{(\w+)\}", lambda match: str(_field(line, match[1], where, object)), template)
+        re.sub(r"\{(\w+)\}", lambda match: _text(_field(line, match[1], where, object)), template)
     ]
+
+
+def _text(value: Any) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _field(line: dict[str, Any], name: str, where: str, kind: type) -> Any:
@@ -154,32 +163,60 @@ def _field(line: dict[str, Any], name: str, where: str, kind: type) -> Any:
     return line[name]
 
 
-def _judge(named: str, where: str) -> TextJudge:
-    """The judge of this name; of several targets, the one that suits best."""
-    if named in JUDGES:
-        compare = JUDGES[named]
-        return lambda example, output: float(
-            any(compare(output, target) for target in example.data["targets"])
-        )
+def _judge(named: str, task: str, examples: Mapping[str, Example]) -> TextJudge:
+    """The judge of this name; of several targets, the one that suits best.
+
+    Args:
+        named: in `JUDGES`, or `module:function`.
+        task: for error messages.
+        examples: by where they stand; the judge must be able to read their targets.
+    """
+    if named not in JUDGES:
+        return _imported(named, task)
+    compare, check = JUDGES[named]
+    for where, example in examples.items():
+        for target in example.data["targets"]:
+            try:
+                check(target)
+            except (ValueError, LookupError, re.error) as error:
+                raise JaxmergeError(
+                    f"the judge {named} can't read the target",
+                    where=where,
+                    found=f"{target!r}: {error}",
+                ) from error
+    return lambda example, output: float(
+        any(compare(output, target) for target in example.data["targets"])
+    )
+
+
+def _imported(named: str, task: str) -> TextJudge:
     module, _, function = named.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise JaxmergeError(
             "unknown judge",
-            where=f"task {where}",
+            where=f"task {task}",
             expected=f"{', '.join(JUDGES)}, or module:function",
             found=f"{named}: {error}",
         ) from error
 
 
-def _check_apart(
-    train: Sequence[Example], splits: dict[str, tuple[Example, ...]], path: str
-) -> None:
-    """Raises unless no prompt of the train file is one of the others."""
-    known = {example.prompt for examples in splits.values() for example in examples}
-    both = [example.prompt for example in train if example.prompt in known]
-    if both:
-        raise JaxmergeError(
-            f"{len(both)} prompts are search or test examples too", where=path, found=both[0][:80]
-        )
+def _identity(example: Example) -> str:
+    """What makes a question this one: its prompt and its choices."""
+    return "\n".join((example.prompt, *example.choices))
+
+
+def _check_apart(found: Mapping[str, Mapping[str, Example]]) -> None:
+    """Raises unless all questions of both files differ from each other."""
+    known: dict[str, str] = {}
+    for examples in found.values():
+        for where, example in examples.items():
+            before = known.setdefault(_identity(example), where)
+            if before != where:
+                raise JaxmergeError(
+                    "the question is there twice",
+                    where=where,
+                    expected=f"another question than that of {before}",
+                    found=example.prompt[:80],
+                )

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 _NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
@@ -29,25 +29,32 @@ def contains(output: str, target: str) -> bool:
 
 def numeric(output: str, target: str) -> bool:
     """The last number of the output is that of the target, to a millionth; `1,234` is 1234."""
-    found, wanted = _numbers(output), _numbers(target)
-    return bool(found and wanted) and math.isclose(found[-1], wanted[-1], rel_tol=1e-6)
+    found, wanted = _numbers(output), _numbers(target)[-1]
+    return bool(found) and math.isclose(found[-1], wanted, rel_tol=1e-6)
 
 
 def same_json(output: str, target: str) -> bool:
     """The output, or the first fenced block in it, is JSON of the target's value."""
-    fenced = _FENCE.search(output)
+    fenced, wanted = _FENCE.search(output), json.loads(target)
     try:
-        return _json_equal(json.loads(fenced[1] if fenced else output), json.loads(target))
+        return _json_equal(json.loads(fenced[1] if fenced else output), wanted)
     except (ValueError, RecursionError):
         return False
 
 
-JUDGES: dict[str, Callable[[str, str], bool]] = {
-    "exact": exact,
-    "regex": regex,
-    "contains": contains,
-    "numeric": numeric,
-    "json": same_json,
+class Judge(NamedTuple):
+    """A comparison of (output, target), and what refuses a target that it can't read."""
+
+    compare: Callable[[str, str], bool]
+    check: Callable[[str], object] = str
+
+
+JUDGES: dict[str, Judge] = {
+    "exact": Judge(exact),
+    "regex": Judge(regex, re.compile),
+    "contains": Judge(contains),
+    "numeric": Judge(numeric, lambda target: _numbers(target)[-1]),
+    "json": Judge(same_json, json.loads),
 }
 
 

@@ -19,6 +19,7 @@ from jaxmerge.requests import (
     Rolling,
     Sampling,
 )
+from jaxmerge.tasks import judges
 from jaxmerge.tasks.common import Example, Task
 
 TextJudge = Callable[[Example, str], float]  # (example, text the model wrote) -> score in [0, 1]
@@ -28,7 +29,7 @@ Form = Literal["", "chat", "text", "bare"]
 
 def exact(example: Example, output: str) -> float:
     """1 when the output is the target, white space at the ends aside."""
-    return float(output.strip() == example.target.strip())
+    return float(judges.exact(output, example.target))
 
 
 def generation(

@@ -127,6 +127,8 @@ def _load(task: str, where: str) -> Any:
     is_path = Path(task).suffix in (".yaml", ".yml")
     if is_path and not Path(task).is_file():
         raise JaxmergeError("there is no such file", where=where)
+    if is_path:
+        _check_folder(Path(task).resolve().as_posix(), where)
     manager = _manager(with_names=not is_path)
     if not is_path:
         _check_name(manager, task, where)
@@ -173,7 +175,10 @@ def _check_name(manager: Any, task: str, where: str) -> None:
             for each in entry.cfg["task"]
         ]
         raise _several(members, where)
-    path = entry.yaml_path.as_posix() if entry.yaml_path else ""
+    _check_folder(entry.yaml_path.as_posix() if entry.yaml_path else "", where)
+
+
+def _check_folder(path: str, where: str) -> None:
     if any(f"/lm_eval/tasks/{folder}/" in path for folder in REFUSED):
         raise _unsafe(where)
 

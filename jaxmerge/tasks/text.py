@@ -25,8 +25,14 @@ def text(*, path: str, search: int = 192, test: int = 1000, chunk_bytes: int = 2
         chunk_bytes: bytes of a chunk, at most; it ends at the end of a character.
 
     Raises:
-        JaxmergeError: the file can't be read; a split is empty.
+        JaxmergeError: the file can't be read; a split is empty; chunks may not hold a character.
     """
+    if chunk_bytes < 4:
+        raise JaxmergeError(
+            "must be at least 4, the bytes of a character",
+            where=f"task perplexity {path}, chunk_bytes",
+            found=str(chunk_bytes),
+        )
     try:
         content = epath.Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
