@@ -332,7 +332,7 @@ def test_a_file_of_a_refused_folder_is_refused_too(tmp_path):
     folder = tmp_path / "lm_eval" / "tasks" / REFUSED[0]
     folder.mkdir(parents=True)
     with pytest.raises(JaxmergeError, match="run"):
-        lm_eval(task=lm_eval_tasks.write(folder, "choice"))
+        build(task=write(folder, "choice"))
 
 
 def test_judges_that_run_or_send_what_models_write_are_refused():
