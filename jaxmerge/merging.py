@@ -59,13 +59,14 @@ def merge(config: Config, workdir: str, command: str = "") -> list[Path]:
     start_jax(config)
     in_blocks, by_leaf = _paths(config)
     sources = find_checkpoints(config, by_tensor=bool(in_blocks))
+    # Before anything is written: it may refuse what can be merged by tensor.
+    whole = find_checkpoints(config) if in_blocks and by_leaf else sources
     merges = _merges(config, sources)
     written = []
     with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
         if in_blocks:
             written += _in_blocks(config, sources, merges, directory, command)
         if by_leaf:
-            whole = find_checkpoints(config) if in_blocks else sources
             paths, records = _by_leaf(config, by_leaf, whole, merges, directory.path, command)
             written += paths
             if not in_blocks:

@@ -185,6 +185,35 @@ def test_a_merge_that_is_damaged_after_it_was_done(tmp_path):
     assert caught.value.where == str(file)
 
 
+def test_a_run_directory_that_was_moved(tmp_path, monkeypatch):
+    models = make(tmp_path / "models")
+    merge(config_of(models, ROWS), str(tmp_path / "run"))
+    before, merged = files_of(tmp_path / "run"), merged_files(monkeypatch)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    merge(config_of(models, ROWS), str(tmp_path / "moved"))
+    assert files_of(tmp_path / "moved") == before
+    assert not merged
+
+
+def test_a_checkpoint_that_changed_after_the_merge_was_done(tmp_path):
+    """It is named, again and again, with what it was; and the merge is made anew without it."""
+    models = make(tmp_path / "models")
+    paths = merge(config_of(models, ROWS), str(tmp_path / "run"))
+    file = models / "m1" / "model.safetensors"
+    size = file.stat().st_size
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    for _ in range(2):
+        with pytest.raises(JaxmergeError, match="not those that the merge here was made of") as it:
+            merge(config_of(models, ROWS), str(tmp_path / "run"))
+        assert it.value.where == str(paths[0])
+        assert it.value.found == f"{file} of {size} bytes and 2001-09-09 01:46:40 UTC"
+        assert it.value.expected.startswith(f"{file} of {size} bytes and 2")
+        assert it.value.expected != it.value.found
+    for path in paths:
+        path.rename(tmp_path / path.parent.name)
+    assert merge(config_of(models, ROWS), str(tmp_path / "run")) == paths
+
+
 def test_one_of_several_merges_is_taken_away(tmp_path):
     """It alone is made again, and what is known of the other stays known."""
     models = make(tmp_path / "models")
@@ -235,4 +264,4 @@ def test_the_record_is_json_that_names_the_inputs(tmp_path):
     merging.merge(config_of(models), str(tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "merge.json").read_text())
     assert [Path(each[0][0]).parent.name for each in record["inputs"]] == ["m0", "m1", "m2"]
-    assert record["outputs"] == [str(tmp_path / "run" / "merged" / "huggingface")]
+    assert record["outputs"] == ["merged/huggingface"]

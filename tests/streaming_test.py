@@ -1,6 +1,8 @@
 """Merges from file to file: bits, blocks, several at once, and what is refused."""
 
 import json
+import os
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig
 
 from jaxmerge import config as configs
 from jaxmerge import merging
@@ -18,7 +21,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.linear import linear
 from jaxmerge.merging import merge
 from jaxmerge.sharding import make_mesh
-from jaxmerge.streaming import pipeline
+from jaxmerge.streaming import files, pipeline
 
 WEIGHTS = (0.3, -0.2, 0.9)
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -328,3 +331,89 @@ def test_formats_tell_blocks_from_leaves(tmp_path):
     loaded = pool.load(pool.survey([f"{tmp_path}/pair/*"]), make_mesh(), ())
     found = {name: np.asarray(leaf) for name, leaf in loaded.trees[0].items()}
     assert_bits(found, tensors_of(paths[1]))
+
+
+CONFIG = {
+    "model_type": "unheard of",
+    "architectures": ["Unheard"],
+    "rope_theta": 1e4,
+    "inner": {"heads": 4, "dtype": "float32"},
+    "transformers_version": "4",
+    "torch_dtype": "float32",
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_theta": 1e6}, "m1: architecture rope_theta is 1000000.0, in m0 10000.0"),
+        ({"inner": {"heads": 2}}, "architecture inner is {'heads': 2}, in m0 {'heads': 4}"),
+        ({"tie_word_embeddings": True}, "architecture tie_word_embeddings is True, in m0 None"),
+        ({"architectures": ["Another"]}, "architecture architectures is"),
+        ({"model_type": "another"}, "architecture model_type is 'another', in m0 'unheard of'"),
+    ],
+)
+def test_configs_of_other_functions_are_refused(tmp_path, changes, said):
+    models = make(tmp_path / "models", count=2)
+    for name, config in {"m0": CONFIG, "m1": {**CONFIG, **changes}}.items():
+        (models / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(JaxmergeError, match="can't be merged") as caught:
+        merge(config_of(models, (0.5, 0.5)), str(tmp_path / "run"))
+    assert said in caught.value.what
+    assert not (tmp_path / "run").exists()
+
+
+def test_configs_may_differ_in_what_changes_no_value(tmp_path):
+    models = make(tmp_path / "models", count=2)
+    silent = {"transformers_version": "5", "torch_dtype": None, "dtype": "bfloat16"}
+    silent |= {"eos_token_id": [2, 7], "use_cache": False, "_name_or_path": "here"}
+    silent |= {"inner": {"heads": 4, "dtype": "bfloat16"}}
+    for name, config in {"m0": CONFIG, "m1": {**CONFIG, **silent}}.items():
+        (models / name / "config.json").write_text(json.dumps(config))
+    assert merge(config_of(models, (0.5, 0.5)), str(tmp_path / "run"))
+
+
+def test_one_config_may_be_written_by_several_versions_of_transformers(tmp_path):
+    """With what is default or without, with `rope_theta` or `rope_parameters`; and if it is another
+    base of the rotary positions, it is another config.
+    """
+    models = make(tmp_path / "models", count=2)
+    old = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_theta": 5e4}
+    rope: Any = {"rope_type": "default", "rope_theta": 5e4}
+    new = LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=rope).to_dict()
+    assert "rope_theta" not in new
+    (models / "m0" / "config.json").write_text(json.dumps(old))
+    (models / "m1" / "config.json").write_text(json.dumps(new))
+    assert merge(config_of(models, (0.5, 0.5)), str(tmp_path / "run"))
+    (models / "m0" / "config.json").write_text(json.dumps({**old, "rope_theta": 1e4}))
+    with pytest.raises(JaxmergeError, match="rope_parameters"):
+        merge(config_of(models, (0.5, 0.5)), str(tmp_path / "other"))
+
+
+def test_what_leaves_refuse_is_refused_before_blocks_are_written(tmp_path, monkeypatch):
+    """As a config that transformers refuses, when Orbax is wanted besides."""
+    find = merging.find_checkpoints
+
+    def refuse(config: Any, *, by_tensor: bool = False) -> Any:
+        if not by_tensor:
+            raise JaxmergeError("refused by leaf")
+        return find(config, by_tensor=True)
+
+    monkeypatch.setattr(merging, "find_checkpoints", refuse)
+    config = config_of(make(tmp_path / "models"), formats=("orbax", "huggingface"))
+    with pytest.raises(JaxmergeError, match="refused by leaf"):
+        merge(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_calls_that_macos_lacks(tmp_path, monkeypatch):
+    for name in ("sched_getaffinity", "posix_fadvise", "POSIX_FADV_SEQUENTIAL"):
+        monkeypatch.delattr(os, name, raising=False)
+    assert runpy.run_path(pipeline.__file__)["_WORKERS"] == min(os.cpu_count() or 1, 16)
+    for name in ("posix_fallocate", "fdatasync"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(files, "_SYNC", runpy.run_path(files.__file__)["_SYNC"])
+    models = make(tmp_path / "models")
+    (path,) = merge(config_of(models), str(tmp_path / "run"))
+    assert_bits(tensors_of(path), reference(models, WEIGHTS))

@@ -24,6 +24,20 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _CHUNK = 2**24  # values compared at once
 
+# Keys of a config that do not change what the model computes: bookkeeping, training, defaults of
+# generation. Checkpoints that are merged by tensor may differ in them.
+_SILENT = frozenset(
+    """
+    _name_or_path transformers_version torch_dtype dtype use_cache transformers.js_config
+    _attn_implementation_autoset unsloth_fixed unsloth_version pretraining_tp is_llama_config
+    attention_dropout attn_pdrop embd_pdrop embedding_dropout hidden_dropout resid_pdrop
+    initializer_range router_aux_loss_coef router_jitter_noise cache_implementation
+    output_attentions output_hidden_states output_router_logits return_dict
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    forced_bos_token_id forced_eos_token_id task_specific_params
+    """.split()
+)
+
 
 class Checkpoint(NamedTuple):
     """A directory of which config and headers are read.
@@ -31,7 +45,8 @@ class Checkpoint(NamedTuple):
     Attributes:
         directory: where it is.
         architecture: `Model.architecture` of a decoder; {"model": "", "model_type": ...} where
-            there is none for the config's `model_type`, {} where there is no config.
+            there is none for the config's `model_type`, {} where there is no config. By tensor:
+            {"model": ""} and what the config says of the function of the model.
         layout: what the leaves are made of; of an unknown model, each tensor is a leaf.
         tensors: where each tensor lies.
     """
@@ -55,7 +70,8 @@ def read(directory: epath.Path, *, by_tensor: bool = False) -> Checkpoint:
             to be; the tensors are not those of the config: then every difference is listed.
     """
     tensors = _tensors(directory)
-    model_type = _model_type(directory)
+    config = _config(directory)
+    model_type = str(config.get("model_type", ""))
     known = _known(directory) if model_type and not by_tensor else None
     if known is None:
         shapes = {
@@ -64,7 +80,9 @@ def read(directory: epath.Path, *, by_tensor: bool = False) -> Checkpoint:
             if not any(re.search(regex, name) for regex in BUFFERS)
         }
         parts = {name: (Part(name, 0, shape[0] if shape else 1),) for name, shape in shapes.items()}
-        architecture = {"model": "", "model_type": model_type} if model_type else {}
+        said = {"model_type": model_type} if model_type else {}
+        said = _function(config) if by_tensor else said
+        architecture = {**said, "model": ""} if said else {}
         return Checkpoint(directory, architecture, Layout(parts, shapes, shapes), tensors)
     checkpoint = Checkpoint(
         directory, {"model": "decoder", **known.config.plain()}, known.layout, tensors
@@ -180,11 +198,11 @@ def _known(directory: epath.Path) -> Any:
     return families.read(str(directory))
 
 
-def _model_type(directory: epath.Path) -> str:
-    """The config's `model_type`; "" where there is no config."""
+def _config(directory: epath.Path) -> dict[str, Any]:
+    """What `config.json` says; {} where there is none."""
     path = directory / "config.json"
     if not path.exists():
-        return ""
+        return {}
     config = parse_json(_read_bytes(path), str(path))
     if not isinstance(config, dict):
         raise JaxmergeError("the config is no JSON object", where=str(path))
@@ -195,7 +213,33 @@ def _model_type(directory: epath.Path) -> str:
             expected="weights in bfloat16, float16 or float32",
             found=str(config["quantization_config"])[:200],
         )
-    return str(config.get("model_type", ""))
+    return config
+
+
+def with_defaults(directory: epath.Path) -> dict[str, Any]:
+    """The architecture by tensor as transformers completes and renews it.
+
+    Versions of transformers write the same config in different ways, and leave out what is default.
+    What transformers does not know stays as it is written.
+    """
+    from transformers import AutoConfig  # takes seconds to import
+
+    try:
+        config = AutoConfig.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {**_function(_config(directory)), "model": ""}
+    return {**_function(config.to_dict()), "model": ""}
+
+
+def _function(config: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A config, and the configs within it, without the keys that are `_SILENT`."""
+    return {
+        name: _function(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _SILENT
+    }
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxmerge import sharding
-from jaxmerge.checkpoints import digest, huggingface, lora, orbax
+from jaxmerge.checkpoints import digest, directory, huggingface, lora, orbax
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
@@ -102,6 +102,11 @@ def survey(
             then every difference of leaf names, shapes, dtypes and architectures is listed.
     """
     sources = find(patterns, subtree=subtree, base=base, by_tensor=by_tensor)
+    if by_tensor and any(each.architecture != sources[0].architecture for each in sources):
+        sources = tuple(
+            each._replace(architecture=directory.with_defaults(epath.Path(each.path)))
+            for each in sources
+        )
     if len(sources) < 2:
         raise JaxmergeError(
             "a pool needs at least two checkpoints",

@@ -126,7 +126,7 @@ class OpenFiles:
         with self._opening:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                os.posix_fadvise(self._descriptors[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                _read_ahead(self._descriptors[file])
         return _pread_from(self._descriptors[file], start, view)
 
 
@@ -250,6 +250,13 @@ def _read(
             expected=f"{start + len(view)} bytes",
             found=f"{start + done} bytes",
         )
+
+
+def _read_ahead(descriptor: int) -> None:
+    """Has the system read a file ahead, where it takes such advice: macOS does not."""
+    advise = getattr(os, "posix_fadvise", None)
+    if advise:
+        advise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 def _pread(file: str, start: int, view: memoryview) -> int:

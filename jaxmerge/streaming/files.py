@@ -14,6 +14,7 @@ from jaxmerge.checkpoints.huggingface import WeightsFile
 from jaxmerge.checkpoints.safetensors import write_at
 
 _FLUSH = 2**25  # bytes that are written before the disk is asked to take them
+_SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has the latter alone
 
 
 class Writing:
@@ -37,7 +38,7 @@ class Writing:
                 flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
                 descriptor = os.open(directory / file.name, flags, 0o666)
                 self._descriptors.append(descriptor)
-                os.posix_fallocate(descriptor, 0, file.size)  # a full disk is found now
+                _allocate(descriptor, file.size)
                 write_at(descriptor, 0, np.frombuffer(file.header, np.uint8))
         except OSError:
             self._close()
@@ -86,7 +87,7 @@ class Writing:
                 self._waiting = 0
             try:
                 for descriptor in self._descriptors:
-                    os.fdatasync(descriptor)
+                    _SYNC(descriptor)
             except OSError as error:
                 self._failed = error  # the system tells of it once
                 return
@@ -94,3 +95,12 @@ class Writing:
     def _close(self) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Sets the size of a file; a full disk is found now, but on macOS, which can't tell."""
+    allocate = getattr(os, "posix_fallocate", None)
+    if allocate:
+        allocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)

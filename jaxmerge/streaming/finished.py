@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +32,23 @@ class Finished:
     Args:
         directory: of the run.
         tensors: of each checkpoint; a record of other files than these is not heeded.
-        outputs: names of the merges.
+        outputs: directories of the merges.
     """
 
     def __init__(
         self,
         directory: RunDirectory,
         tensors: Sequence[Mapping[str, Tensor]],
-        outputs: Sequence[str],
+        outputs: Sequence[Path],
     ):
         self._directory = directory
-        head = {"inputs": [_identity(each) for each in tensors], "outputs": list(outputs)}
+        run = directory.path.absolute()
+        head = {
+            "inputs": [_identity(each) for each in tensors],
+            "outputs": [os.path.relpath(output.absolute(), run) for output in outputs],
+        }
         known = directory.read_json(NAME) or {}
+        self._inputs_before = known.get("inputs", head["inputs"])
         same = all(known.get(key) == value for key, value in head.items())
         self._record: dict[str, Any] = {**head, "files": known["files"] if same else {}}
 
@@ -65,6 +72,28 @@ class Finished:
         """Checksums of the tensors that a file was made of, of each checkpoint."""
         return self._record["files"][file.name]["inputs"]
 
+    def check_inputs(self, output: Path) -> None:
+        """Raises unless the checkpoints are those that a merge which is there was made of.
+
+        Args:
+            output: the merge.
+
+        Raises:
+            JaxmergeError: files have another name, size or time: all of them are listed.
+        """
+        before, now = (
+            [_say(file) for files in inputs for file in files]
+            for inputs in (self._inputs_before, self._record["inputs"])
+        )
+        if before != now:
+            raise JaxmergeError(
+                "the checkpoints are not those that the merge here was made of; "
+                "without this directory they are merged anew",
+                where=str(output),
+                expected="; ".join(file for file in before if file not in now),
+                found="; ".join(file for file in now if file not in before),
+            )
+
     def is_sound(self, file: WeightsFile, output: int, directory: Path) -> bool:
         """Whether a file of a merge is what was recorded; reads all of it."""
         path = directory / file.name
@@ -84,6 +113,12 @@ def _identity(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
     files = sorted({tensor.file for tensor in tensors.values()})
     stats = [file.stat() for file in files]
     return [[str(file), stat.length, stat.mtime] for file, stat in zip(files, stats)]
+
+
+def _say(file: Sequence[Any]) -> str:
+    """What `_identity` knows of a file, for people."""
+    name, size, mtime = file
+    return f"{name} of {size} bytes and {datetime.fromtimestamp(mtime, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _begins_with(path: Path, header: bytes) -> bool:

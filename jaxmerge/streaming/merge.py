@@ -113,9 +113,13 @@ def merge(
 
     Raises:
         JaxmergeError: a file can't be read or written; a value is NaN or infinite; a tensor that
-            can't be averaged differs; a merge that is there is not what was written.
+            can't be averaged differs; a merge that is there is not what was written, or was made of
+            other files.
     """
-    finished = Finished(run, plan.tensors, [str(output.path) for output in outputs])
+    finished = Finished(run, plan.tensors, [output.path for output in outputs])
+    for output in outputs:
+        if output.path.exists():
+            finished.check_inputs(output.path)
     files = OpenFiles()
     reads = [
         functools.partial(directory.read_values, tensors, read=files.read_into)

@@ -23,7 +23,14 @@ from jaxmerge.streaming.block import Block, Kind, pages
 # write(output, tensor, first, values) takes a stretch of a merged tensor.
 Write = Callable[[int, str, int, np.ndarray], None]
 
-_WORKERS = min(len(os.sched_getaffinity(0)), 16)
+
+def _cores() -> int:
+    """Cores that this process may use; all of the machine on macOS, which does not say."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+_WORKERS = min(_cores(), 16)
 _MOST = (
     2**18
 )  # values of a block at most: the fastest of 2^16 to 2^19, with 8 checkpoints in bfloat16
