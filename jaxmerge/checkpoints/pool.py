@@ -248,6 +248,8 @@ def _format(path: epath.Path) -> str:
 
 def _names(paths: Sequence[epath.Path]) -> list[str]:
     """The directory names, with as many parents as it takes to tell them apart."""
+    if not paths:
+        return []
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
