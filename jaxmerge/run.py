@@ -121,12 +121,8 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
                 *(directory, pool.names, objective, prepared.bounds),
                 *(alone, found, winner, tested, heldout),
             )
-        findings = {
-            "version": 2,
-            "command": command,
-            "warnings": list(prepared.warnings),
-            **findings,
-        }
+        said = {"command": command, "warnings": list(prepared.warnings)}
+        findings = {"version": 2, **said, **findings}
         with _timed(seconds, "export"):
             _export_winner(config, prepared, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.judges import JUDGES
-from jaxmerge.tasks.kinds import Form, TextJudge, generation, multiple_choice
+from jaxmerge.tasks.kinds import TextJudge, generation, multiple_choice
 from jaxmerge.tasks.splits import divide
 
 _SINGLE = re.compile(r"\{(\w+)\}")  # a template that is one field
@@ -29,16 +29,7 @@ def jsonl(
     target: str = "{target}",
     choices: str = "",
     judge: str = "exact",
-    normalize: Literal["none", "bytes", "tokens"] = "none",
-    ended: bool = False,
-    max_new_tokens: int = 32,
-    until: Sequence[str] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    samples: int = 1,
-    seed: int = 0,
-    form: Form = "",
-    shots: int = 0,
+    **options: Any,
 ) -> Task:
     r"""Questions from a file, as `{"prompt": "1+1=", "target": "2"}` in each line.
 
@@ -57,8 +48,7 @@ def jsonl(
         judge: of generated texts: `exact`, `regex`, `contains`, `numeric` or `json`, see `judges`;
             or `module:function`, which is called with the `Example`, whose `data` is the line, and
             the text, and gives a score from 0 to 1.
-        normalize: see `kinds.multiple_choice`; `ended` alike.
-        max_new_tokens: see `kinds.generation`; all that follow alike.
+        options: of `kinds.multiple_choice` where there are choices, else of `kinds.generation`.
 
     Raises:
         JaxmergeError: a file can't be read; a line is no JSON object or lacks a field; the judge is
@@ -74,23 +64,9 @@ def jsonl(
     splits = divide(found[""].values(), _identity, name=name, search=search, test=test)
     splits["train"] = tuple(found.get("train", {}).values())
     if choices:
-        return multiple_choice(
-            name, splits, normalize=normalize, ended=ended, form=form, shots=shots
-        )
+        return multiple_choice(name, splits, **options)
     every = {where: example for of_file in found.values() for where, example in of_file.items()}
-    return generation(
-        name,
-        splits,
-        _judge(judge, name, every),
-        max_new_tokens=max_new_tokens,
-        until=until,
-        temperature=temperature,
-        top_p=top_p,
-        samples=samples,
-        seed=seed,
-        form=form,
-        shots=shots,
-    )
+    return generation(name, splits, _judge(judge, name, every), **options)
 
 
 def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
