@@ -1,5 +1,6 @@
 """Every test runs on 8 CPU devices, with shapes checked and with warnings as errors."""
 
+import gc
 import sys
 
 import jax
@@ -32,6 +33,17 @@ def late_reads():
     sys.unraisablehook = unless_late
     yield
     sys.unraisablehook = hook
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_a_module():
+    """Lets compiled programs go: each holds maps of memory, of which a process may have 65,530.
+
+    The compiler crashes when there are no more, which it did after 1,400 tests.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
