@@ -216,8 +216,8 @@ def _read_log(path: Path) -> list[Candidate]:
 
 
 def _check_same_config(path: Path, config: Mapping[str, Any]) -> None:
-    recorded = _flat(_read_json(path))
-    now = _flat(json.loads(json.dumps(config)))
+    recorded = flat(_read_json(path))
+    now = flat(json.loads(json.dumps(config)))
     absent = "(absent)"
     lines = [
         f"{field}: {recorded.get(field, absent)!r} there, {now.get(field, absent)!r} now"
@@ -232,11 +232,12 @@ def _check_same_config(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a config by their full names, such as `search.budget`."""
+    fields = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            fields |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            fields[prefix + key] = value
+    return fields

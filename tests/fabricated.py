@@ -22,11 +22,20 @@ N = 400
 
 
 def fabricate(
-    directory: Path, *, heldout: bool = True, gain: float = 0.0, aggregate: str = "mean"
+    directory: Path,
+    *,
+    heldout: bool = True,
+    gain: float = 0.0,
+    aggregate: str = "mean",
+    budget: int = 180,
+    seed: int = 0,
 ) -> None:
-    """Writes a run directory; `gain` is added to the winner's chance on every test example."""
+    """Writes a run directory; `gain` is added to the winner's chance on every test example.
+
+    The search and the random baseline have `budget` evaluations each.
+    """
     objective = Objective(define(TASKS).weights, aggregate, REFERENCE)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     skill_KxT = np.array(
         [[0.75, 0.4, 0.45], [0.4, 0.8, 0.4], [0.45, 0.4, 0.8], *[[0.55, 0.55, 0.5]] * 3]
     )
@@ -87,30 +96,30 @@ def fabricate(
     ]
     uniform = entry(evaluated("baseline:uniform", "uniform", np.full(K, 1 / K), 0), "uniform", 1)
     random_lines = [
-        evaluated("baseline:random", f"random/{i}", rng.dirichlet(np.ones(K)), i // 9)
-        for i in range(180)
+        evaluated("baseline:random", "random", rng.dirichlet(np.ones(K)), 0) for _ in range(budget)
     ]
     search_lines = [
         evaluated(
             "search",
-            f"search/{i}",
-            rng.dirichlet([1 + i / 9, 1 + i / 9, 1 + i / 9, 1, 1, 1]) * 1.06 - 0.01,
+            "search",
+            rng.dirichlet([1 + 20 * i / budget] * 3 + [1] * (K - 3)) * 1.06 - 0.01,
             i // 9,
         )
-        for i in range(180)
+        for i in range(budget)
     ]
 
     def best_of(of: list[dict[str, Any]]) -> dict[str, Any]:
         return max(of, key=lambda line: sum(line["scores"].values()))
 
-    random = entry(best_of(random_lines), "random", 180)
-    best_samples, best = entry(best_of(search_lines), "search", 180, gain)
+    random = entry(best_of(random_lines), "random", budget)
+    best_samples, best = entry(best_of(search_lines), "search", budget, gain)
     rivals = [*individuals, uniform, random]
     best["vs"] = {}
     for samples, rival in rivals:
         delta, low, high, p = stats.paired(best_samples, samples, objective, resamples=500)
         best["vs"][rival["name"]] = {"delta": delta, "ci95": [low, high], "p": p}
-    lines.append({**lines[best["id"]], "id": next(ids), "origin": "final", "split": "test"})
+    final = {"id": next(ids), "origin": "final", "split": "test", "scores": best["test"]}
+    lines.append({**lines[best["id"]], **final})
     for _, model in [*individuals[:1], uniform]:
         model["heldout"] = {"sorting": 0.5, "copying": 0.75} if heldout else {}
     best["heldout"] = {"sorting": 0.625, "copying": 0.75} if heldout else {}
@@ -155,17 +164,92 @@ def fabricate(
         for k, name in enumerate(CHECKPOINTS)
     ]
     config = {
-        "seed": 0,
-        "objective": {"tasks": TASKS, "weights": [], "aggregate": "mean"},
+        "seed": seed,
+        "objective": {"tasks": TASKS, "weights": [], "aggregate": aggregate},
         "pool": {"checkpoints": [checkpoint["source"] for checkpoint in pool]},
         "space": {"constraint": "signed", "bounds": [-float("inf"), float("inf")]},
-        "search": {"strategy": "CMA_ES", "population": 9, "budget": 180},
+        "search": {"strategy": "CMA_ES", "population": 9, "budget": budget},
+        "baselines": ["uniform", "random"],
     }
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "pool.json").write_text(json.dumps({"checkpoints": pool}))
     (directory / "candidates.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (directory / "results.json").write_text(json.dumps(results))
+    digests = {"search": {"examples": N, "digest": "0a"}, "test": {"examples": N, "digest": "0b"}}
+    (directory / "tasks.json").write_text(json.dumps(dict.fromkeys(TASKS, digests)))
+    for task, scores_N in best_samples.items():
+        file = directory / "examples" / "test" / f"{task}.f32"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(scores_N.astype("<f4").tobytes())
+
+
+def add_analyses(directory: Path) -> None:
+    """Adds every analysis, the candidates that it took, and tokens."""
+    results = json.loads((directory / "results.json").read_text())
+    best, form = results["best"], {"weights": dict(results["best"]["weights"])}
+    number = len((directory / "candidates.jsonl").read_text().splitlines())
+    log = (directory / "candidates.jsonl").open("a")
+
+    def evaluated(origin: str, split: str, scores: dict[str, float]) -> int:
+        nonlocal number
+        line = {"id": number, "generation": 0, "origin": f"analysis:{origin}", "name": origin}
+        weights = list(best["weights"].values())
+        log.write(
+            json.dumps({**line, "split": split, "row": 0, "weights": weights, "scores": scores})
+            + "\n"
+        )
+        number += 1
+        return number - 1
+
+    def tested(origin: str, loss: float) -> dict[str, Any]:
+        scores = {task: score - loss for task, score in best["test"].items()}
+        found = {"test": scores, "test_objective": best["test_objective"] - loss, **form}
+        return {"id": evaluated(origin, "test", scores), **found}
+
+    half = 0.02
+    results["tokens"] = {"read": 12_345_678, "written": 234_567}
+    results["analyses"] = {
+        "evaluations": {"search": 54, "test": 9},
+        "nonzero": {"threshold": 0.01, "share": 0.5, "checkpoints": CHECKPOINTS[2:5]},
+        "weight_vs_score": {"spearman": -0.6, "p": 0.208},
+        "leave_one_out": [
+            {
+                "dropped": name,
+                **tested("leave-one-out", loss),
+                "delta": -loss,
+                "ci95": [-loss - half, half - loss],
+            }
+            for name, loss in zip(CHECKPOINTS, (0.12, 0.08, 0.2, 0.01, 0.0, -0.03))
+        ],
+        "pool_size": [
+            {
+                "m": m,
+                "checkpoints": CHECKPOINTS[:m],
+                "evaluations": 9 * m,
+                **tested("pool-size", 0.1 / m),
+                "search_objective": best["search_objective"] - 0.12 / m,
+                "ci95": [best["test_objective"] - 0.1 / m + end for end in (-half, half)],
+            }
+            for m in (2, 4, 6)
+        ],
+        "transfer": [
+            {"tasks": [a, b], **tested("transfer", 0.05 * i)}
+            for i, (a, b) in enumerate((TASKS[:2], TASKS[1:], TASKS[::2]), start=1)
+        ],
+    }
+    # Better than all: a page that counted it as searched would show it.
+    evaluated("pool-size", "search", dict.fromkeys(TASKS, 0.99))
+    log.close()
+    (directory / "results.json").write_text(json.dumps(results))
+
+
+def interrupt(directory: Path, lines: int) -> None:
+    """Makes it the directory of a run that has evaluated so many candidates, and half of one."""
+    log = directory / "candidates.jsonl"
+    kept = log.read_text().splitlines(keepends=True)[: lines + 1]
+    log.write_text("".join(kept[:-1]) + kept[-1][:40])
+    (directory / "results.json").unlink()
 
 
 class Page(HTMLParser):

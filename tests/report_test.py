@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from jaxmerge import report
 from jaxmerge.errors import JaxmergeError
-from tests.fabricated import CHECKPOINTS, HOSTILE, HOSTILE_IMAGE, TASKS, Page, fabricate
+from jaxmerge.report import page as pages
+from tests.fabricated import (
+    CHECKPOINTS,
+    HOSTILE,
+    HOSTILE_IMAGE,
+    TASKS,
+    Page,
+    add_analyses,
+    fabricate,
+)
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads((ROOT / "jaxmerge/results.schema.json").read_text())
@@ -25,6 +35,11 @@ SCHEMA = json.loads((ROOT / "jaxmerge/results.schema.json").read_text())
 def directory(tmp_path: Path) -> Path:
     fabricate(tmp_path / "run", gain=0.05)
     return tmp_path / "run"
+
+
+def plotted(source: str) -> Any:
+    """What the page's plots are drawn from."""
+    return json.loads(next(text for text in Page(source).text["script"] if text.startswith("{")))
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -68,10 +83,10 @@ def test_every_number_of_the_headline_is_that_of_results(directory: Path) -> Non
         *best["ci95"]["objective"],
         single["test_objective"],
         *single["ci95"]["objective"],
-        *versus["ci95"],
     ):
-        assert f"{number:.3f}".replace("-", "&minus;") in lead
-    assert f"{versus['delta']:+.3f}" in lead
+        assert f"{100 * number:.1f}" in lead
+    for number in (versus["delta"], *versus["ci95"]):
+        assert f"{100 * number:+.1f}" in lead
     assert versus["ci95"][0] > 0
     assert "<h1>The searched merge beats the best single checkpoint</h1>" in page
 
@@ -98,7 +113,7 @@ def test_names_stay_text(directory: Path) -> None:
     assert HOSTILE_IMAGE in page.text["th"]
     assert HOSTILE not in source
     # Plotly's own markup: what it shows as a name must be escaped once more.
-    data = json.loads(next(text for text in page.text["script"] if text.startswith("{")))
+    data = plotted(source)
     assert data["checkpoints"][4] == HOSTILE.replace("<", "&lt;").replace(">", "&gt;")
     assert data["choices"][2] == "programs &amp; &lt;b&gt;tests&lt;/b&gt;"
 
@@ -116,21 +131,24 @@ def test_a_relative_aggregate_is_drawn_as_plain_numbers(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     fabricate(directory, aggregate="chebyshev")
     source = report.write(directory).read_text()
-    page = Page(source)
-    data = json.loads(next(text for text in page.text["script"] if text.startswith("{")))
-    assert data["choices"][-1] == "objective: chebyshev"
+    data = plotted(source)
+    assert data["choices"][-1] == "objective (chebyshev)"
     lines = [json.loads(line) for line in (directory / "candidates.jsonl").read_text().splitlines()]
     scores = {line["id"]: line["scores"] for line in lines}
     for point in data["points"][:20]:
         gains = [(scores[point["id"]][task] - 0.8) / 0.4 for task in TASKS]
-        assert point["search"][-1] == pytest.approx(min(gains) + 0.05 * sum(gains))
+        assert point["search"][-1] == pytest.approx(min(gains) + 0.05 * sum(gains), abs=1e-5)
+        assert point["search"][0] == pytest.approx(100 * scores[point["id"]][TASKS[0]], abs=1e-5)
+    assert data["units"] == ["%", "%", "%", ""]
     bars = [
         [float(number) for number in bar]
-        for bar in re.findall(r"left:(-?[\d.]+)%;width:(-?[\d.]+)%", source)
+        for bar in re.findall(
+            r"left:(-?[\d.]+)%;width:(-?[\d.]+)%", section(source, "What went into the merge")
+        )
     ]
     assert len(bars) == 2 * len(CHECKPOINTS) + 1
     assert all(left >= 0 and left + width < 100.02 for left, width in bars)
-    assert "0.400 to 0.800" in source
+    assert "40.0 to 80.0%" in source
 
 
 def test_results_of_version_1_are_read(directory: Path, tmp_path: Path) -> None:
@@ -148,29 +166,130 @@ def test_results_of_version_1_are_read(directory: Path, tmp_path: Path) -> None:
 
 
 def test_embedded_json_cannot_end_its_element() -> None:
-    embedded = report._embedded_json({HOSTILE: [HOSTILE_IMAGE, "<!--", "&lt;"]})
+    embedded = pages.embedded({HOSTILE: [HOSTILE_IMAGE, "<!--", "&lt;"]})
     assert not set("<>&") & set(embedded)
     assert json.loads(embedded) == {HOSTILE: [HOSTILE_IMAGE, "<!--", "&lt;"]}
+
+
+def section(source: str, title: str) -> str:
+    """The markup of a section, by the beginning of its title."""
+    start = source.index(f"<h2>{title}")
+    return source[start : source.index("</section>", start)]
 
 
 def test_tables(directory: Path) -> None:
     source = report.write(directory).read_text()
     results = json.loads((directory / "results.json").read_text())
-    scores = source[source.index("<h2>Test scores") : source.index("<h2>Paired tests")]
+    scores = section(source, "Test scores, %")
     models = [results["best"], *results["baselines"], *results["individuals"]]
     for column in ("objective", *TASKS):
         best = max(
             model["test_objective"] if column == "objective" else model["test"][column]
             for model in models
         )
-        assert f"<b>{best:.3f}</b>" in scores
+        assert f"<b>{100 * best:.1f}</b>" in scores
     assert scores.count("<b>") == 1 + len(TASKS)  # this run has no ties
     assert scores.count("<tr>") == 1 + len(models)
-    paired = source[source.index("<h2>Paired tests") : source.index("<h2>Held-out")]
-    assert paired.count("<tr>") == len(models)
-    heldout = source[source.index("<h2>Held-out") : source.index("<h2>How it was made")]
-    assert "<b>0.625</b>" in heldout
-    assert heldout.count("<b>0.750</b>") == 3  # a tie
+    paired = section(source, "Paired tests")
+    assert paired.count("<tr>") == paired.count('class="whisker"') + 1 == len(models)
+    heldout = section(source, "Held-out tasks, %")
+    assert "<b>62.5</b>" in heldout
+    assert heldout.count("<b>75.0</b>") == 3  # a tie
+    weights = section(source, "What went into the merge, %")
+    for entry in results["individuals"]:
+        assert f"{100 * entry['test_objective']:.1f}" in weights
+        assert f"{results['best']['weights'][entry['name']]:.3f}".replace("-", "&minus;") in weights
+    for task in TASKS:
+        assert f"<b>{100 * max(e['test'][task] for e in results['individuals']):.1f}</b>" in weights
+
+
+def test_the_curve_has_the_spread_of_each_generation(directory: Path) -> None:
+    data = plotted(report.write(directory).read_text())
+    lines = [json.loads(line) for line in (directory / "candidates.jsonl").read_text().splitlines()]
+    searched = [line for line in lines if line["origin"] == "search"]
+    objective = 100 * np.array([np.mean(list(line["scores"].values())) for line in searched])
+    curve = data["curves"]["search"]
+    assert curve["at"] == list(range(9, 181, 9))
+    np.testing.assert_allclose(curve["best"], np.maximum.accumulate(objective), atol=1e-5)
+    for key, q in (("low", 0.1), ("median", 0.5), ("high", 0.9)):
+        expected = np.quantile(objective.reshape(20, 9), q, axis=1)
+        np.testing.assert_allclose(curve[key], expected, atol=1e-5)
+
+
+def test_cost_says_evaluations_tokens_and_seconds(directory: Path) -> None:
+    cost = section(report.write(directory).read_text(), "Cost")
+    assert "367 of merged models" in cost
+    assert "44.8 s" in cost  # 1.25 + 40.5 + 3
+    assert "Tokens" not in cost
+    add_analyses(directory)
+    cost = section(report.write(directory).read_text(), "Cost")
+    assert "12,345,678 read, 234,567 written" in cost
+    assert "and 63 for the analyses" in cost
+
+
+def test_command_config_versions_and_devices_are_there(directory: Path) -> None:
+    made = section(report.write(directory).read_text(), "How it was made")
+    assert "--config=configs/x.py --workdir=runs/&lt;x&gt;" in made
+    assert "jaxmerge&nbsp;0.1.0" in made
+    assert "1 &times; cpu (cpu), 1 process" in made
+    page = Page(made)
+    assert json.loads(page.text["pre"][0]) == json.loads((directory / "config.json").read_text())
+    assert "open" not in page.attributes
+
+
+def test_analyses(directory: Path) -> None:
+    before = report.write(directory).read_text()
+    add_analyses(directory)
+    source = report.write(directory).read_text()
+    results = json.loads((directory / "results.json").read_text())
+    for title in ("Weight against score", "Leave one out", "Pool size", "Transfer"):
+        assert f"<h2>{title}" not in before
+    assert "3 of 6 checkpoints (50%)" in section(source, "Weight against score")
+    assert "&minus;0.600, p 0.208" in section(source, "Weight against score")
+    left_out = section(source, "Leave one out")
+    dropped = [Page(cell).text["th"] for cell in left_out.split("<tr>")[2:]]
+    assert dropped[0] == ["code"]  # the most missed
+    assert left_out.count("the merge needs it") == 3
+    assert left_out.count("the merge is better without") == 1
+    assert "&minus;20.0" in left_out
+    transfer = section(source, "Transfer, %")
+    assert transfer.count('class="on"') == 2 * 3 + len(TASKS)
+    assert f"{100 * results['best']['test'][TASKS[0]]:.1f}" in transfer
+    data = plotted(source)["analyses"]
+    assert [point["m"] for point in data["sizes"]] == [2, 4, 6]
+    assert [point["weight"] for point in data["weights"]] == [
+        round(weight, 4) for weight in results["best"]["weights"].values()
+    ]
+
+
+def test_candidates_of_analyses_are_none_of_the_search(directory: Path) -> None:
+    before = plotted(report.write(directory).read_text())
+    add_analyses(directory)
+    after = plotted(report.write(directory).read_text())
+    assert after["points"] == before["points"]
+    assert after["curves"] == before["curves"]
+
+
+def test_each_analysis_can_be_absent(directory: Path) -> None:
+    add_analyses(directory)
+    analyses = json.loads((directory / "results.json").read_text())["analyses"]
+    titles = {
+        "weight_vs_score": "Weight against score",
+        "nonzero": "Weight against score",
+        "leave_one_out": "Leave one out",
+        "pool_size": "Pool size",
+        "transfer": "Transfer",
+    }
+    for name, title in titles.items():
+        alone = {"evaluations": analyses["evaluations"], name: analyses[name]}
+        edit(directory / "results.json", analyses=alone)
+        page = report.write(directory).read_text()
+        assert [said for said in dict.fromkeys(titles.values()) if f"<h2>{said}" in page] == [title]
+    undefined = {"weight_vs_score": {"spearman": None, "p": None}}
+    edit(directory / "results.json", analyses={**undefined, "leave_one_out": []})
+    page = report.write(directory).read_text()
+    assert "is not defined here" in page
+    assert "<h2>Leave one out" not in page
 
 
 def test_no_held_out_section_without_held_out_tasks(tmp_path: Path) -> None:
@@ -184,9 +303,11 @@ def test_same_files_give_the_same_bytes_and_nothing_else_is_left(directory: Path
     assert sorted(path.name for path in directory.iterdir()) == [
         "candidates.jsonl",
         "config.json",
+        "examples",
         "pool.json",
         "report.html",
         "results.json",
+        "tasks.json",
     ]
 
 
@@ -205,7 +326,7 @@ def test_a_failed_write_keeps_the_old_report(
     assert not list(directory.glob(".report*"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "pool.json", "candidates.jsonl", "results.json"])
+@pytest.mark.parametrize("name", ["config.json", "pool.json", "candidates.jsonl"])
 def test_a_missing_or_truncated_file_is_named(directory: Path, name: str) -> None:
     path = directory / name
     path.write_text(path.read_text()[:-20])
@@ -232,23 +353,40 @@ def test_wrong_contents_are_named(directory: Path) -> None:
         report.write(directory)
 
 
-def command(directory: Path) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`python -m jaxmerge.report`, in a Python that has no jax."""
     program = (
         "import runpy, sys; sys.modules['jax'] = None; "
         "runpy.run_module('jaxmerge.report', run_name='__main__', alter_sys=True)"
     )
     return subprocess.run(
-        [sys.executable, "-c", program, str(directory)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
 
 
-def test_command_line_without_jax(directory: Path) -> None:
+def test_command_line_without_jax(directory: Path, tmp_path: Path) -> None:
     done = command(directory)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == str(directory / "report.html")
+    fabricate(tmp_path / "other", seed=1)
+    both = command("run", "other", cwd=tmp_path)
+    assert (both.returncode, both.stderr, both.stdout.strip()) == (0, "", "comparison.html")
+    assert "<h1>2 runs compared</h1>" in (tmp_path / "comparison.html").read_text()
+    out = tmp_path / "out.html"
+    assert command("run", "other", "--out", out, cwd=tmp_path).stdout.strip() == str(out)
+    assert out.read_bytes() == (tmp_path / "comparison.html").read_bytes()
+
+
+def test_command_line_says_what_is_wrong(directory: Path) -> None:
     (directory / "pool.json").unlink()
     failed = command(directory)
     assert failed.returncode == 2
     assert "pool.json: no such file" in failed.stderr
     assert "Traceback" not in failed.stderr
+    useless = command(directory, "--out", "x.html")
+    assert useless.returncode == 2
+    assert "several directories" in useless.stderr

@@ -1,0 +1,142 @@
+"""What the plots of a run show, as JSON for plots.js and run.js.
+
+Scores that are shares are given in percent. Text is escaped, since plotly takes it for markup.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmerge.formatting import Format
+from jaxmerge.report.reading import Json, Run
+
+_SPREAD = (0.1, 0.5, 0.9)  # quantiles of a generation
+
+
+def of_run(run: Run, models: Sequence[tuple[str, Json]], pareto: Sequence[int]) -> Json:
+    """The trade-offs and the search.
+
+    Args:
+        run: the run.
+        models: (kind, entry) of what is drawn by name; an entry has `test` and `ci95`, or neither.
+        pareto: ids of the candidates on the front over all tasks.
+    """
+    named = {entry["id"] for _, entry in models}
+    points = [
+        {
+            "id": candidate["id"],
+            "name": label(candidate["name"]),
+            "origin": label(candidate["origin"]),
+            "weights": [round(weight, 4) for weight in candidate["weights"]],
+            "search": _choices(run, candidate["scores"]),
+        }
+        for candidate in run.searched
+        if candidate["id"] not in named
+    ]
+    return {
+        **_titles(run),
+        "checkpoints": [label(checkpoint["name"]) for checkpoint in run.pool],
+        "models": [_model(run, kind, entry) for kind, entry in models],
+        "points": points,
+        "pareto": list(pareto),
+        "curves": {
+            "search": curve(run, "search"),
+            "random": curve(run, "baseline:random"),
+            "single": _best_single(run),
+        },
+    }
+
+
+def of_analyses(run: Run, results: Json) -> Json:
+    """The plots of the analyses that were asked for."""
+    analyses, form = results.get("analyses", {}), run.formats["objective"]
+    data: Json = {}
+    if "weight_vs_score" in analyses:
+        data["weights"] = [
+            {
+                "name": label(entry["name"]),
+                "score": scaled(form, entry["search_objective"]),
+                "weight": round(results["best"]["weights"].get(entry["name"], 0.0), 4),
+            }
+            for entry in results["individuals"]
+        ]
+    if analyses.get("pool_size"):
+        data["sizes"] = [
+            {
+                "m": point["m"],
+                "search": scaled(form, point["search_objective"]),
+                "test": scaled(form, point["test_objective"]),
+                "ci95": [scaled(form, end) for end in point["ci95"]],
+                "evaluations": point["evaluations"],
+                "checkpoints": [label(name) for name in point["checkpoints"]],
+            }
+            for point in sorted(analyses["pool_size"], key=lambda point: point["m"])
+        ]
+    return data
+
+
+def curve(run: Run, origin: str) -> Json:
+    """Best objective so far by evaluations, and each generation's spread where it ends."""
+    lines, form = run.of_origin(origin), run.formats["objective"]
+    if not lines:
+        return {"best": [], "at": [], "low": [], "median": [], "high": []}
+    objective_P = np.array([run.objective.of(line["scores"]) for line in lines])
+    generation_P = np.array([line["generation"] for line in lines])
+    generations = np.unique(generation_P)
+    ends = [int(np.flatnonzero(generation_P == g)[-1]) + 1 for g in generations]
+    spread = [np.quantile(objective_P[generation_P == g], _SPREAD) for g in generations]
+    low, median, high = ([scaled(form, q) for q in column] for column in zip(*spread))
+    best = [scaled(form, value) for value in np.maximum.accumulate(objective_P)]
+    return {"best": best, "at": ends, "low": low, "median": median, "high": high}
+
+
+def scaled(form: Format, value: float) -> float:
+    """The value in the unit that the plots have."""
+    return round(float(value) * (100 if form.percent else 1), 5)
+
+
+def label(value: object) -> str:
+    """Escaped for plotly's own markup, which does not know quotation marks as entities."""
+    return html.escape(str(value), quote=False)
+
+
+def _titles(run: Run) -> Json:
+    forms = [run.formats[task] for task in [*run.objective.tasks, "objective"]]
+    shown = [*map(label, run.objective.tasks), f"objective ({run.objective.aggregate})"]
+    return {
+        "choices": shown,
+        "units": ["%" if form.percent else "" for form in forms],
+        "digits": [1 if form.percent else 3 for form in forms],
+    }
+
+
+def _model(run: Run, kind: str, entry: Json) -> Json:
+    drawn: dict[str, Any] = {
+        "id": entry["id"],
+        "name": label(entry["name"]),
+        "kind": kind,
+        "weights": [entry["weights"].get(checkpoint["name"], 0) for checkpoint in run.pool],
+        "search": _choices(run, entry["search"]),
+    }
+    if "test" in entry:
+        drawn["test"] = _choices(run, entry["test"])
+        drawn["ci95"] = [
+            [scaled(run.formats[choice], end) for end in entry["ci95"][choice]]
+            for choice in [*run.objective.tasks, "objective"]
+        ]
+    return drawn
+
+
+def _choices(run: Run, scores: Mapping[str, float]) -> list[float]:
+    """What the axes can show of a candidate: its score on each task, and the objective."""
+    values = {**scores, "objective": run.objective.of(scores)}
+    return [scaled(run.formats[c], values[c]) for c in [*run.objective.tasks, "objective"]]
+
+
+def _best_single(run: Run) -> float | None:
+    alone = [run.objective.of(one["scores"]) for one in run.of_origin("individual")]
+    return scaled(run.formats["objective"], max(alone)) if alone else None

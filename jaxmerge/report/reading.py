@@ -1,0 +1,209 @@
+"""What a run directory says, whether the run is finished or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxmerge import formatting
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.formatting import Format
+from jaxmerge.objective import Objective, define, from_plain
+
+Json = dict[str, Any]
+
+_CANDIDATE_FIELDS = ("id", "generation", "origin", "name", "split", "weights", "scores")
+_POOL_FIELDS = ("name", "source", "format", "bytes", "parameters", "dtype", "fingerprint")
+
+
+class Run(NamedTuple):
+    """What a run directory says.
+
+    Attributes:
+        directory: its path, as it was given.
+        config: the resolved config.
+        examples: of each task and split, their number and digest; {} of a run that is too old.
+        pool: the checkpoints, in pool order.
+        candidates: every evaluated candidate, in the order of evaluation.
+        results: see results.schema.json; None: the run is not finished.
+        objective: what is maximised. As long as single checkpoints are missing, an aggregate that
+            is measured by the pool is measured by those that are there.
+        formats: how scores are written, by task, and for `objective`.
+    """
+
+    directory: Path
+    config: Json
+    examples: Json
+    pool: list[Json]
+    candidates: list[Json]
+    results: Json | None
+    objective: Objective
+    formats: Mapping[str, Format]
+
+    @property
+    def searched(self) -> list[Json]:
+        """The candidates that the search, the baselines and the checkpoints are, search split.
+
+        Those of the analyses, which are made when the winner is known, are none of them.
+        """
+        return [
+            candidate
+            for candidate in self.candidates
+            if candidate["split"] == "search" and not candidate["origin"].startswith("analysis:")
+        ]
+
+    def of_origin(self, origin: str) -> list[Json]:
+        """The candidates of one origin, on the search split."""
+        return [candidate for candidate in self.searched if candidate["origin"] == origin]
+
+
+def read(directory: Path) -> Run:
+    """Reads the files of a run.
+
+    Raises:
+        JaxmergeError: a file is missing or is not what a run leaves.
+    """
+    config, pool = (
+        _parsed(_read_text(directory / name), str(directory / name), finite=name != "config.json")
+        for name in ("config.json", "pool.json")
+    )
+    _require(pool, ("checkpoints",), str(directory / "pool.json"))
+    for checkpoint in pool["checkpoints"]:
+        _require(checkpoint, _POOL_FIELDS, str(directory / "pool.json"))
+    results = _read_results(directory / "results.json")
+    candidates = _read_candidates(directory / "candidates.jsonl", finished=results is not None)
+    where = str(directory / "config.json")
+    objective = from_plain(results["objective"]) if results else _defined(config, where)
+    for number, candidate in enumerate(candidates, start=1):
+        if candidate["split"] != "heldout":
+            where = f"{directory / 'candidates.jsonl'}, line {number}"
+            _require(candidate["scores"], objective.tasks, where)
+    alone = [one["scores"] for one in candidates if one["origin"] == "individual"]
+    if not results and alone:
+        objective = objective.measured_by(alone)
+    examples = directory / "tasks.json"
+    return Run(
+        directory,
+        config,
+        _parsed(_read_text(examples), str(examples)) if examples.exists() else {},
+        pool["checkpoints"],
+        candidates,
+        results,
+        objective,
+        formatting.of_results(results) if results else _plain_formats(objective),
+    )
+
+
+def models(results: Json) -> list[tuple[str, Json]]:
+    """(kind, entry) of the merge that was found, the baselines and the individuals."""
+    return [
+        ("search", results["best"]),
+        *(("baseline", entry) for entry in results["baselines"]),
+        *(("individual", entry) for entry in results["individuals"]),
+    ]
+
+
+def _read_results(path: Path) -> Json | None:
+    if not path.exists():
+        return None
+    where = str(path)
+    schema = json.loads(resources.files("jaxmerge").joinpath("results.schema.json").read_text())
+    results = _current(_parsed(_read_text(path), where), where)
+    _require(results, schema["required"], where)
+    for _, entry in models(results):
+        _require(entry, schema["$defs"]["entry"]["required"], where)
+    rivals = [entry["name"] for entry in results["individuals"] + results["baselines"]]
+    _require(results["best"]["vs"], rivals, f"{where}, best.vs")
+    if not results["individuals"]:
+        raise JaxmergeError("no individuals", where=where, expected="one for each checkpoint")
+    return results
+
+
+def _current(results: Json, where: str) -> Json:
+    """Results of version 2; those of version 1 knew a weighted mean of scores from 0 to 1 alone."""
+    if results.get("version") == 1:
+        _require(results, ("tasks", "heldout_tasks", "task_weights"), where)
+        weights = results["task_weights"]
+        alike = len(set(weights.values())) == 1
+        results = {
+            **results,
+            "version": 2,
+            "objective": {
+                "aggregate": "mean" if alike else "weighted",
+                "weights": weights,
+                "reference": {},
+            },
+            "bounds": {t: [0.0, 1.0] for t in [*results["tasks"], *results["heldout_tasks"]]},
+            "warnings": [],
+            "hypervolume_reference": dict.fromkeys(results["tasks"], 0.0),
+        }
+    if results.get("version") != 2:
+        raise JaxmergeError(
+            "unknown version", where=where, expected="1 or 2", found=str(results.get("version"))
+        )
+    return results
+
+
+def _read_candidates(path: Path, *, finished: bool) -> list[Json]:
+    """The lines of the log; the last line of a run that goes on may be half written."""
+    lines = _read_text(path).split("\n")
+    if not finished or lines[-1] == "":
+        lines = lines[:-1]
+    candidates = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        candidate = _parsed(line, where)
+        _require(candidate, _CANDIDATE_FIELDS, where)
+        candidates.append(candidate)
+    return candidates
+
+
+def _defined(config: Json, where: str) -> Objective:
+    """What a run that is not finished maximises."""
+    _require(config, ("objective", "search", "baselines"), where)
+    _require(config["objective"], ("tasks",), where)
+    fields = config["objective"]
+    weights = fields.get("weights", [])
+    # Before there were aggregates weights were all it took.
+    aggregate = fields.get("aggregate", "weighted" if weights else "mean")
+    return define(fields["tasks"], weights, aggregate)
+
+
+def _plain_formats(objective: Objective) -> dict[str, Format]:
+    """Plain numbers: which scores are shares is known when results.json is there."""
+    return dict.fromkeys([*objective.tasks, "objective"], Format(percent=False))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise JaxmergeError("no such file", where=str(path), expected="a run directory") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JaxmergeError("cannot be read", where=str(path), found=str(error)) from None
+
+
+def _parsed(text: str, where: str, *, finite: bool = True) -> Json:
+    """The JSON object; `finite` refuses NaN and infinities, which a page cannot parse."""
+
+    def constant(name: str) -> float:
+        if finite:
+            raise ValueError(f"the number {name}")
+        return float(name)
+
+    try:
+        parsed = json.loads(text, parse_constant=constant)
+    except ValueError as error:
+        raise JaxmergeError("not valid JSON", where=where, found=str(error)) from None
+    if not isinstance(parsed, dict):
+        raise JaxmergeError("not a JSON object", where=where, found=type(parsed).__name__)
+    return parsed
+
+
+def _require(mapping: Json, fields: Iterable[str], where: str) -> None:
+    missing = [field for field in fields if field not in mapping]
+    if missing:
+        raise JaxmergeError("missing fields", where=where, expected=", ".join(missing))

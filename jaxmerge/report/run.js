@@ -1,0 +1,174 @@
+const all = data.models.concat(data.points);
+const last = data.choices.length - 1;  // the objective
+const titled = (choice, split) =>
+  [data.choices[choice], split, data.units[choice]].filter(Boolean).join(", ");
+const written = (choice, value) => value.toFixed(data.digits[choice]) + data.units[choice];
+
+// What is drawn last, over all others, is named first.
+const inRank = (traces) =>
+  traces.map((trace, i) => Object.assign(trace, {legendrank: traces.length - i}));
+
+function describe(model, split) {
+  const lines = ["<b>" + shorten(model.kind === "search" ? "searched merge" : model.name, 40) + "</b>",
+    "id " + model.id + (model.origin ? ", " + model.origin : "")];
+  data.choices.forEach((choice, c) => {
+    const ends = split === "test" ? model.ci95[c].map((end) => end.toFixed(data.digits[c])) : null;
+    lines.push(shorten(choice, 30) + " " + written(c, model[split][c]) + (ends ? " [" + ends.join(", ") + "]" : ""));
+  });
+  const weights = model.weights.map((weight, k) => [weight, data.checkpoints[k]])
+    .filter(([weight]) => Math.abs(weight) >= 0.0005)
+    .sort((a, b) => Math.abs(b[0]) - Math.abs(a[0]));
+  lines.push("<i>weights</i>");
+  weights.slice(0, 10).forEach(([weight, name]) => lines.push(weight.toFixed(3) + " " + shorten(name, 30)));
+  if (weights.length > 10) lines.push("and " + (weights.length - 10) + " smaller");
+  return lines.join("<br>");
+}
+
+function markers(name, models, split, x, y, marker, more) {
+  return Object.assign({
+    type: "scatter", mode: "markers", name: name, marker: marker, hoverinfo: "text", cliponaxis: false,
+    x: models.map((model) => model[split][x]),
+    y: models.map((model) => model[split][y]),
+    hovertext: models.map((model) => describe(model, split)),
+  }, more);
+}
+
+function errorBar(model, choice, ink) {
+  const [low, high] = model.ci95[choice], mean = model.test[choice];
+  return {type: "data", symmetric: false, array: [high - mean], arrayminus: [mean - low],
+    color: ink, thickness: 1.5, width: 5};
+}
+
+function staircase(models, x, y) {
+  // What no candidate beats on these two axes: from the left, ever further right and lower.
+  const sorted = models.map((model) => [model.search[x], model.search[y]])
+    .sort((a, b) => b[0] - a[0] || b[1] - a[1]);
+  const front = [];
+  sorted.forEach((point) => {
+    if (!front.length || point[1] > front[front.length - 1][1]) front.push(point);
+  });
+  front.reverse();
+  return {type: "scatter", mode: "lines", name: "front of the two axes", hoverinfo: "skip",
+    x: front.map((point) => point[0]), y: front.map((point) => point[1]),
+    line: {shape: "vh", width: 1.5, color: colour("front")}};
+}
+
+// Where a label may stand, from its point: plotly's name for it, and the corner of its box in
+// widths and heights of the label.
+const SIDES = [["top center", -0.5, -1.4], ["bottom center", -0.5, 0.4], ["middle right", 0.1, -0.5],
+  ["middle left", -1.1, -0.5]];
+
+function labelled(id, points) {
+  // Text for the points that have room for it; each is {x, y, name}. The rest tell when hovered.
+  if (points.length > 40) return points.map(() => ["", "top center"]);
+  const box = element(id), span = (values) => Math.max(...values) - Math.min(...values) || 1;
+  const wide = (box.clientWidth - 80) * 0.9 / span(points.map((point) => point.x));
+  const high = (box.clientHeight - 150) * 0.8 / span(points.map((point) => point.y));
+  const taken = points.map((point) => [point.x * wide - 6, -point.y * high - 6, 12, 12]);
+  const free = ([x, y, w, h], own) => taken.every(([u, v, a, b], i) =>
+    i === own || x + w < u || u + a < x || y + h < v || v + b < y);
+  return points.map((point, own) => {
+    const name = shorten(point.name, narrow.matches ? 12 : 18), w = 6.6 * name.replace(/&\w+;/g, "x").length, h = 14;
+    for (const [side, dx, dy] of SIDES) {
+      const place = [point.x * wide + dx * w, -point.y * high + dy * h, w, h];
+      if (free(place, own)) { taken.push(place); return [name, side]; }
+    }
+    return ["", "top center"];
+  });
+}
+
+const texted = (labels) => ({mode: "markers+text", text: labels.map(([name]) => name),
+  textposition: labels.map(([, side]) => side), textfont: {size: 11, color: colour("muted")}});
+
+function tradeoffTraces(split, x, y) {
+  const kind = (wanted) => data.models.filter((model) => model.kind === wanted);
+  const winner = kind("search"), page = colour("page");
+  const outlined = (symbol, size, name) =>
+    ({symbol: symbol, size: size, color: colour(name), line: {color: page, width: 1}});
+  // The winner takes its room first, but has no label: its star is in the legend.
+  const places = winner.concat(kind("baseline"), kind("individual"));
+  const labels = labelled("tradeoff", places.map((model) =>
+    ({x: model[split][x], y: model[split][y], name: model.kind === "search" ? "" : model.name})));
+  const of = (wanted) => texted(labels.filter((_, i) => places[i].kind === wanted));
+  const named = [
+    markers("single checkpoints", kind("individual"), split, x, y, outlined("circle", 11, "individual"), of("individual")),
+    markers("baselines", kind("baseline"), split, x, y, outlined("diamond", 12, "baseline"), of("baseline")),
+  ];
+  const tested = winner.filter((model) => model.test);
+  const onTest = (symbol) => tested.map((model) => markers("searched merge on test, 95%", [model], "test", x, y,
+    {symbol: symbol, size: 15, color: colour("winner"), line: {color: colour("winner"), width: 1.5}},
+    {error_x: errorBar(model, x, colour("winner")), error_y: errorBar(model, y, colour("winner"))}));
+  if (split === "test") return [...named, ...onTest("star")];
+  const small = (symbol, size, name, opacity) =>
+    ({symbol: symbol, size: size, color: colour(name), opacity: opacity});
+  const search = data.points.filter((point) => point.origin === "search");
+  const others = data.points.filter((point) => point.origin !== "search");
+  const front = all.filter((model) => data.pareto.includes(model.id));
+  return inRank([
+    markers("candidates of baselines", others, split, x, y, small("x-thin-open", 5, "baseline", 0.5)),
+    markers("searched candidates", search, split, x, y, small("circle", 6, "cloud", 0.55)),
+    staircase(all, x, y),
+    markers("Pareto front, all tasks", front, split, x, y,
+      {symbol: "circle-open", size: 11, color: colour("front"), line: {width: 1.3}}),
+    ...named,
+    ...onTest("star-open"),
+    markers(tested.length ? "searched merge" : "best merge so far", winner, split, x, y, outlined("star", 18, "winner")),
+  ].filter((trace) => trace.x.length));
+}
+
+function drawTradeoff() {
+  if (!element("tradeoff")) return;
+  const x = Number(element("x").value), y = Number(element("y").value), split = element("split")?.value ?? "search";
+  Plotly.react("tradeoff", tradeoffTraces(split, x, y), layout(titled(x, split), titled(y, split)), config);
+}
+
+function drawCurve() {
+  if (!element("curve")) return;
+  const {search, random, single} = data.curves;
+  const end = Math.max(search.best.length, random.best.length, 2);
+  const traces = [];
+  if (search.best.length) traces.push(
+    Object.assign(line("spread of a generation", search.at.concat(search.at.slice().reverse()),
+      search.high.concat(search.low.slice().reverse()), colour("cloud"), {width: 0}),
+    {fill: "toself", fillcolor: faint(colour("cloud"), 0.22), hoverinfo: "skip", hovertemplate: undefined}),
+    Object.assign(line("median of a generation", search.at, search.median, colour("cloud"), {width: 1.5}),
+      {mode: "lines+markers", marker: {size: 4}}));
+  if (single !== null) traces.push(
+    line("best single checkpoint", [1, end], [single, single], colour("individual"), {dash: "dash", width: 1.5}));
+  if (random.best.length) traces.push(
+    line("random search, best so far", upTo(random.best), random.best, colour("baseline"), {shape: "hv", dash: "dot"}));
+  if (search.best.length) traces.push(
+    line("search, best so far", upTo(search.best), search.best, colour("winner"), {shape: "hv", width: 2.5}));
+  Plotly.react("curve", inRank(traces), layout("evaluations", titled(last, "search")), config);
+}
+
+function drawWeights() {
+  if (!element("weights")) return;
+  const points = data.analyses.weights, ink = colour("individual");
+  const labels = labelled("weights", points.map(({name, score, weight}) => ({x: score, y: weight, name: name})));
+  Plotly.react("weights", [Object.assign({
+    type: "scatter", x: points.map((point) => point.score), y: points.map((point) => point.weight),
+    marker: {size: 11, color: ink, line: {color: colour("page"), width: 1}}, cliponaxis: false, hoverinfo: "text",
+    hovertext: points.map(({name, score, weight}) =>
+      "<b>" + shorten(name, 40) + "</b><br>weight " + weight.toFixed(3) + "<br>objective " + written(last, score)),
+  }, texted(labels))], layout("own " + titled(last, "search"), "weight in the merge"), config);
+}
+
+function drawSizes() {
+  if (!element("sizes")) return;
+  const points = data.analyses.sizes, sizes = points.map((point) => point.m);
+  const told = points.map(({evaluations, checkpoints}) => evaluations + " evaluations<br>" +
+    checkpoints.map((name) => shorten(name, 30)).slice(0, 16).join("<br>"));
+  const drawn = (name, key, ink, more) => Object.assign(line(name, sizes, points.map((point) => point[key]), ink),
+    {mode: "lines+markers", marker: {size: 8}, hovertext: told,
+      hovertemplate: "<b>%{y}</b>, best %{x}<br>%{hovertext}<extra>%{fullData.name}</extra>"}, more);
+  Plotly.react("sizes", [
+    drawn("search", "search", colour("cloud")),
+    drawn("test, 95%", "test", colour("winner"), {error_y: {type: "data", symmetric: false, width: 5, thickness: 1.5,
+      array: points.map((point) => point.ci95[1] - point.test),
+      arrayminus: points.map((point) => point.test - point.ci95[0])}}),
+  ], layout("checkpoints in the pool", titled(last)), config);
+}
+
+redraw(() => { drawTradeoff(); drawCurve(); drawWeights(); drawSizes(); });
+["x", "y", "split"].forEach((id) => element(id)?.addEventListener("change", drawTradeoff));

@@ -1,0 +1,104 @@
+"""The page of one run, finished or not."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from jaxmerge.report import analyses, markup, page, plots, tables, unfinished
+from jaxmerge.report.reading import Json, Run, models, read
+
+_INTERVALS = (
+    "Brackets are 95% bootstrap intervals over test examples. Models are chosen on the search "
+    "split and reported on the test split, which the search never sees. "
+)
+_TRADEOFF = (
+    "Up and to the right is better. The line bounds what any candidate reached on the two chosen "
+    "axes; rings mark the Pareto front over all tasks. "
+    '<span class="screen">Touch or hover for scores and weights.</span>'
+)
+_CURVE = (
+    "Objective on the search split. Every evaluation is one merged model scored on all tasks. The "
+    "line in the band is the median of a generation, the band reaches from its 10% to its 90% "
+    "quantile."
+)
+
+
+def write(directory: Path) -> Path:
+    """Writes `report.html` into a run directory.
+
+    Of a run that is not finished (without results.json) the page says so, and shows what there is.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        JaxmergeError: a file is missing, is not what a run leaves, or cannot be written.
+    """
+    run = read(directory)
+    if run.results is None:
+        rendered = _unfinished(run, datetime.datetime.now(datetime.UTC))
+    else:
+        rendered = _finished(run, run.results)
+    return page.save(rendered, directory / "report.html")
+
+
+def _finished(run: Run, results: Json) -> str:
+    title, lead = tables.headline(run, results)
+    body = [
+        f'<header><h1>{title}</h1><p class="lead">{lead}</p>',
+        markup.note(_INTERVALS + tables.aim(run)),
+        markup.warnings(results["warnings"]),
+        "</header><main>",
+        _tradeoff_section(run, tested=True),
+        markup.section("Search", markup.figure("curve", _CURVE, "low")),
+        tables.weights_section(run, results),
+        tables.scores_section(run, results),
+        tables.paired_section(run, results),
+        tables.heldout_section(run, results),
+        analyses.sections(run, results),
+        tables.cost_section(results),
+        tables.made_section(run, results),
+        "</main>",
+    ]
+    data = {
+        **plots.of_run(run, models(results), results["pareto"]),
+        "analyses": plots.of_analyses(run, results),
+    }
+    return page.assemble(f"jaxmerge: {title}", "".join(body), data, "run.js")
+
+
+def _unfinished(run: Run, now: datetime.datetime) -> str:
+    so_far = unfinished.models(run)
+    title, lead = unfinished.headline(run)
+    body = [
+        f'<header class="unfinished"><h1>{title}</h1><p class="lead">{lead}</p>',
+        markup.note(f"Written {now:%Y-%m-%d %H:%M:%S} UTC. {unfinished.CAUTION} {tables.aim(run)}"),
+        "</header><main>",
+        unfinished.progress_section(run),
+    ]
+    if so_far:
+        body += [
+            _tradeoff_section(run, tested=False),
+            markup.section("Search", markup.figure("curve", _CURVE, "low")),
+            unfinished.scores_section(run, so_far),
+        ]
+    body += [markup.section("How it is made", tables.pool_and_config(run)), "</main>"]
+    data = {**plots.of_run(run, so_far, unfinished.front(run)), "analyses": {}}
+    return page.assemble(f"jaxmerge: {title}", "".join(body), data, "run.js")
+
+
+def _tradeoff_section(run: Run, *, tested: bool) -> str:
+    choices = [*run.objective.tasks, f"objective ({run.objective.aggregate})"]
+    splits = (
+        '<label>split <select id="split"><option value="search">search: every candidate</option>'
+        '<option value="test">test: reported models</option></select></label>'
+    )
+    return markup.section(
+        "Trade-offs",
+        '<div class="controls">'
+        f'<label>across <select id="x">{markup.options(choices, 0)}</select></label>'
+        f'<label>up <select id="y">{markup.options(choices, 1)}</select></label>'
+        f"{splits * tested}</div>",
+        markup.figure("tradeoff", _TRADEOFF),
+    )
