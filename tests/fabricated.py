@@ -204,19 +204,19 @@ def add_analyses(directory: Path) -> None:
 
     def tested(origin: str, loss: float) -> dict[str, Any]:
         scores = {task: score - loss for task, score in best["test"].items()}
-        found = {"test": scores, "test_objective": best["test_objective"] - loss, **form}
-        return {"id": evaluated(origin, "test", scores), **found}
+        return {"id": evaluated(origin, "test", scores), "test": scores, **form}
 
     half = 0.02
     results["tokens"] = {"read": 12_345_678, "written": 234_567}
     results["analyses"] = {
-        "evaluations": {"search": 54, "test": 9},
+        "evaluations": {"search": 54, "test": 9, "heldout": 0},
         "nonzero": {"threshold": 0.01, "share": 0.5, "checkpoints": CHECKPOINTS[2:5]},
         "weight_vs_score": {"spearman": -0.6, "p": 0.208},
         "leave_one_out": [
             {
                 "dropped": name,
                 **tested("leave-one-out", loss),
+                "test_objective": best["test_objective"] - loss,
                 "delta": -loss,
                 "ci95": [-loss - half, half - loss],
             }
@@ -229,6 +229,7 @@ def add_analyses(directory: Path) -> None:
                 "evaluations": 9 * m,
                 **tested("pool-size", 0.1 / m),
                 "search_objective": best["search_objective"] - 0.12 / m,
+                "test_objective": best["test_objective"] - 0.1 / m,
                 "ci95": [best["test_objective"] - 0.1 / m + end for end in (-half, half)],
             }
             for m in (2, 4, 6)

@@ -99,11 +99,14 @@ def test_objectives_that_differ_are_said(runs: list[Path]) -> None:
 
 def test_only_fields_that_differ_are_shown(runs: list[Path]) -> None:
     configs = section(compared(runs), "Configs")
-    assert "The 2 of 11 fields that differ" in configs
-    assert [text for text in Page(configs).text["code"] if "." in text or text == "seed"] == [
-        "search.budget",
-        "seed",
-    ]
+    assert "Of 11 fields these differ" in configs
+    # Three runs and two fields: a run is a row.
+    assert Page(configs).text["code"] == ["search.budget", "seed", *"180 0 90 1 180 2".split()]
+    edit(runs[0] / "config.json", one=1, two={"deep": [2, None]})
+    configs = section(compared(runs), "Configs")
+    fields = [text for text in Page(configs).text["code"] if not text[0].isdigit()]
+    assert fields == ["one", "search.budget", "seed", "two.deep", "[2, null]"]
+    assert configs.count("&ndash;") == 4  # b and c have neither field
     same = [runs[0], runs[0].parent / "copy"]
     shutil.copytree(*same)
     assert "the same in every field" in section(compared(same), "Configs")

@@ -222,6 +222,9 @@ def test_cost_says_evaluations_tokens_and_seconds(directory: Path) -> None:
     assert "367 of merged models" in cost
     assert "44.8 s" in cost  # 1.25 + 40.5 + 3
     assert "Tokens" not in cost
+    for seconds, said in ((119.0, "119.0 s"), (600.0, "10.0 min"), (90_000.0, "25.0 h")):
+        edit(directory / "results.json", seconds={"search": seconds})
+        assert f"<dd>{said}</dd>" in section(report.write(directory).read_text(), "Cost")
     add_analyses(directory)
     cost = section(report.write(directory).read_text(), "Cost")
     assert "12,345,678 read, 234,567 written" in cost

@@ -122,8 +122,8 @@ def _transfer(run: Run, results: Json) -> str:
     return markup.section(
         title,
         markup.note(
-            "Of all candidates the one with the best mean on two tasks alone, scored on every "
-            "task: test scores. Underlined are the tasks that it was chosen for."
+            "Of all candidates the one with the best objective over two tasks alone, scored on "
+            "every task: test scores. Underlined are the tasks that it was chosen for."
         ),
         markup.table(("weights", *map(text, columns)), rows, css="numbers"),
     )

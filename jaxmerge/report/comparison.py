@@ -147,7 +147,7 @@ def _runs_section(cells: Sequence[Cell]) -> str:
         "tokens",
         "seconds",
     )
-    return markup.section("Runs", markup.table(header, rows, css="numbers drawn"))
+    return markup.section("Runs", markup.table(header, rows, css="numbers drawn runs"))
 
 
 def _run_row(cell: Cell, low: float, high: float) -> Sequence[str]:
@@ -193,7 +193,7 @@ def _tasks_section(finished: Sequence[Cell]) -> str:
     return markup.section(
         title,
         markup.note("Held-out tasks too. The best of each column is bold."),
-        markup.table(("run", *map(text, columns)), rows, css="numbers"),
+        markup.table(("run", *map(text, columns)), rows, css="numbers runs"),
     )
 
 
@@ -236,7 +236,9 @@ def _paired_section(finished: Sequence[Cell]) -> str:
             "examples; two-sided paired permutation test. The p-values are not corrected for the "
             "number of comparisons."
         ),
-        markup.table(("run", f"difference{unit}", "", "p", "it is"), rows, css="numbers drawn"),
+        markup.table(
+            ("run", f"difference{unit}", "", "p", "it is"), rows, css="numbers drawn runs"
+        ),
     )
 
 
@@ -245,43 +247,53 @@ def _weights_section(finished: Sequence[Cell]) -> str:
         return ""
     weights = [_best(cell)["weights"] for cell in finished]
     reached = [weight for of_run in weights for weight in of_run.values()]
-    rows = [
-        (
-            text(name),
-            *(
-                markup.bar(of_run[name], reached, "weight", markup.number(of_run[name]))
-                if name in of_run
-                else DASH
-                for of_run in weights
-            ),
-        )
-        for name in dict.fromkeys(name for of_run in weights for name in of_run)
+    names = dict.fromkeys(name for of_run in weights for name in of_run)
+    cells = [
+        [
+            markup.bar(of_run[name], reached, "weight", markup.number(of_run[name]))
+            if name in of_run
+            else DASH
+            for name in names
+        ]
+        for of_run in weights
     ]
     return markup.section(
         "Weights of the merges",
-        markup.table(("checkpoint", *map(_name, finished)), rows, css="many"),
+        _grid("checkpoint", finished, [text(name) for name in names], cells),
     )
 
 
 def _config_section(cells: Sequence[Cell]) -> str:
-    flat = [rundir.flat(cell.run.config) for cell in cells]
-    fields = sorted({field for config in flat for field in config})
-    said = {
-        field: [json.dumps(config[field]) if field in config else "" for config in flat]
-        for field in fields
-    }
-    rows = [
-        (f"<code>{text(field)}</code>", *(f"<code>{text(v)}</code>" if v else DASH for v in values))
-        for field, values in said.items()
-        if len(set(values)) > 1
+    flat = [
+        {field: json.dumps(value) for field, value in rundir.flat(cell.run.config).items()}
+        for cell in cells
     ]
-    if not rows:
+    fields = sorted({field for config in flat for field in config})
+    differing = [field for field in fields if len({config.get(field) for config in flat}) > 1]
+    if not differing:
         return markup.section("Configs", markup.note("The configs are the same in every field."))
+    values = [
+        [f"<code>{text(config[field])}</code>" if field in config else DASH for field in differing]
+        for config in flat
+    ]
+    columns = [f"<code>{text(field)}</code>" for field in differing]
     return markup.section(
         "Configs",
-        markup.note(f"The {len(rows)} of {len(fields)} fields that differ."),
-        markup.table(("field", *map(_name, cells)), rows, css="many"),
+        markup.note(f"Of {len(fields)} fields these differ."),
+        _grid("field", cells, columns, values),
     )
+
+
+def _grid(
+    corner: str, cells: Sequence[Cell], columns: Sequence[str], values: Sequence[Sequence[str]]
+) -> str:
+    """Something of every run, by run and column: as it is, or turned to be higher than wide."""
+    names = [_name(cell) for cell in cells]
+    if len(names) >= len(columns):
+        rows = [(name, *row) for name, row in zip(names, values)]
+        return markup.table(("run", *columns), rows, css="many")
+    rows = [(column, *row) for column, row in zip(columns, zip(*values))]
+    return markup.table((corner, *names), rows, css="many")
 
 
 def _samples(run: Run) -> dict[str, np.ndarray]:
@@ -320,7 +332,9 @@ def _link(directory: Path, out: Path) -> str:
 
 
 def _name(cell: Cell) -> str:
-    return f'<a href="{text(cell.link)}">{text(cell.name)}</a>' if cell.link else text(cell.name)
+    """The name of a run, with its link; lines break after the fields that a sweep names it by."""
+    name = text(cell.name).replace(",", ",<wbr>")
+    return f'<a href="{text(cell.link)}">{name}</a>' if cell.link else name
 
 
 def _best(cell: Cell) -> Json:

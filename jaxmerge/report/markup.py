@@ -53,7 +53,7 @@ def compared(form: Format, value: float, ends: Sequence[float], *, unit: bool = 
 
 def p_value(value: float) -> str:
     """A p-value as a table has it."""
-    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
+    return "&lt;&nbsp;0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def verdict(ends: Sequence[float], better: str, worse: str) -> str:

@@ -169,7 +169,8 @@ def cost_section(results: Json) -> str:
     seconds, evaluations = results["seconds"], dict(results["evaluations_by_origin"])
     extra = results.get("analyses", {}).get("evaluations", {})
     for split, count in extra.items():
-        evaluations[f"analyses, {split} split"] = count
+        if count:
+            evaluations[f"analyses, {split} split"] = count
     said = {
         "Evaluations": f"{results['evaluations']:,} of merged models on the search split"
         + (f", and {sum(extra.values()):,} for the analyses" if extra else "")
@@ -177,7 +178,7 @@ def cost_section(results: Json) -> str:
     if "tokens" in results:
         tokens = results["tokens"]
         said["Tokens"] = f"{tokens['read']:,} read, {tokens['written']:,} written"
-    said["Time"] = f"{sum(seconds.values()):,.1f} s"
+    said["Time"] = _duration(sum(seconds.values()))
     return markup.section(
         "Cost",
         markup.facts(said),
@@ -256,6 +257,14 @@ def _shares(heading: str, values: Mapping[str, int | float], spec: str) -> str:
         for (name, value), end in zip(values.items(), ends)
     ]
     return markup.table((heading, ""), rows, css="bars shares")
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that suits it; the seconds themselves stand in the table."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _said(form: Format, entry: Json) -> str:
