@@ -26,14 +26,18 @@ LAYERS = (
     {"checkpoints", "generate", "batches", "sandbox"},
     {"respond", "tasks"},
     {"evaluate"},
+    {"remember"},
     {"rundir"},
     {"search"},
     {"export", "streaming"},
     {"progress", "config", "results", "card", "report", "report_tables"},
     {"sources"},
-    {"lm_eval_model", "prepare"},
+    {"held", "lm_eval_model", "prepare"},
     {"merging", "scoring"},
+    {"command_line"},
     {"run"},
+    {"grid"},
+    {"sweep"},
 )
 # They run where there is no JAX, or before it is set up.
 WITHOUT_JAX = (
