@@ -77,28 +77,25 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     pool = parts.part(
         "pool", lambda: load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
     )
+    limits = build_limits(config, huggingface_directory(config, sources))
 
-    def evaluator(tasks: Sequence[Task], split: str) -> Evaluator | Remembering:
+    def evaluator(of_split: Sequence[Task], split: str) -> Evaluator | Remembering:
         made = Evaluator(
             pool.trees,
             model,
             tokenizer,
-            tasks,
+            of_split,
             split,
             mesh,
             candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
-            limits=build_limits(config, huggingface_directory(config, sources)),
+            limits=limits,
             vmap_candidates=config.evaluate.vmap_candidates,
         )
         return made if held is None else Remembering(made)
 
+    splits = {"search": (tasks, "search"), "test": (tasks, "test"), "heldout": (heldout, "test")}
     evaluators = parts.part(
-        "evaluators",
-        lambda: {
-            "search": evaluator(tasks, "search"),
-            "test": evaluator(tasks, "test"),
-            "heldout": evaluator(heldout, "test"),
-        },
+        "evaluators", lambda: {name: evaluator(*of_name) for name, of_name in splits.items()}
     )
     directory = RunDirectory(workdir, configs.plain(config))
     try:
