@@ -85,7 +85,7 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """What a JSON file says; None where there is none."""
         path = self.path / name
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file whole."""
@@ -142,7 +142,7 @@ def check(path: str | Path, config: Mapping[str, Any]) -> None:
     """Raises `JaxmergeError` unless a run of this config can use the directory; writes nothing."""
     path = Path(path)
     if (path / "config.json").exists():
-        check_same_config(path, _read_json(path / "config.json"), config)
+        check_same_config(path, read_json(path / "config.json"), config)
     else:
         check_new(path, "config.json")
 
@@ -177,6 +177,14 @@ def check_same_config(path: Path, recorded: Mapping[str, Any], now: Mapping[str,
             "config:\n  " + "\n  ".join(lines),
             where=str(path),
         )
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; raises `JaxmergeError` when it is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise JaxmergeError("can't be read as JSON", where=str(path), found=str(error)) from error
 
 
 @contextlib.contextmanager
@@ -215,13 +223,6 @@ def _lock(path: Path) -> IO[bytes]:
             "another process is running in this directory", where=str(path.parent)
         ) from error
     return stream
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise JaxmergeError("can't be read as JSON", where=str(path), found=str(error)) from error
 
 
 def _read_log(path: Path) -> list[Candidate]:

@@ -150,7 +150,7 @@ def _record(path: Path, config: Config, cells: Sequence[Cell], shard: str) -> No
     record = {"config": configs.plain(config), "sweep": swept}
     file = path / "sweep.json"
     if file.exists():
-        known = json.loads(file.read_text())
+        known = rundir.read_json(file)
         rundir.check_same_config(path, {part: known.get(part) for part in record}, record)
         return
     rundir.check_new(path, "sweep.json")
@@ -167,7 +167,7 @@ def _findings(directory: Path) -> dict[str, Any] | None:
     if not (results.exists() and report.exists()):
         return None
     ended = report.stat().st_mtime_ns >= results.stat().st_mtime_ns
-    return json.loads(results.read_text()) if ended else None
+    return rundir.read_json(results) if ended else None
 
 
 def _command(start: str, cell: Cell, directory: Path) -> str:
