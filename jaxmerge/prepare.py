@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -22,11 +22,13 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
 from jaxmerge.formatting import plain_bounds
+from jaxmerge.held import Held
 from jaxmerge.models import families
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, from_apply
 from jaxmerge.objective import Objective
+from jaxmerge.remember import Remembering
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
 from jaxmerge.sharding import make_mesh
@@ -42,39 +44,59 @@ class Prepared(NamedTuple):
     directory: RunDirectory
     sources: tuple[Source, ...]
     pool: Pool
-    evaluators: dict[str, Evaluator]  # by split: search, test and heldout
+    evaluators: dict[str, Evaluator | Remembering]  # by split: search, test and heldout
     strategy: strategies.Strategy
     objective: Objective
     bounds: dict[str, list[float | None]]  # of all tasks, as in results.json
     warnings: tuple[str, ...]  # of the objective's tasks
 
 
-def prepare(config: Config, workdir: str) -> Prepared:
-    """Checks everything that can be checked early, then loads the pool."""
+def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
+    """Checks everything that can be checked early, then loads the pool.
+
+    Args:
+        config: see `jaxmerge.config`.
+        workdir: the run directory.
+        held: what runs before this one have left; it is used, and has this run's parts afterwards.
+            Scores are remembered in it. None: this is the only run.
+
+    Raises:
+        JaxmergeError: anything that the user can mend.
+    """
     configs.check(config)
     start_jax(config)
-    sources = find_checkpoints(config)
-    model, mesh = build_model(config, sources[0]), _mesh(config)
-    tokenizer = build_tokenizer(config, huggingface_directory(config, sources), model)
-    tasks = [build_task(config, name) for name in config.objective.tasks]
-    heldout = [build_task(config, name) for name in config.heldout]
-    strategy = _strategy(config, len(sources))
+    parts = Held() if held is None else held
+    parts.release(made_of(config))
+    sources = parts.part("sources", lambda: find_checkpoints(config))
+    model, tokenizer = parts.part("model", lambda: _model_and_tokenizer(config, sources))
+    mesh = _mesh(config)
+    tasks, heldout = parts.part("tasks", lambda: _tasks(config))
+    strategy = parts.part("strategy", lambda: _strategy(config, len(sources)))
+    _check_budget(config, strategy)
     rundir.check(workdir, configs.plain(config))
-    pool = load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
-    evaluators = {
-        name: Evaluator(
+    pool = parts.part(
+        "pool", lambda: load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
+    )
+    limits = build_limits(config, huggingface_directory(config, sources))
+
+    def evaluator(of_split: Sequence[Task], split: str) -> Evaluator | Remembering:
+        made = Evaluator(
             pool.trees,
             model,
             tokenizer,
             of_split,
-            "search" if name == "search" else "test",
+            split,
             mesh,
             candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
-            limits=build_limits(config, huggingface_directory(config, sources)),
+            limits=limits,
             vmap_candidates=config.evaluate.vmap_candidates,
         )
-        for name, of_split in (("search", tasks), ("test", tasks), ("heldout", heldout))
-    }
+        return made if held is None else Remembering(made)
+
+    splits = {"search": (tasks, "search"), "test": (tasks, "test"), "heldout": (heldout, "test")}
+    evaluators = parts.part(
+        "evaluators", lambda: {name: evaluator(*of_name) for name, of_name in splits.items()}
+    )
     directory = RunDirectory(workdir, configs.plain(config))
     try:
         record_pool(directory, pool.records)
@@ -92,6 +114,25 @@ def prepare(config: Config, workdir: str) -> Prepared:
         bounds_of([*tasks, *heldout]),
         warnings_of(tasks),
     )
+
+
+def made_of(config: Config) -> dict[str, Any]:
+    """The fields that each part of a run is made of which others can share; the dearest first."""
+    plain = configs.plain(config)
+    objective, search = plain["objective"], plain["search"]
+    sources = [plain["pool"], plain["export"]["formats"]]
+    pool = [sources, plain["mesh"]]
+    sizes = [objective["search_examples"], objective["test_examples"]]
+    tasks = [plain["tasks"], objective["tasks"], plain["heldout"], sizes]
+    strategy = [search[field] for field in ("strategy", "population", "init", "sigma", "params")]
+    return {
+        "pool": pool,
+        "evaluators": [pool, tasks, plain["evaluate"]],
+        "strategy": [sources, strategy],
+        "sources": sources,
+        "model": sources,
+        "tasks": tasks,
+    }
 
 
 def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
@@ -145,6 +186,19 @@ def build_limits(config: Config, like: str) -> Limits:
         tokens=evaluate.batch_tokens,
         context=evaluate.context or (families.context(like) if like else 0),
         truncate=evaluate.too_long == "truncate",
+    )
+
+
+def _model_and_tokenizer(config: Config, sources: Sequence[Source]) -> tuple[Model, Tokenizer]:
+    model = build_model(config, sources[0])
+    return model, build_tokenizer(config, huggingface_directory(config, sources), model)
+
+
+def _tasks(config: Config) -> tuple[list[Task], list[Task]]:
+    """Those of the objective, and the held-out ones."""
+    return (
+        [build_task(config, name) for name in config.objective.tasks],
+        [build_task(config, name) for name in config.heldout],
     )
 
 
@@ -239,13 +293,6 @@ def _strategy(config: Config, checkpoints: int) -> strategies.Strategy:
             found=str(len(start)),
         )
     population = config.search.population or strategies.default_population(checkpoints)
-    if config.search.budget < population:
-        raise JaxmergeError(
-            "the budget is less than one generation",
-            where="search.budget",
-            expected=f"at least the population, {population}",
-            found=str(config.search.budget),
-        )
     return strategies.evosax(
         config.search.strategy,
         checkpoints,
@@ -254,3 +301,13 @@ def _strategy(config: Config, checkpoints: int) -> strategies.Strategy:
         sigma=config.search.sigma,
         params=config.search.params.to_dict(),
     )
+
+
+def _check_budget(config: Config, strategy: strategies.Strategy) -> None:
+    if config.search.budget < strategy.population:
+        raise JaxmergeError(
+            "the budget is less than one generation",
+            where="search.budget",
+            expected=f"at least the population, {strategy.population}",
+            found=str(config.search.budget),
+        )

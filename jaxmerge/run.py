@@ -26,28 +26,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging as python_logging
-import os
 import shlex
-import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from jaxmerge import card, formatting, report, results, scoring, space
-from jaxmerge import config as configs
+from jaxmerge import card, command_line, formatting, report, results, scoring, space
 from jaxmerge.checkpoints.pool import Pool, Record
 from jaxmerge.config import Config
-from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export
+from jaxmerge.held import Held
 from jaxmerge.merge.linear import linear
 from jaxmerge.merging import merge, set_up_host
 from jaxmerge.progress import Progress
@@ -63,13 +57,16 @@ if TYPE_CHECKING:
     from jaxmerge.prepare import Prepared
 
 
-def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
+def run(
+    config: Config, workdir: str, command: str = "", held: Held | None = None
+) -> dict[str, Any]:
     """The whole run; returns what results.json says.
 
     Args:
         config: from a `get_config()`; see `jaxmerge.config`.
         workdir: the run directory.
         command: what the report says to run again.
+        held: what earlier runs of the process have left, and later ones will find.
 
     Raises:
         JaxmergeError: anything that the user can mend.
@@ -78,7 +75,7 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
 
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
-        prepared = prepare(config, workdir)
+        prepared = prepare(config, workdir, held)
     directory, pool, strategy = prepared.directory, prepared.pool, prepared.strategy
     for warning in prepared.warnings:
         print(f"jaxmerge: {warning}", file=sys.stderr)
@@ -171,10 +168,8 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - started
 
 
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
     """Runs what the flags say, and prints the table of results."""
-    if len(argv) > 1:
-        raise JaxmergeError("these arguments are no flags", found=" ".join(argv[1:]))
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     command = "python -m jaxmerge.run " + shlex.join(sys.argv[1:])
     if flags.FLAGS.mode == "merge":
@@ -192,52 +187,8 @@ def main(argv: Sequence[str]) -> None:
 
 def console() -> None:
     """The command line: `jaxmerge`, or `python -m jaxmerge.run`."""
-    if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
-        print(f"{(__doc__ or '').strip()}\n\n{configs.reference()}")
-        return
-    signal.signal(signal.SIGINT, _stop)
-    sys.path.insert(0, os.getcwd())  # for the import paths in configs
-    config_flags.DEFINE_config_file("config", None, "Path of the config file.")
     flags.DEFINE_enum("mode", "search", ["search", "merge", "evaluate"], "What to do.")
-    flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
-    try:
-        app.run(main, flags_parser=_parse)
-    except JaxmergeError as error:
-        print(f"jaxmerge: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(
-            2
-        )  # at once: reads that Orbax gave up would complain of it while Python shuts down
-
-
-def _stop(*_: Any) -> None:
-    """Ends the process at once: a KeyboardInterrupt inside a callback of JAX would be lost."""
-    print("\njaxmerge: stopped; the same command goes on from here", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses the flags, config file included; what is wrong in them is the user's to mend."""
-    try:
-        rest = flags.FLAGS(argv)
-        for name in ("config", "workdir"):
-            if not flags.FLAGS[name].present:
-                raise JaxmergeError(f"--{name} is missing; --help says how to use it")
-        flags.FLAGS.config.to_dict()  # a config file that can't be loaded says so when it is used
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        said = str(error.args[0] if error.args else error)
-        raise JaxmergeError(said, where="command line or config file") from error
-    if not flags.FLAGS["verbosity"].present:
-        _quiet()
-    return rest
-
-
-def _quiet() -> None:
-    """Orbax tells of each file it opens, and of each read that it gives up on a damaged one."""
-    logging.set_verbosity(logging.WARNING)
-    python_logging.getLogger("asyncio").disabled = True
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-    sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)
+    command_line.start(main, __doc__ or "")
 
 
 if __name__ == "__main__":

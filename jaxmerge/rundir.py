@@ -85,7 +85,7 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """What a JSON file says; None where there is none."""
         path = self.path / name
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file whole."""
@@ -142,15 +142,60 @@ def check(path: str | Path, config: Mapping[str, Any]) -> None:
     """Raises `JaxmergeError` unless a run of this config can use the directory; writes nothing."""
     path = Path(path)
     if (path / "config.json").exists():
-        _check_same_config(path / "config.json", config)
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        check_same_config(path, read_json(path / "config.json"), config)
+    else:
+        check_new(path, "config.json")
+
+
+def check_new(path: Path, first: str) -> None:
+    """Raises `JaxmergeError` when something is here.
+
+    Args:
+        path: of a directory.
+        first: the file that is written first: one that was not finished is no obstacle.
+    """
+    if path.exists() and not path.is_dir():
+        raise JaxmergeError("there is a file here, and no directory", where=str(path))
+    if path.exists() and any(
+        entry.name != ".lock" and not entry.match(f"{first}*.tmp") for entry in path.iterdir()
+    ):
         raise JaxmergeError("there is something here, and it is no run directory", where=str(path))
 
 
+def check_same_config(path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises `JaxmergeError`, naming each field that is not as it was recorded in a directory."""
+    before, after = flat(recorded), flat(json.loads(json.dumps(now)))
+    absent = "(absent)"
+    lines = [
+        f"{field}: {before.get(field, absent)!r} there, {after.get(field, absent)!r} now"
+        for field in sorted({*before, *after})
+        if before.get(field, absent) != after.get(field, absent)
+    ]
+    if lines:
+        raise JaxmergeError(
+            "the directory was made with another config; take another --workdir, or the same "
+            "config:\n  " + "\n  ".join(lines),
+            where=str(path),
+        )
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; raises `JaxmergeError` when it is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise JaxmergeError("can't be read as JSON", where=str(path), found=str(error)) from error
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write; takes the place of `path`, durably, when the block ends."""
-    temporary = path.with_name(path.name + ".tmp")
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+    """A temporary file to write; takes the place of `path`, durably, when the block ends.
+
+    Args:
+        path: of the file.
+        writer: part of the temporary name, where several processes may write the file at once.
+    """
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
     yield temporary
     with open(temporary, "rb") as stream:
         os.fsync(stream.fileno())
@@ -180,13 +225,6 @@ def _lock(path: Path) -> IO[bytes]:
     return stream
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise JaxmergeError("can't be read as JSON", where=str(path), found=str(error)) from error
-
-
 def _read_log(path: Path) -> list[Candidate]:
     """All complete lines; what a kill left of the last one is cut off."""
     data = path.read_bytes()
@@ -213,23 +251,6 @@ def _read_log(path: Path) -> list[Candidate]:
             )
         candidates.append(candidate)
     return candidates
-
-
-def _check_same_config(path: Path, config: Mapping[str, Any]) -> None:
-    recorded = flat(_read_json(path))
-    now = flat(json.loads(json.dumps(config)))
-    absent = "(absent)"
-    lines = [
-        f"{field}: {recorded.get(field, absent)!r} there, {now.get(field, absent)!r} now"
-        for field in sorted({*recorded, *now})
-        if recorded.get(field, absent) != now.get(field, absent)
-    ]
-    if lines:
-        raise JaxmergeError(
-            "the directory was made with another config; take another --workdir, or the same "
-            "config:\n  " + "\n  ".join(lines),
-            where=str(path.parent),
-        )
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,15 +25,16 @@ LAYERS = (
     {"sharding", "merge", "space"},
     {"checkpoints", "generate", "batches", "sandbox"},
     {"respond", "tasks"},
-    {"evaluate"},
+    {"evaluate", "remember"},
     {"rundir"},
     {"search"},
     {"export", "streaming"},
-    {"progress", "config", "results", "card", "report"},
+    {"progress", "config", "results", "card", "report", "command_line", "grid"},
     {"sources"},
-    {"lm_eval_model", "prepare"},
+    {"held", "lm_eval_model", "prepare"},
     {"merging", "scoring"},
     {"run"},
+    {"sweep"},
 )
 # They run where there is no JAX, or before it is set up.
 WITHOUT_JAX = (

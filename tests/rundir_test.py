@@ -147,3 +147,12 @@ def test_replacing_keeps_the_old_file_until_the_new_is_whole(tmp_path):
     with replacing(file) as temporary:
         temporary.write_text("new")
     assert file.read_text() == "new"
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "config.json.tmp"]])
+def test_a_run_that_was_killed_at_once_can_be_started_again(tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_text("{")
+    directory = RunDirectory(tmp_path, {"seed": 1})
+    assert directory.read_json("config.json") == {"seed": 1}
+    directory.close()

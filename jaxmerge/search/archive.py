@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
+from jaxmerge.remember import Remembering
 from jaxmerge.rundir import Candidate, RunDirectory
 
 # Weights asked for again may differ in their last bits when the strategy now runs on another kind
@@ -43,7 +44,7 @@ class Archive:
     def __init__(
         self,
         directory: RunDirectory,
-        evaluators: Mapping[str, Evaluator],
+        evaluators: Mapping[str, Evaluator | Remembering],
         on_candidates: Callable[[Sequence[Candidate]], None] = lambda candidates: None,
     ):
         self._directory, self._evaluators, self._tell = directory, evaluators, on_candidates
@@ -96,7 +97,7 @@ class Archive:
         )
 
     def _evaluate(
-        self, split: str, requests: Sequence[Request], evaluator: Evaluator
+        self, split: str, requests: Sequence[Request], evaluator: Evaluator | Remembering
     ) -> list[Candidate]:
         row = sum(candidate.split == split for candidate in self._directory.candidates)
         weights_PxK = np.stack([request.weights for request in requests]).astype(np.float32)
