@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
+from jaxmerge import processes
 from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge import linear
@@ -97,7 +97,7 @@ class Evaluator:
         count = len(weights_CxK)
         # The last step is filled up with a candidate it has: every step has the same shape.
         filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - count, axis=0)
-        weights = jax.device_put(
+        weights = processes.place(
             np.concatenate([weights_CxK, filling]).astype(np.float32),
             NamedSharding(self._mesh, PartitionSpec("pop")),
         )
@@ -147,15 +147,16 @@ class _Asked:
         ]
         asked = dict.fromkeys(each for row in answered for each in row)
         new = [each for each in asked if each not in self._known]
-        if self.task.judge_threads > 1:
-            with ThreadPoolExecutor(self.task.judge_threads) as threads:
-                judged = list(threads.map(self._judge, new))
-        else:
-            judged = list(map(self._judge, new))
-        self._known |= dict(zip(new, judged))
+        self._known |= dict(zip(new, processes.spread(self._judge_all, new).tolist()))
         # Only the last answers are remembered: a population's answers are alike.
         self._known = {each: self._known[each] for each in asked}
         return np.array([[self._known[each] for each in row] for row in answered], np.float32)
+
+    def _judge_all(self, answered: Sequence[_Answered]) -> list[float]:
+        if self.task.judge_threads <= 1:
+            return list(map(self._judge, answered))
+        with ThreadPoolExecutor(self.task.judge_threads) as threads:
+            return list(threads.map(self._judge, answered))
 
     def _judge(self, answered: _Answered) -> float:
         score = self.task.judge(self.examples[answered.example], answered.responses)

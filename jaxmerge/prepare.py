@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxmerge import config as configs
-from jaxmerge import rundir
+from jaxmerge import processes, rundir
 from jaxmerge.batches import Limits
 from jaxmerge.checkpoints.pool import Pool, load
 from jaxmerge.checkpoints.source import Source
@@ -53,13 +55,15 @@ def prepare(config: Config, workdir: str) -> Prepared:
     """Checks everything that can be checked early, then loads the pool."""
     configs.check(config)
     start_jax(config)
+    processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
     sources = find_checkpoints(config)
     model, mesh = build_model(config, sources[0]), _mesh(config)
     tokenizer = build_tokenizer(config, huggingface_directory(config, sources), model)
     tasks = [build_task(config, name) for name in config.objective.tasks]
     heldout = [build_task(config, name) for name in config.heldout]
     strategy = _strategy(config, len(sources))
-    rundir.check(workdir, configs.plain(config))
+    if processes.first():
+        rundir.check(workdir, configs.plain(config))
     pool = load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
     evaluators = {
         name: Evaluator(
@@ -75,7 +79,7 @@ def prepare(config: Config, workdir: str) -> Prepared:
         )
         for name, of_split in (("search", tasks), ("test", tasks), ("heldout", heldout))
     }
-    directory = RunDirectory(workdir, configs.plain(config))
+    directory = open_directory(config, workdir, orbax="orbax" in config.export.formats)
     try:
         record_pool(directory, pool.records)
         record_tasks(directory, [*tasks, *heldout])
@@ -90,8 +94,64 @@ def prepare(config: Config, workdir: str) -> Prepared:
         strategy,
         configs.objective(config),
         bounds_of([*tasks, *heldout]),
-        warnings_of(tasks),
+        (*warnings_of(tasks), *_moved(directory)),
     )
+
+
+def open_directory(config: Config, workdir: str, *, orbax: bool) -> RunDirectory:
+    """The run directory, which process 0 writes and all processes know.
+
+    Args:
+        config: of the run.
+        workdir: its path.
+        orbax: whether an Orbax checkpoint will be written to it, by all processes.
+
+    Raises:
+        JaxmergeError: see `RunDirectory`; or not all processes see what they are to write to.
+    """
+    directory = RunDirectory(
+        workdir,
+        configs.plain(config),
+        writer=processes.first(),
+        from_writer=processes.from_first,
+    )
+    if processes.several() and orbax:
+        try:
+            _check_shared(directory)
+        except JaxmergeError:
+            directory.close()
+            raise
+    return directory
+
+
+def _check_shared(directory: RunDirectory) -> None:
+    mark = directory.path / "shared.txt"
+
+    def make() -> bytes:
+        mark.write_text(secrets.token_hex(8))
+        return mark.read_bytes()
+
+    token = processes.from_first(make)
+    blind = processes.spread(
+        lambda _: [float(not (mark.exists() and mark.read_bytes() == token))],
+        range(jax.process_count()),  # one for each
+    )
+    if blind.any():
+        raise JaxmergeError(
+            "an Orbax checkpoint is written by all processes, and not all see the directory",
+            where=str(directory.path),
+            expected="a file system that they share, or export.formats without orbax",
+            found=f"nothing of it in process {np.flatnonzero(blind).tolist()}",
+        )
+
+
+def _moved(directory: RunDirectory) -> list[str]:
+    text = processes.from_first(lambda: json.dumps(directory.moved).encode())
+    return [
+        f"the run goes on elsewhere ({line}): scores may differ in their last bits from there on, "
+        "since sums are added up in another order"
+        for line in json.loads(text)
+    ]
 
 
 def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
@@ -104,6 +164,7 @@ def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
         }
         for task in tasks
     }
+    processes.agree("the tasks' examples", json.dumps(records).encode())
     known = directory.read_json("tasks.json")
     if known not in (None, records):
         changed = [name for name in records if known.get(name) != records[name]]

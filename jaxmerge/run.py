@@ -29,7 +29,6 @@ import functools
 import logging as python_logging
 import os
 import shlex
-import signal
 import sys
 import time
 import warnings
@@ -38,11 +37,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxmerge import card, formatting, report, results, scoring, space
+from jaxmerge import card, formatting, processes, report, results, scoring, space, watch
 from jaxmerge import config as configs
 from jaxmerge.checkpoints.pool import Pool, Record
 from jaxmerge.config import Config
@@ -56,6 +56,7 @@ from jaxmerge.search import baselines, strategies
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found, Setting
 from jaxmerge.search.loop import search
+from jaxmerge.signals import end_on_signals
 from jaxmerge.sources import huggingface_directory
 from jaxmerge.trees import named_leaves
 
@@ -80,10 +81,10 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir)
     directory, pool, strategy = prepared.directory, prepared.pool, prepared.strategy
-    for warning in prepared.warnings:
+    for warning in prepared.warnings if processes.first() else ():
         print(f"jaxmerge: {warning}", file=sys.stderr)
 
-    progress = Progress(_evaluations(config, pool, strategy))
+    progress = Progress(_evaluations(config, pool, strategy), silent=not processes.first())
     with closing(directory), progress:
         archive = Archive(directory, prepared.evaluators, progress.candidates)
         with _timed(seconds, "individuals"):
@@ -128,7 +129,8 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= results.environment()
         directory.write_json("results.json", findings)
-        report.write(directory.path)
+        if processes.first():
+            report.write(directory.path)
     return findings
 
 
@@ -178,16 +180,21 @@ def main(argv: Sequence[str]) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     command = "python -m jaxmerge.run " + shlex.join(sys.argv[1:])
     if flags.FLAGS.mode == "merge":
+        if flags.FLAGS.coordinator:
+            raise JaxmergeError("a merge runs in one process", where="--coordinator")
         set_up_host(config)
         for path in merge(config, workdir, command):
             print(f"Merged: {path}")
         return
+    processes.connect(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
     if flags.FLAGS.mode == "evaluate":
-        print(scoring.table(evaluate(config, workdir, command)))
-        return
-    findings = run(config, workdir, command)
-    print(results.table(findings))
-    print(f"\nReport: {Path(workdir) / 'report.html'}")
+        table = scoring.table(evaluate(config, workdir, command))
+    else:
+        table = results.table(run(config, workdir, command))
+        table += f"\n\nReport: {Path(workdir) / 'report.html'}"
+    watch.leave()
+    if processes.first():
+        print(table)
 
 
 def console() -> None:
@@ -195,25 +202,24 @@ def console() -> None:
     if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(f"{(__doc__ or '').strip()}\n\n{configs.reference()}")
         return
-    signal.signal(signal.SIGINT, _stop)
     sys.path.insert(0, os.getcwd())  # for the import paths in configs
     config_flags.DEFINE_config_file("config", None, "Path of the config file.")
     flags.DEFINE_enum("mode", "search", ["search", "merge", "evaluate"], "What to do.")
     flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
+    flags.DEFINE_string("coordinator", "", "Several processes: host:port of the first, or auto.")
+    flags.DEFINE_integer("processes", None, "How many they are; not with --coordinator=auto.")
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0; likewise.")
+    end_on_signals(last=lambda name: watch.leave(f"it was told to stop by {name}"))
     try:
         app.run(main, flags_parser=_parse)
     except JaxmergeError as error:
+        watch.leave(str(error))
         print(f"jaxmerge: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(
-            2
-        )  # at once: reads that Orbax gave up would complain of it while Python shuts down
-
-
-def _stop(*_: Any) -> None:
-    """Ends the process at once: a KeyboardInterrupt inside a callback of JAX would be lost."""
-    print("\njaxmerge: stopped; the same command goes on from here", file=sys.stderr, flush=True)
-    os._exit(130)
+        os._exit(2)  # at once: reads that Orbax gave up would complain while Python shuts down
+    except jax.errors.JaxRuntimeError:
+        watch.outwait_loss()  # a collective fails first when a process is gone
+        raise
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from jaxmerge import processes
 from jaxmerge.checkpoints.digest import digests
 from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.source import Source
@@ -26,7 +27,11 @@ _MARKERS = (_METADATA, "_METADATA", "orbax.checkpoint")
 
 
 def save(
-    path: str | os.PathLike[str], params: PyTree, *, architecture: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    params: PyTree,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    alone: bool = False,
 ) -> None:
     """Writes the parameters as one sharded checkpoint, with a checksum of every leaf.
 
@@ -37,6 +42,8 @@ def save(
         path: the directory to make; it must not exist.
         params: pytree of arrays.
         architecture: `Model.architecture`, so that the checkpoint can be opened by itself.
+        alone: whether only this of several processes saves; else all do, each its shards, to a
+            directory that all of them see.
 
     Raises:
         JaxmergeError: there is something at `path`.
@@ -47,7 +54,7 @@ def save(
     checksums = {name: digest.checksum for name, digest in digests(params).items()}
     ours: Any = {"checksums": checksums, "architecture": dict(architecture or {})}
     ocp = _orbax()
-    context = ocp.Context()
+    context = _context(alone)
     context.array.saving.use_compression = False
     with context:
         ocp.save(path, params, custom_metadata={"jaxmerge": ours})
@@ -105,7 +112,9 @@ def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> 
     )
 
 
-def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
+def restore(
+    source: Source, abstract: PyTree, keep: Keep = as_read, *, alone: bool = False
+) -> PyTree:
     """Reads the parameters straight into their shards.
 
     Args:
@@ -113,6 +122,7 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
         abstract: `ShapeDtypeStruct` with shardings, on this or any other mesh; leaves that it
             leaves out are not read.
         keep: called with the name of each leaf and the leaf, which what it returns replaces.
+        alone: whether only this of several processes restores.
 
     Raises:
         JaxmergeError: data are missing or cut short.
@@ -121,7 +131,7 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     for key in reversed([key for key in source.subtree.split("/") if key]):
         wanted = {key: wanted}
     ocp = _orbax()
-    context = ocp.Context()
+    context = _context(alone)
     context.pytree.loading.partial_load = True
     # Bytes on their way from disk: one leaf, or small ones together; it must exceed the largest.
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
@@ -152,6 +162,14 @@ def _orbax() -> Any:
     from orbax.checkpoint import v1  # takes a third of a second to import
 
     return v1
+
+
+def _context(alone: bool) -> Any:
+    context = _orbax().Context()
+    if alone and processes.several():
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    return context
 
 
 def _abstract(path: str, name: str, found: Any) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
+from jaxmerge import processes
 from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.errors import JaxmergeError
@@ -64,7 +65,10 @@ def search(
             found=str(budget),
         )
     state = strategy.init(seed)
-    first, state = _restore(states, state, archive.recorded("search") // population)
+    recorded = archive.recorded("search") // population
+    first, state = _unpacked(
+        processes.from_first(lambda: _packed(*_restore(states, state, recorded))), state
+    )
     archive.skip("search", first * population)
     saved = time.monotonic()
     for generation in range(first, generations):
@@ -74,9 +78,12 @@ def search(
             [Request("search", "search", row, generation) for row in to_weights(z_PxD)],
         )
         fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
+        # A process that went astray must not go on: its collectives would match nobody's.
+        processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
         if time.monotonic() - saved >= save_seconds and generation + 1 < generations:
-            _save(states, generation + 1, state)
+            if processes.first():
+                _save(states, generation + 1, state)
             saved = time.monotonic()
     return best([past for past in archive.past if past.origin == "search"], objective)
 
@@ -88,7 +95,7 @@ def _save(states: Path, generation: int, state: State) -> None:
     path = states / str(generation)
     if path.exists():  # of a run that was killed and has come here again: the same state
         shutil.rmtree(path)
-    orbax.save(path, leaves)
+    orbax.save(path, leaves, alone=True)
     for older in states.iterdir():
         if older != path:
             shutil.rmtree(older)
@@ -109,8 +116,24 @@ def _restore(states: Path, fresh: State, recorded: int) -> tuple[int, State]:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
             source.abstract,
         ),
+        alone=True,
     )
     check_digests(source, digests(values))
     leaves, structure = jax.tree.flatten(fresh)
     restored = [np.asarray(values[f"leaf{i}"]) for i in range(len(leaves))]
     return max(usable), structure.unflatten(restored)
+
+
+def _packed(generation: int, state: State) -> bytes:
+    """A generation and the state before it, for the other processes."""
+    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return generation.to_bytes(8, "little") + b"".join(leaves)
+
+
+def _unpacked(data: bytes, like: State) -> tuple[int, State]:
+    leaves, structure = jax.tree.flatten(like)
+    at, unpacked = 8, []
+    for leaf in map(np.asarray, leaves):
+        unpacked.append(np.frombuffer(data, leaf.dtype, leaf.size, at).reshape(leaf.shape))
+        at += leaf.nbytes
+    return int.from_bytes(data[:8], "little"), structure.unflatten(unpacked)
