@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxmerge import processes
 from jaxmerge.checkpoints.digest import digests
 from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.source import Source
@@ -27,11 +26,7 @@ _MARKERS = (_METADATA, "_METADATA", "orbax.checkpoint")
 
 
 def save(
-    path: str | os.PathLike[str],
-    params: PyTree,
-    *,
-    architecture: Mapping[str, Any] | None = None,
-    alone: bool = False,
+    path: str | os.PathLike[str], params: PyTree, *, architecture: Mapping[str, Any] | None = None
 ) -> None:
     """Writes the parameters as one sharded checkpoint, with a checksum of every leaf.
 
@@ -42,8 +37,6 @@ def save(
         path: the directory to make; it must not exist.
         params: pytree of arrays.
         architecture: `Model.architecture`, so that the checkpoint can be opened by itself.
-        alone: whether only this of several processes saves; else all do, each its shards, to a
-            directory that all of them see.
 
     Raises:
         JaxmergeError: there is something at `path`.
@@ -54,7 +47,7 @@ def save(
     checksums = {name: digest.checksum for name, digest in digests(params).items()}
     ours: Any = {"checksums": checksums, "architecture": dict(architecture or {})}
     ocp = _orbax()
-    context = _context(alone)
+    context = ocp.Context()
     context.array.saving.use_compression = False
     with context:
         ocp.save(path, params, custom_metadata={"jaxmerge": ours})
@@ -112,9 +105,7 @@ def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> 
     )
 
 
-def restore(
-    source: Source, abstract: PyTree, keep: Keep = as_read, *, alone: bool = False
-) -> PyTree:
+def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     """Reads the parameters straight into their shards.
 
     Args:
@@ -122,7 +113,6 @@ def restore(
         abstract: `ShapeDtypeStruct` with shardings, on this or any other mesh; leaves that it
             leaves out are not read.
         keep: called with the name of each leaf and the leaf, which what it returns replaces.
-        alone: whether only this of several processes restores.
 
     Raises:
         JaxmergeError: data are missing or cut short.
@@ -131,7 +121,7 @@ def restore(
     for key in reversed([key for key in source.subtree.split("/") if key]):
         wanted = {key: wanted}
     ocp = _orbax()
-    context = _context(alone)
+    context = ocp.Context()
     context.pytree.loading.partial_load = True
     # Bytes on their way from disk: one leaf, or small ones together; it must exceed the largest.
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
@@ -162,14 +152,6 @@ def _orbax() -> Any:
     from orbax.checkpoint import v1  # takes a third of a second to import
 
     return v1
-
-
-def _context(alone: bool) -> Any:
-    context = _orbax().Context()
-    if alone and processes.several():
-        context.multiprocessing.primary_host = jax.process_index()
-        context.multiprocessing.active_processes = {jax.process_index()}
-    return context
 
 
 def _abstract(path: str, name: str, found: Any) -> jax.ShapeDtypeStruct:

@@ -38,9 +38,9 @@ def search(
 ) -> Candidate:
     """Runs `budget // population` generations; returns the best candidate of all of them.
 
-    The strategy's state is saved every `save_seconds`, and the log has every candidate. Started
-    again, the search takes up the newest state and asks the log before it evaluates: the result is
-    the same wherever it was stopped.
+    The log has every candidate. Started again, the search asks the log before it evaluates: the
+    result is the same wherever it was stopped. The strategy's state is saved every `save_seconds`,
+    which spares a run of a single process the asking.
 
     Args:
         archive: evaluates on the split `search`.
@@ -65,10 +65,9 @@ def search(
             found=str(budget),
         )
     state = strategy.init(seed)
-    recorded = archive.recorded("search") // population
-    first, state = _unpacked(
-        processes.from_first(lambda: _packed(*_restore(states, state, recorded))), state
-    )
+    first = 0
+    if not processes.several():  # several processes ask again from the start, all from the log
+        first, state = _restore(states, state, archive.recorded("search") // population)
     archive.skip("search", first * population)
     saved = time.monotonic()
     for generation in range(first, generations):
@@ -81,9 +80,9 @@ def search(
         # A process that went astray must not go on: its collectives would match nobody's.
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
-        if time.monotonic() - saved >= save_seconds and generation + 1 < generations:
-            if processes.first():
-                _save(states, generation + 1, state)
+        due = time.monotonic() - saved >= save_seconds and generation + 1 < generations
+        if due and not processes.several():
+            _save(states, generation + 1, state)
             saved = time.monotonic()
     return best([past for past in archive.past if past.origin == "search"], objective)
 
@@ -95,7 +94,7 @@ def _save(states: Path, generation: int, state: State) -> None:
     path = states / str(generation)
     if path.exists():  # of a run that was killed and has come here again: the same state
         shutil.rmtree(path)
-    orbax.save(path, leaves, alone=True)
+    orbax.save(path, leaves)
     for older in states.iterdir():
         if older != path:
             shutil.rmtree(older)
@@ -116,24 +115,8 @@ def _restore(states: Path, fresh: State, recorded: int) -> tuple[int, State]:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
             source.abstract,
         ),
-        alone=True,
     )
     check_digests(source, digests(values))
     leaves, structure = jax.tree.flatten(fresh)
     restored = [np.asarray(values[f"leaf{i}"]) for i in range(len(leaves))]
     return max(usable), structure.unflatten(restored)
-
-
-def _packed(generation: int, state: State) -> bytes:
-    """A generation and the state before it, for the other processes."""
-    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-    return generation.to_bytes(8, "little") + b"".join(leaves)
-
-
-def _unpacked(data: bytes, like: State) -> tuple[int, State]:
-    leaves, structure = jax.tree.flatten(like)
-    at, unpacked = 8, []
-    for leaf in map(np.asarray, leaves):
-        unpacked.append(np.frombuffer(data, leaf.dtype, leaf.size, at).reshape(leaf.shape))
-        at += leaf.nbytes
-    return int.from_bytes(data[:8], "little"), structure.unflatten(unpacked)
