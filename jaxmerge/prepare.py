@@ -64,10 +64,16 @@ def prepare(config: Config, workdir: str) -> Prepared:
     strategy = _strategy(config, len(sources))
     if processes.first():
         rundir.check(workdir, configs.plain(config))
-    pool = load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
+    pool = load(
+        sources,
+        mesh,
+        model.sharding_rules,
+        dtype=config.pool.dtype,
+        residency=config.pool.residency,
+    )
     evaluators = {
         name: Evaluator(
-            pool.trees,
+            pool.merge,
             model,
             tokenizer,
             of_split,

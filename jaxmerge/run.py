@@ -25,7 +25,6 @@ their units and defaults, are in jaxmerge/config.py.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging as python_logging
 import os
 import shlex
@@ -48,7 +47,6 @@ from jaxmerge.checkpoints.pool import Pool, Record
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export
-from jaxmerge.merge.linear import linear
 from jaxmerge.merging import merge, set_up_host
 from jaxmerge.progress import Progress
 from jaxmerge.scoring import evaluate
@@ -58,7 +56,6 @@ from jaxmerge.search.baselines import Found, Setting
 from jaxmerge.search.loop import search
 from jaxmerge.signals import end_on_signals
 from jaxmerge.sources import huggingface_directory
-from jaxmerge.trees import named_leaves
 
 if TYPE_CHECKING:
     from jaxmerge.prepare import Prepared
@@ -128,6 +125,7 @@ def run(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
             _export_winner(config, prepared, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= results.environment()
+        findings["residency"] = pool.traffic()
         directory.write_json("results.json", findings)
         if processes.first():
             report.write(directory.path)
@@ -150,11 +148,10 @@ def _best(setting: Setting) -> Any:
 def _export_winner(config: Config, prepared: Prepared, findings: Mapping[str, Any]) -> None:
     directory, pool = prepared.directory, prepared.pool
     weights = np.array(list(findings["best"]["weights"].values()), np.float32)
-    merged = functools.cache(lambda: named_leaves(linear(pool.trees, weights)))
     export(
         directory.path / "merged",
         pool.trees[0],
-        lambda name: merged()[name],
+        pool.merged(weights),
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
         card=lambda: card.of_search(_plain(pool.records), findings),

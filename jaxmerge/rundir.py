@@ -23,7 +23,7 @@ from jaxtyping import Float
 from jaxmerge.errors import JaxmergeError
 
 # Fields of a config that say where a run computes, not what: it can go on elsewhere.
-_WHERE = ("mesh.", "compilation_cache")
+_WHERE = ("mesh.", "pool.residency", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)

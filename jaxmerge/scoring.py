@@ -149,7 +149,7 @@ def _score(
     source, model, tokenizer_directory = subject
     pool = load([source], mesh, model.sharding_rules, dtype=config.pool.dtype)
     evaluator = Evaluator(
-        pool.trees,
+        pool.merge,
         model,
         build_tokenizer(config, tokenizer_directory, model),
         tasks,
