@@ -56,6 +56,17 @@ class LeafwiseMerger:
         merged = self._merged(name, like, np.repeat(weights_K[None], pop, axis=0))
         return jax.jit(lambda leaf: leaf[0], out_shardings=like.sharding)(merged)
 
+    def programs(self, count: int) -> list[str]:
+        """The compiled text of what adds a checkpoint's leaf for `count` candidates, by leaf."""
+        texts = []
+        for like in named_leaves(self._like).values():
+            start, add, *_ = _programs(like.sharding, like.shape, like.dtype)
+            total = jax.eval_shape(lambda start=start: start(count))
+            row = jax.ShapeDtypeStruct((count,), np.float32)
+            alone = jax.ShapeDtypeStruct((count,), bool)
+            texts.append(add.lower(total, like, row, alone).compile().as_text())
+        return texts
+
     def _merged(self, name: str, like: jax.ShapeDtypeStruct, weights_CxK: np.ndarray) -> Array:
         start, add, finish, repeat = _programs(like.sharding, like.shape, like.dtype)
         count = len(weights_CxK)
