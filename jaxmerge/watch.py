@@ -19,9 +19,11 @@ from collections.abc import Callable
 from jaxmerge.errors import JaxmergeError
 
 BEAT = 5.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one after which a process counts as gone
+SILENCE = 45.0  # seconds without one after which a process counts as gone
 LOST = 3  # exit code of a process that ends because another is gone
 
+_GRACE = 2.0  # seconds to end by itself when another process has said why it ends
+_HANDSHAKE = 5.0  # seconds for a connection to say whose it is
 _PATIENCE = 60.0  # seconds to reach process 0
 
 _watch: Watch | None = None  # of this process
@@ -91,15 +93,18 @@ class Watch:
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection, _ = listener.accept()
-                connection.settimeout(SILENCE)
-                token, _, peer = connection.makefile().readline().strip().partition(" ")
-            except OSError as error:
+            except TimeoutError:
                 missing = sorted({*range(1, self._count)} - {*self._connections})
                 raise JaxmergeError(
-                    "a process did not come", where=f"process {missing}", found=str(error)
-                ) from error
-            if secrets.compare_digest(token, self._token):  # else it is no process of ours
-                self._connections[int(peer)] = connection
+                    f"did not come within {_PATIENCE:g} seconds", where=f"processes {missing}"
+                ) from None
+            connection.settimeout(_HANDSHAKE)
+            with contextlib.suppress(OSError):  # whoever says nothing is no process of ours
+                said = connection.recv(len(self._greeting(0)), socket.MSG_WAITALL)
+                for peer in range(1, self._count):
+                    if secrets.compare_digest(said, self._greeting(peer)):
+                        connection.settimeout(SILENCE)
+                        self._connections[peer] = connection
         listener.close()
 
     def _reach(self, host: str, port: int) -> None:
@@ -112,8 +117,11 @@ class Watch:
                 found=str(error),
             ) from error
         connection.settimeout(SILENCE)
-        connection.sendall(f"{self._token} {self._index}\n".encode())
+        connection.sendall(self._greeting(self._index))
         self._connections[0] = connection
+
+    def _greeting(self, index: int) -> bytes:
+        return f"{self._token}{index:08}".encode()
 
     def _beat(self) -> None:
         while not self._leaving:
@@ -135,6 +143,7 @@ class Watch:
                 if kind == "ended":
                     self._left.add(peer)
                 elif kind == "failed":
+                    time.sleep(_GRACE)  # what is wrong may be wrong here too, and be said here
                     self._lost(peer, f"process {peer} ended: {text}")
                 elif kind == "lost":
                     self._lost(peer, text)
