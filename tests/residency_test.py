@@ -101,10 +101,9 @@ def models(tmp_path_factory):
     return tiny.pool(tmp_path_factory.mktemp("models"))
 
 
-def _run(models, workdir, residency, **mesh):
+def _run(models, workdir, residency):
     config = _tiny(configs.default(), models)
     config.pool.residency = residency
-    config.mesh |= mesh
     return run(config, str(workdir))
 
 
