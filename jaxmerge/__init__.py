@@ -42,6 +42,7 @@ _HOME = {  # public name -> module; none is the name of a module of the package
     "load_pool": "checkpoints.pool:load",
     "log_likelihood": "generate",
     "make_mesh": "sharding",
+    "merger": "merge.linear",
     "paired": "stats",
     "save": "checkpoints.orbax",
     "shardings": "sharding",

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging as python_logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxmerge import config as configs
+from jaxmerge import watch
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.signals import end_on_signals
 
 
 def start(main: Callable[[Sequence[str]], None], about: str) -> None:
     """Runs `main` with the flags --config and --workdir, and those that were defined before.
 
-    A `JaxmergeError` ends the process with its message and exit code 2, Ctrl-C with 130.
+    A `JaxmergeError` ends the process with its message and exit code 2; SIGINT and
+    SIGTERM end it at once, with exit codes 130 and 143.
 
     Args:
         main: takes the arguments that are no flags.
@@ -29,23 +31,21 @@ def start(main: Callable[[Sequence[str]], None], about: str) -> None:
     if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(f"{about.strip()}\n\n{configs.reference()}")
         return
-    signal.signal(signal.SIGINT, _stop)
     sys.path.insert(0, os.getcwd())  # for the import paths in configs
     config_flags.DEFINE_config_file("config", None, "Path of the config file.")
     flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
+    end_on_signals(last=lambda name: watch.leave(f"it was told to stop by {name}"))
     try:
         app.run(main, flags_parser=_parse)
     except JaxmergeError as error:
+        watch.leave(str(error))
         print(f"jaxmerge: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         # At once: reads that Orbax gave up would complain of it while Python shuts down.
         os._exit(2)
-
-
-def _stop(*_: Any) -> None:
-    """Ends the process at once: a KeyboardInterrupt inside a callback of JAX would be lost."""
-    print("\njaxmerge: stopped; the same command goes on from here", file=sys.stderr, flush=True)
-    os._exit(130)
+    except jax.errors.JaxRuntimeError:
+        watch.outwait_loss()  # a collective fails first when another process is gone
+        raise
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

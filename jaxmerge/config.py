@@ -15,6 +15,7 @@ from typing import Any
 import ml_collections
 
 from jaxmerge import export, space
+from jaxmerge.checkpoints.pool import RESIDENCIES
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.objective import Objective, define
 from jaxmerge.search.baselines import BASELINES
@@ -48,6 +49,9 @@ def default() -> Config:
     config.pool.tokenizer = ""
     config.pool.chat = False  # put each prompt into the tokenizer's chat template
     config.pool.system = ""  # system message of the chat template; "": the template's own
+    # Where the pool lives: "device"; "host", pinned memory; "disk", read once per step, so that
+    # evaluate.candidates_per_step says how often. The scores are the same.
+    config.pool.residency = "device"
     config.pool.dtype = ""  # cast on load, such as "bfloat16"; "": as stored
 
     config.mesh = ml_collections.ConfigDict()
@@ -168,13 +172,17 @@ def check_tasks(config: Config) -> None:
                 expected=f"one of {', '.join(TASKS)}, or a field of `tasks` with a builder",
                 found=name,
             )
-    if config.evaluate.too_long not in ("refuse", "truncate"):
-        raise JaxmergeError(
-            "unknown choice",
-            where="evaluate.too_long",
-            expected="refuse, truncate",
-            found=config.evaluate.too_long,
-        )
+    for section, name, choices in (
+        ("pool", "residency", RESIDENCIES),
+        ("evaluate", "too_long", ("refuse", "truncate")),
+    ):
+        if config[section][name] not in choices:
+            raise JaxmergeError(
+                "unknown choice",
+                where=f"{section}.{name}",
+                expected=", ".join(choices),
+                found=str(config[section][name]),
+            )
     for section, name, least in (
         ("evaluate", "batch_size", 1),
         ("evaluate", "batch_tokens", 1),

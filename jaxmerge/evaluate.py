@@ -12,20 +12,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Float
 
+from jaxmerge import processes
 from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.merge import linear
+from jaxmerge.merge.linear import Merger
 from jaxmerge.models.model import Model
 from jaxmerge.requests import Response
 from jaxmerge.respond import Outputs, Prepared, Responder
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tokenizer import Tokenizer
-from jaxmerge.trees import PyTree
 
 _LIMITS = Limits()
 
@@ -36,7 +35,7 @@ class Evaluator:
     """Scores populations of merges on the examples of one split.
 
     Args:
-        trees: the pool's K parameter trees, on `mesh`.
+        merge: the pool's merge of C candidates on `mesh`: `Pool.merge`, or `merger(trees)`.
         model: their architecture.
         tokenizer: text to ids; its vocabulary must fit the model's.
         tasks: what to score on; names are unique.
@@ -54,7 +53,7 @@ class Evaluator:
 
     def __init__(
         self,
-        trees: Sequence[PyTree],
+        merge: Merger,
         model: Model,
         tokenizer: Tokenizer,
         tasks: Sequence[Task],
@@ -67,8 +66,7 @@ class Evaluator:
     ):
         pop = mesh.shape["pop"]
         self.candidates_per_step = -(-candidates_per_step // pop) * pop
-        self._trees, self._mesh = tuple(trees), mesh
-        self._merge = linear.program(trees[0], population=True)
+        self._merge = merge
         self._responder = Responder(model, tokenizer, mesh, limits, vmap_candidates=vmap_candidates)
         self._tasks = [_Asked(task, split, self._responder) for task in tasks]
 
@@ -97,11 +95,7 @@ class Evaluator:
         count = len(weights_CxK)
         # The last step is filled up with a candidate it has: every step has the same shape.
         filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - count, axis=0)
-        weights = jax.device_put(
-            np.concatenate([weights_CxK, filling]).astype(np.float32),
-            NamedSharding(self._mesh, PartitionSpec("pop")),
-        )
-        merged = self._merge(self._trees, weights)
+        merged = self._merge(np.concatenate([weights_CxK, filling]))
         return count, [self._responder.launch(asked.prepared, merged) for asked in self._tasks]
 
     def _collect(self, count: int, outputs: list[Outputs]) -> Scores:
@@ -147,15 +141,16 @@ class _Asked:
         ]
         asked = dict.fromkeys(each for row in answered for each in row)
         new = [each for each in asked if each not in self._known]
-        if self.task.judge_threads > 1:
-            with ThreadPoolExecutor(self.task.judge_threads) as threads:
-                judged = list(threads.map(self._judge, new))
-        else:
-            judged = list(map(self._judge, new))
-        self._known |= dict(zip(new, judged))
+        self._known |= dict(zip(new, processes.spread(self._judge_all, new).tolist()))
         # Only the last answers are remembered: a population's answers are alike.
         self._known = {each: self._known[each] for each in asked}
         return np.array([[self._known[each] for each in row] for row in answered], np.float32)
+
+    def _judge_all(self, answered: Sequence[_Answered]) -> list[float]:
+        if self.task.judge_threads <= 1:
+            return list(map(self._judge, answered))
+        with ThreadPoolExecutor(self.task.judge_threads) as threads:
+            return list(threads.map(self._judge, answered))
 
     def _judge(self, answered: _Answered) -> float:
         score = self.task.judge(self.examples[answered.example], answered.responses)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxmerge import processes
 from jaxmerge.checkpoints import huggingface, orbax
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, map_named, named_leaves
@@ -91,16 +94,22 @@ def export(
         The directories of all formats that are there now.
     """
     wanted = [name for name in formats if name != "huggingface" or like]
-    missing = [name for name in wanted if not (path / name).exists()]
+    there = processes.from_first(
+        lambda: json.dumps([name for name in wanted if (path / name).exists()]).encode()
+    )
+    missing = [name for name in wanted if name not in json.loads(there)]
     if "orbax" in missing:
         tree = map_named(lambda name, _: leaf(name), abstract)
         orbax.save(path / "orbax", tree, architecture=architecture)
         leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
-    if "huggingface" in missing:
+    if "huggingface" in missing and not processes.first():
+        for name in huggingface.layout(like).leaves:
+            processes.gather(leaf(name))  # for process 0, which writes
+    elif "huggingface" in missing:
         huggingface.save(
             path / "huggingface",
             huggingface.layout(like),
-            leaf,
+            functools.partial(_here, leaf),
             abstract=abstract,
             like=like,
             dtype=dtype,
@@ -108,3 +117,12 @@ def export(
             card=card,
         )
     return [path / name for name in wanted]
+
+
+def _here(leaf: Callable[[str], jax.Array], name: str) -> jax.Array:
+    """A leaf in the memory of this process."""
+    whole = leaf(name)
+    if not processes.several():
+        return whole
+    cpu = jax.local_devices(backend="cpu")[0]
+    return jax.device_put(processes.gather(whole), cpu)

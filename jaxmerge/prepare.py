@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxmerge import config as configs
-from jaxmerge import rundir
+from jaxmerge import processes, rundir
 from jaxmerge.batches import Limits
 from jaxmerge.checkpoints.pool import Pool, load
 from jaxmerge.checkpoints.source import Source
@@ -65,6 +67,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     """
     configs.check(config)
     start_jax(config)
+    processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
     parts = Held() if held is None else held
     parts.release(made_of(config))
     sources = parts.part("sources", lambda: find_checkpoints(config))
@@ -73,15 +76,14 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     tasks, heldout = parts.part("tasks", lambda: _tasks(config))
     strategy = parts.part("strategy", lambda: _strategy(config, len(sources)))
     _check_budget(config, strategy)
-    rundir.check(workdir, configs.plain(config))
-    pool = parts.part(
-        "pool", lambda: load(sources, mesh, model.sharding_rules, dtype=config.pool.dtype)
-    )
+    if processes.first():
+        rundir.check(workdir, configs.plain(config))
+    pool = parts.part("pool", lambda: _load(config, sources, mesh, model))
     limits = build_limits(config, huggingface_directory(config, sources))
 
     def evaluator(of_split: Sequence[Task], split: str) -> Evaluator | Remembering:
         made = Evaluator(
-            pool.trees,
+            pool.merge,
             model,
             tokenizer,
             of_split,
@@ -97,7 +99,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     evaluators = parts.part(
         "evaluators", lambda: {name: evaluator(*of_name) for name, of_name in splits.items()}
     )
-    directory = RunDirectory(workdir, configs.plain(config))
+    directory = open_directory(config, workdir, orbax="orbax" in config.export.formats)
     try:
         record_pool(directory, pool.records)
         record_tasks(directory, [*tasks, *heldout])
@@ -112,7 +114,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         strategy,
         configs.objective(config),
         bounds_of([*tasks, *heldout]),
-        warnings_of(tasks),
+        (*warnings_of(tasks), *_moved(directory)),
     )
 
 
@@ -135,6 +137,72 @@ def made_of(config: Config) -> dict[str, Any]:
     }
 
 
+def _load(config: Config, sources: Sequence[Source], mesh: Mesh, model: Model) -> Pool:
+    return load(
+        sources,
+        mesh,
+        model.sharding_rules,
+        dtype=config.pool.dtype,
+        residency=config.pool.residency,
+    )
+
+
+def open_directory(config: Config, workdir: str, *, orbax: bool) -> RunDirectory:
+    """The run directory, which process 0 writes and all processes know.
+
+    Args:
+        config: of the run.
+        workdir: its path.
+        orbax: whether an Orbax checkpoint will be written to it, by all processes.
+
+    Raises:
+        JaxmergeError: see `RunDirectory`; or not all processes see what they are to write to.
+    """
+    directory = RunDirectory(
+        workdir,
+        configs.plain(config),
+        writer=processes.first(),
+        from_writer=processes.from_first,
+    )
+    if processes.several() and orbax:
+        try:
+            _check_shared(directory)
+        except JaxmergeError:
+            directory.close()
+            raise
+    return directory
+
+
+def _check_shared(directory: RunDirectory) -> None:
+    mark = directory.path / "shared.txt"
+
+    def make() -> bytes:
+        mark.write_text(secrets.token_hex(8))
+        return mark.read_bytes()
+
+    token = processes.from_first(make)
+    blind = processes.spread(
+        lambda _: [float(not (mark.exists() and mark.read_bytes() == token))],
+        range(jax.process_count()),  # one for each
+    )
+    if blind.any():
+        raise JaxmergeError(
+            "an Orbax checkpoint is written by all processes, and not all see the directory",
+            where=str(directory.path),
+            expected="a file system that they share, or export.formats without orbax",
+            found=f"nothing of it in process {np.flatnonzero(blind).tolist()}",
+        )
+
+
+def _moved(directory: RunDirectory) -> list[str]:
+    text = processes.from_first(lambda: json.dumps(directory.moved).encode())
+    return [
+        f"the run goes on elsewhere ({line}): scores may differ in their last bits from there on, "
+        "since sums are added up in another order"
+        for line in json.loads(text)
+    ]
+
+
 def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
     """Writes tasks.json; refuses a directory whose candidates were scored on other examples."""
     records = {
@@ -145,6 +213,7 @@ def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
         }
         for task in tasks
     }
+    processes.agree("the tasks' examples", json.dumps(records).encode())
     known = directory.read_json("tasks.json")
     if known not in (None, records):
         changed = [name for name in records if known.get(name) != records[name]]

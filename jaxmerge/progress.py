@@ -17,10 +17,11 @@ class Progress:
 
     Args:
         total: evaluations that the run will have made at its end.
+        silent: show nothing, on a terminal either.
     """
 
-    def __init__(self, total: int):
-        self._bar = tqdm(total=total, unit="candidate", disable=None, smoothing=0.1)
+    def __init__(self, total: int, *, silent: bool = False):
+        self._bar = tqdm(total=total, unit="candidate", disable=silent or None, smoothing=0.1)
         self._objective: Objective | None = None
         self._format = Format(percent=False)
         self._best: dict[str, float] = {}

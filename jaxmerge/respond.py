@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxmerge import batches
+from jaxmerge import batches, processes
 from jaxmerge.batches import Limits, Writing
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.generate import Draw, generate, log_likelihood, stop_states
@@ -26,11 +26,18 @@ _NOT_FINITE = -1e9  # nats that stand for a likelihood that is no number
 Outputs = list[tuple[Any, ...]]  # of the microbatches of each group: arrays `[C, B, ...]`
 
 
+class _Placed(NamedTuple):
+    """A microbatch on the devices; see `batches.Microbatch`."""
+
+    requests_B: np.ndarray
+    arrays: tuple[Array, ...]
+
+
 class _Group(NamedTuple):
     """Microbatches that share a program."""
 
     program: Callable[..., Any]
-    microbatches: list[batches.Microbatch]  # their arrays on the devices
+    microbatches: list[_Placed]
     shared: tuple[Array, ...]  # arrays that all of them take
 
 
@@ -79,7 +86,8 @@ class Responder:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         # Between CPU devices, collectives of programs that queue up can wait for each other's
         # threads for ever (jaxlib 0.10.2): there, one program at a time.
-        self._one_at_a_time = on_cpu and any(mesh.shape[axis] > 1 for axis in _WITHIN_A_MODEL)
+        collectives = any(mesh.shape[axis] > 1 for axis in _WITHIN_A_MODEL) or processes.several()
+        self._one_at_a_time = on_cpu and collectives
         self._side_by_side = vmap_candidates or (1 if on_cpu else 0)
         self._pieces: list[list[bytes]] = []  # of any token, and of the first
 
@@ -121,12 +129,13 @@ class Responder:
         self, prepared: Prepared, outputs: Outputs, count: int
     ) -> list[tuple[Response, ...]]:
         """The responses of the first `count` models, in the order of the requests."""
+        outputs = processes.fetch(outputs)
         answers: list[list[Response]] = [[""] * len(prepared.requests) for _ in range(count)]
         nats_CxR = np.zeros((count, len(prepared.requests)))
         greedy_CxR = np.ones(nats_CxR.shape, bool)
         for group, of_group in zip(prepared.groups, outputs):
             for microbatch, output in zip(group.microbatches, of_group):
-                arrays = [array[:count] for array in jax.device_get(output)]
+                arrays = [array[:count] for array in output]
                 rows = [(row, i) for row, i in enumerate(microbatch.requests_B) if i >= 0]
                 for row, i in rows:
                     if len(arrays) == 2:  # a text longer than the context has several rows
@@ -156,10 +165,13 @@ class Responder:
         return _Group(
             population_program(run, self._mesh, self._side_by_side),
             [
-                batches.Microbatch(each.requests_B, jax.device_put(each.arrays, over_data))
+                _Placed(
+                    each.requests_B,
+                    tuple(processes.place(array, over_data) for array in each.arrays),
+                )
                 for each in microbatches
             ],
-            tuple(jax.device_put(array, everywhere) for array in shared),
+            tuple(processes.place(array, everywhere) for array in shared),
         )
 
     def _stop_states(self, until: tuple[str, ...]) -> tuple[np.ndarray, ...]:

@@ -25,7 +25,6 @@ their units and defaults, are in jaxmerge/config.py.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shlex
 import sys
 import time
@@ -37,12 +36,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from jaxmerge import card, command_line, formatting, report, results, scoring, space
+from jaxmerge import (
+    card,
+    command_line,
+    formatting,
+    processes,
+    report,
+    results,
+    scoring,
+    space,
+    watch,
+)
 from jaxmerge.checkpoints.pool import Pool, Record
 from jaxmerge.config import Config
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export
 from jaxmerge.held import Held
-from jaxmerge.merge.linear import linear
 from jaxmerge.merging import merge, set_up_host
 from jaxmerge.progress import Progress
 from jaxmerge.scoring import evaluate
@@ -51,7 +60,6 @@ from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found, Setting
 from jaxmerge.search.loop import search
 from jaxmerge.sources import huggingface_directory
-from jaxmerge.trees import named_leaves
 
 if TYPE_CHECKING:
     from jaxmerge.prepare import Prepared
@@ -77,10 +85,11 @@ def run(
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir, held)
     directory, pool, strategy = prepared.directory, prepared.pool, prepared.strategy
-    for warning in prepared.warnings:
+    read_before = pool.traffic()
+    for warning in prepared.warnings if processes.first() else ():
         print(f"jaxmerge: {warning}", file=sys.stderr)
 
-    progress = Progress(_evaluations(config, pool, strategy))
+    progress = Progress(_evaluations(config, pool, strategy), silent=not processes.first())
     with closing(directory), progress:
         archive = Archive(directory, prepared.evaluators, progress.candidates)
         with _timed(seconds, "individuals"):
@@ -124,8 +133,10 @@ def run(
             _export_winner(config, prepared, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= results.environment()
+        findings["residency"] = pool.traffic(since=read_before)
         directory.write_json("results.json", findings)
-        report.write(directory.path)
+        if processes.first():
+            report.write(directory.path)
     return findings
 
 
@@ -145,11 +156,10 @@ def _best(setting: Setting) -> Any:
 def _export_winner(config: Config, prepared: Prepared, findings: Mapping[str, Any]) -> None:
     directory, pool = prepared.directory, prepared.pool
     weights = np.array(list(findings["best"]["weights"].values()), np.float32)
-    merged = functools.cache(lambda: named_leaves(linear(pool.trees, weights)))
     export(
         directory.path / "merged",
         pool.trees[0],
-        lambda name: merged()[name],
+        pool.merged(weights),
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
         card=lambda: card.of_search(_plain(pool.records), findings),
@@ -173,21 +183,29 @@ def main(_: Sequence[str]) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     command = "python -m jaxmerge.run " + shlex.join(sys.argv[1:])
     if flags.FLAGS.mode == "merge":
+        if flags.FLAGS.coordinator:
+            raise JaxmergeError("a merge runs in one process", where="--coordinator")
         set_up_host(config)
         for path in merge(config, workdir, command):
             print(f"Merged: {path}")
         return
+    processes.connect(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
     if flags.FLAGS.mode == "evaluate":
-        print(scoring.table(evaluate(config, workdir, command)))
-        return
-    findings = run(config, workdir, command)
-    print(results.table(findings))
-    print(f"\nReport: {Path(workdir) / 'report.html'}")
+        table = scoring.table(evaluate(config, workdir, command))
+    else:
+        table = results.table(run(config, workdir, command))
+        table += f"\n\nReport: {Path(workdir) / 'report.html'}"
+    watch.leave()
+    if processes.first():
+        print(table)
 
 
 def console() -> None:
     """The command line: `jaxmerge`, or `python -m jaxmerge.run`."""
     flags.DEFINE_enum("mode", "search", ["search", "merge", "evaluate"], "What to do.")
+    flags.DEFINE_string("coordinator", "", "Several processes: host:port of the first, or auto.")
+    flags.DEFINE_integer("processes", None, "How many they are; not with --coordinator=auto.")
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0; likewise.")
     command_line.start(main, __doc__ or "")
 
 

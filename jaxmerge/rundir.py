@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,9 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
+
+# Fields of a config that say where a run computes, not what: it can go on elsewhere.
+_WHERE = ("mesh.", "pool.residency", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,37 +62,58 @@ class RunDirectory:
     Args:
         path: the directory.
         config: the resolved config; must equal that of the run that made the directory.
+        writer: whether this process writes; the others of a run on several processes know what it
+            knows, and touch no file.
+        from_writer: gives all processes the bytes that a function returns in the one that writes.
+
+    Attributes:
+        moved: the fields that say where a run computes and differ from those that it was begun
+            with, a line each: such a run goes on, but sums may be added up in another order.
 
     Raises:
         JaxmergeError: the directory belongs to a run with another config (every field that differs
             is named), or is used by a running process, or its log is garbled.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any]):
-        check(path, config)
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path / ".lock")
-        self.write_json("config.json", config)
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        writer: bool = True,
+        from_writer: Callable[[Callable[[], bytes]], bytes] = lambda make: make(),
+    ):
+        self.path, self._writer, self._from_writer = Path(path), writer, from_writer
         self._log = self.path / "candidates.jsonl"
-        self._log.touch()
+        self.moved: tuple[str, ...] = ()
+        if writer:
+            self.moved = check(path, config)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path / ".lock")
+            self.write_json("config.json", config)
+            self._log.touch()
         try:
-            self.candidates = _read_log(self._log)
+            log = from_writer(lambda: _whole_lines(self._log))
+            self.candidates = _candidates(log, str(self._log))
         except JaxmergeError:
             self.close()
             raise
 
     def close(self) -> None:
         """Lets another process use the directory."""
-        self._lock.close()
+        if self._writer:
+            self._lock.close()
 
     def read_json(self, name: str) -> Any:
         """What a JSON file says; None where there is none."""
         path = self.path / name
-        return read_json(path) if path.exists() else None
+        text = self._from_writer(lambda: path.read_bytes() if path.exists() else b"null")
+        return _parsed(text, str(path))
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file whole."""
+        if not self._writer:
+            return
         with replacing(self.path / name) as temporary:
             temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -99,6 +124,9 @@ class RunDirectory:
             candidates: with consecutive ids and rows, of one split.
             scores: per task `[C, N]`.
         """
+        self.candidates.extend(candidates)
+        if not self._writer:
+            return
         first = candidates[0]
         for task, scores_CxN in scores.items():
             file = self._examples(first.split, task)
@@ -112,14 +140,15 @@ class RunDirectory:
         with open(self._log, "ab") as stream:
             stream.write(lines.encode())
             _sync(stream)
-        self.candidates.extend(candidates)
 
     def cut(self, count: int) -> None:
         """Forgets all candidates but the first `count`."""
+        del self.candidates[count:]
+        if not self._writer:
+            return
         lines = self._log.read_bytes().splitlines(keepends=True)[:count]
         with replacing(self._log) as temporary:
             temporary.write_bytes(b"".join(lines))
-        del self.candidates[count:]
 
     def examples(self, candidate: Candidate) -> dict[str, Float[np.ndarray, " N"]]:
         """The per-example scores of a candidate, by task."""
@@ -127,7 +156,9 @@ class RunDirectory:
         for task, count in candidate.n.items():
             offset = candidate.row * count * 4
             file = self._examples(candidate.split, task)
-            rows[task] = np.fromfile(file, "<f4", count=count, offset=offset)
+            read = functools.partial(np.fromfile, file, "<f4", count=count, offset=offset)
+            data = self._from_writer(lambda read=read: read().tobytes())
+            rows[task] = np.frombuffer(data, "<f4")
             if len(rows[task]) != count:
                 raise JaxmergeError(
                     f"the scores of candidate {candidate.id} are missing", where=str(file)
@@ -138,13 +169,17 @@ class RunDirectory:
         return self.path / "examples" / split / f"{task}.f32"
 
 
-def check(path: str | Path, config: Mapping[str, Any]) -> None:
-    """Raises `JaxmergeError` unless a run of this config can use the directory; writes nothing."""
+def check(path: str | Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Raises `JaxmergeError` unless a run of this config can use the directory; writes nothing.
+
+    Returns:
+        See `RunDirectory.moved`.
+    """
     path = Path(path)
     if (path / "config.json").exists():
-        check_same_config(path, read_json(path / "config.json"), config)
-    else:
-        check_new(path, "config.json")
+        return check_same_config(path, read_json(path / "config.json"), config)
+    check_new(path, "config.json")
+    return ()
 
 
 def check_new(path: Path, first: str) -> None:
@@ -162,8 +197,14 @@ def check_new(path: Path, first: str) -> None:
         raise JaxmergeError("there is something here, and it is no run directory", where=str(path))
 
 
-def check_same_config(path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises `JaxmergeError`, naming each field that is not as it was recorded in a directory."""
+def check_same_config(
+    path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Raises `JaxmergeError`, naming each field that is not as it was recorded in a directory.
+
+    Returns:
+        The fields that may differ and do; see `RunDirectory.moved`.
+    """
     before, after = flat(recorded), flat(json.loads(json.dumps(now)))
     absent = "(absent)"
     lines = [
@@ -171,20 +212,26 @@ def check_same_config(path: Path, recorded: Mapping[str, Any], now: Mapping[str,
         for field in sorted({*before, *after})
         if before.get(field, absent) != after.get(field, absent)
     ]
-    if lines:
+    moved = tuple(line for line in lines if line.startswith(_WHERE))
+    if len(lines) > len(moved):
         raise JaxmergeError(
             "the directory was made with another config; take another --workdir, or the same "
-            "config:\n  " + "\n  ".join(lines),
+            "config:\n  " + "\n  ".join(line for line in lines if line not in moved),
             where=str(path),
         )
+    return moved
 
 
 def read_json(path: Path) -> Any:
     """What a JSON file says; raises `JaxmergeError` when it is none."""
+    return _parsed(path.read_bytes(), str(path))
+
+
+def _parsed(text: bytes, where: str) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(text)
     except ValueError as error:
-        raise JaxmergeError("can't be read as JSON", where=str(path), found=str(error)) from error
+        raise JaxmergeError("can't be read as JSON", where=where, found=str(error)) from error
 
 
 @contextlib.contextmanager
@@ -225,27 +272,31 @@ def _lock(path: Path) -> IO[bytes]:
     return stream
 
 
-def _read_log(path: Path) -> list[Candidate]:
+def _whole_lines(log: Path) -> bytes:
     """All complete lines; what a kill left of the last one is cut off."""
-    data = path.read_bytes()
+    data = log.read_bytes()
     end = data.rfind(b"\n") + 1
     if end < len(data):
-        with open(path, "r+b") as stream:
+        with open(log, "r+b") as stream:
             stream.truncate(end)
             _sync(stream)
+    return data[:end]
+
+
+def _candidates(lines: bytes, where: str) -> list[Candidate]:
     candidates = []
-    for number, line in enumerate(data[:end].splitlines()):
+    for number, line in enumerate(lines.splitlines()):
         try:
             fields = json.loads(line)
             candidate = Candidate(**{**fields, "weights": tuple(fields["weights"])})
         except (ValueError, TypeError, KeyError) as error:
             raise JaxmergeError(
-                f"line {number + 1} can't be read", where=str(path), found=str(error)
+                f"line {number + 1} can't be read", where=where, found=str(error)
             ) from error
         if candidate.id != number:
             raise JaxmergeError(
                 f"line {number + 1} is out of order",
-                where=str(path),
+                where=where,
                 expected=f"id {number}",
                 found=f"id {candidate.id}",
             )

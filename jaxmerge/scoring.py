@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmerge import config as configs
-from jaxmerge import formatting, results, rundir, stats
+from jaxmerge import formatting, processes, results, rundir, stats
 from jaxmerge.checkpoints.pool import Record, find, load
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
@@ -26,6 +26,7 @@ from jaxmerge.prepare import (
     build_model,
     build_task,
     build_tokenizer,
+    open_directory,
     record_tasks,
     warnings_of,
 )
@@ -66,7 +67,8 @@ def evaluate(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
     tasks = [build_task(config, name) for name in config.objective.tasks]
     heldout = [build_task(config, name) for name in config.heldout]
     _check_examples([*tasks, *heldout])
-    rundir.check(workdir, configs.plain(config))
+    if processes.first():
+        rundir.check(workdir, configs.plain(config))
     head = {
         "version": 1,
         "command": command,
@@ -76,9 +78,9 @@ def evaluate(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
         "bounds": bounds_of([*tasks, *heldout]),
         "warnings": list(warnings_of([*tasks, *heldout])),
     }
-    for warning in head["warnings"]:
+    for warning in head["warnings"] if processes.first() else ():
         print(f"jaxmerge: {warning}", file=sys.stderr)
-    with closing(RunDirectory(workdir, configs.plain(config))) as directory:
+    with closing(open_directory(config, workdir, orbax=False)) as directory:
         record_tasks(directory, [*tasks, *heldout])
         mesh, entries = _mesh(config), []
         for k, subject in enumerate(subjects):
@@ -147,7 +149,7 @@ def _score(
     source, model, tokenizer_directory = subject
     pool = load([source], mesh, model.sharding_rules, dtype=config.pool.dtype)
     evaluator = Evaluator(
-        pool.trees,
+        pool.merge,
         model,
         build_tokenizer(config, tokenizer_directory, model),
         tasks,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxmerge import processes, watch
 from jaxmerge.checkpoints.pool import Record, survey
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
@@ -18,13 +19,24 @@ from jaxmerge.tokenizer import check_same_vocabulary, is_in
 
 
 def start_jax(config: Config) -> None:
-    """Sets devices and the compilation cache; before JAX is first used."""
+    """Sets devices and the compilation cache; before JAX is first used.
+
+    Of several processes, all watch each other from here on.
+    """
     if config.mesh.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if processes.several():
+        watch.begin(jax.process_index(), jax.process_count(), processes.from_first)
+    elif jax.process_count() > 1:
+        raise JaxmergeError(
+            "this machine is one of several",
+            where="--coordinator",
+            expected="--coordinator=auto, and the same command on all of them",
+        )
 
 
 def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source, ...]:

@@ -13,6 +13,7 @@ import pytest
 from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator, Scores
+from jaxmerge.merge.linear import merger
 from jaxmerge.models.decoder import decoder
 from jaxmerge.requests import Response
 from jaxmerge.sharding import make_mesh, shardings
@@ -36,7 +37,7 @@ def make_evaluator(sizes: Any = None, tasks=(WRITE, CHOOSE), **options: Any):
     mesh = make_mesh(**(sizes or {}))
     placed = [jax.device_put(t, shardings(t, MODEL.sharding_rules, mesh)) for t in TREES]
     options = {"candidates_per_step": 2, "limits": Limits(rows=8), **options}
-    return Evaluator(placed, MODEL, TOKENIZER, tasks, "search", mesh, **options)
+    return Evaluator(merger(placed), MODEL, TOKENIZER, tasks, "search", mesh, **options)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,8 @@ def test_a_vocabulary_that_does_not_fit_is_refused():
     """A token that the model has no embedding for would read another's without a word."""
     small = decoder(dataclasses.replace(tiny.DECODER, vocab=255))
     with pytest.raises(JaxmergeError, match="tokens that the model does not know") as caught:
-        Evaluator(TREES, small, TOKENIZER, [WRITE], "search", make_mesh(), candidates_per_step=1)
+        Evaluator(
+            merger(TREES), small, TOKENIZER, [WRITE], "search", make_mesh(), candidates_per_step=1
+        )
     assert "255" in caught.value.expected
     assert caught.value.found == "256"

@@ -11,6 +11,7 @@ import pytest
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
+from jaxmerge.merge.linear import merger
 from jaxmerge.requests import Generate, Sampling
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tasks import BUILDERS
@@ -83,7 +84,9 @@ def test_candidates_are_scored_on_it():
     mesh, model = make_mesh(), tiny.model()
     trees = [jax.device_put(t, shardings(t, model.sharding_rules, mesh)) for t in tiny.trees(2)]
     task = human_eval(search=2, samples=2, k=1, temperature=0.5, max_new_tokens=4)
-    evaluator = Evaluator(trees, model, Bytes(), [task], "search", mesh, candidates_per_step=2)
+    evaluator = Evaluator(
+        merger(trees), model, Bytes(), [task], "search", mesh, candidates_per_step=2
+    )
     scores = evaluator(np.array([[1.0, 0.0], [0.5, 0.5]]))
     np.testing.assert_array_equal(scores["human_eval"], np.zeros((2, 2)))
 

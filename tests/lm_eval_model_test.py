@@ -223,7 +223,7 @@ def test_an_evaluator_scores_what_lm_eval_scores_with_its_own_model(
         limits = Limits(context=128, truncate=True)
         tokenizer = Pretrained(directory)
         evaluator = Evaluator(
-            pool.trees, model, tokenizer, [task], split, mesh, candidates_per_step=1, limits=limits
+            pool.merge, model, tokenizer, [task], split, mesh, candidates_per_step=1, limits=limits
         )
         scores = evaluator(np.ones((1, 1), np.float32))[task.name][0]
         for example, score in zip(examples, scores, strict=True):

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from jaxmerge.checkpoints import orbax
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
+from jaxmerge.merge.linear import merger
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, Params
@@ -198,7 +199,13 @@ def score(model: Model, pool: Mapping[str, Params], seed: int) -> dict[str, dict
     """Mean score of every checkpoint on every task's `search` split; `test` stays unseen."""
     tasks = [build(seed=seed, train=0, test=0) for build in TASKS.values()]
     evaluator = Evaluator(
-        tuple(pool.values()), model, Bytes(), tasks, "search", make_mesh(), candidates_per_step=1
+        merger(tuple(pool.values())),
+        model,
+        Bytes(),
+        tasks,
+        "search",
+        make_mesh(),
+        candidates_per_step=1,
     )
     scores = evaluator(np.eye(len(pool), dtype=np.float32))
     return {

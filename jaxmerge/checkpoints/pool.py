@@ -8,21 +8,27 @@ leaves runs at the memory's speed on every platform measured (BUILD.md, "Where t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
+from jaxtyping import Float
 
 from jaxmerge import sharding
 from jaxmerge.checkpoints import digest, directory, huggingface, lora, orbax
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.trees import PyTree, byte_count, differences, named_leaves, parameter_count
+from jaxmerge.merge import linear
+from jaxmerge.merge.leafwise import LeafwiseMerger
+from jaxmerge.merge.linear import Merger
+from jaxmerge.trees import PyTree, byte_count, differences, map_named, named_leaves, parameter_count
 
 # By the name in `Source.format`; the first that recognises a path reads it.
 FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
@@ -42,12 +48,45 @@ class Record:
 
 
 class Pool(NamedTuple):
-    """K checkpoints in memory."""
+    """K checkpoints, wherever they live.
+
+    Attributes:
+        names: of the checkpoints.
+        trees: their parameters; on disk, `ShapeDtypeStruct` of them.
+        records: what `pool.json` says of them.
+        architecture: of all of them.
+        merge: gives the merges of C candidates on the devices, from weights `[C, K]`.
+        residency: where they live; see `load`.
+    """
 
     names: tuple[str, ...]
     trees: tuple[PyTree, ...]
     records: tuple[Record, ...]
     architecture: Mapping[str, Any]
+    merge: Merger
+    residency: str
+
+    def traffic(self, since: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Where the pool lives, and what merging it has read, for results.json.
+
+        Args:
+            since: an earlier answer; None: the loading of the pool.
+        """
+        before = since or {"bytes_read": 0, "seconds": 0.0}
+        moved = isinstance(self.merge, LeafwiseMerger)
+        read, seconds = (self.merge.bytes_read, self.merge.seconds) if moved else (0, 0.0)
+        return {
+            "kind": self.residency,
+            "bytes_read": read - before["bytes_read"],
+            "seconds": round(seconds - before["seconds"], 3),
+        }
+
+    def merged(self, weights_K: Float[np.ndarray, " K"]) -> Callable[[str], jax.Array]:
+        """One merge, by the names of its leaves; made when they are first asked for."""
+        if isinstance(self.merge, LeafwiseMerger):
+            return functools.partial(self.merge.leaf, weights_K=weights_K)
+        leaves = functools.cache(lambda: named_leaves(linear.linear(self.trees, weights_K)))
+        return lambda name: leaves()[name]
 
 
 def formats(patterns: Sequence[str]) -> set[str]:
@@ -123,15 +162,20 @@ def load(
     rules: sharding.Rules,
     *,
     dtype: str = "",
+    residency: str = "device",
     on_loaded: Callable[[Record], None] = lambda record: None,
 ) -> Pool:
     """Restores the checkpoints one after the other, each straight into its shards, and checks them.
+
+    What is merged is the same bit for bit, wherever the pool lives.
 
     Args:
         sources: from `survey`.
         mesh: where the pool lies; need not be the mesh that saved it.
         rules: see `sharding.shardings`.
         dtype: cast floating-point leaves to this; "" keeps each as stored.
+        residency: where the pool lives from then on: on the `device`; in the `host`'s memory,
+            pinned; or on `disk`, from where each merge takes a leaf of a checkpoint at a time.
         on_loaded: called after each checkpoint.
 
     Raises:
@@ -139,10 +183,11 @@ def load(
             the checkpoint; a value is NaN or infinite; leaves that can't be averaged differ.
     """
     where = sharding.shardings(sources[0].abstract, rules, mesh)
+    keep = _KEEP[residency]
     trees, records = [], []
     first_digests: dict[str, LeafDigest] = {}
     for source in sources:
-        tree, found = _restore(source, where, dtype)
+        tree, found = _restore(source, where, dtype, keep)
         first_digests = first_digests or found
         check_values(source, source.abstract, found, first_digests)
         records.append(record(source, source.abstract, found))
@@ -153,6 +198,8 @@ def load(
         trees=tuple(trees),
         records=tuple(records),
         architecture=sources[0].architecture,
+        merge=linear.merger(trees) if residency == "device" else _leafwise(sources, trees, where),
+        residency=residency,
     )
 
 
@@ -200,8 +247,10 @@ def record(source: Source, tree: PyTree, found: dict[str, LeafDigest]) -> Record
     )
 
 
-def _restore(source: Source, where: PyTree, dtype: str) -> tuple[PyTree, dict[str, LeafDigest]]:
-    """The checkpoint in its shards, cast leaf by leaf, and the digests of what was stored.
+def _restore(
+    source: Source, where: PyTree, dtype: str, keep: Callable[[jax.Array], Any]
+) -> tuple[PyTree, dict[str, LeafDigest]]:
+    """What is kept of the checkpoint, cast leaf by leaf, and the digests of what was stored.
 
     A leaf is digested while the next one is read.
     """
@@ -212,16 +261,64 @@ def _restore(source: Source, where: PyTree, dtype: str) -> tuple[PyTree, dict[st
     )
     computing: dict[str, digest.Computing] = {}
 
-    def keep(name: str, leaf: jax.Array) -> jax.Array:
+    def digested(name: str, leaf: jax.Array) -> Any:
         computing[name] = digest.start(leaf)
         if not dtype or leaf.dtype == dtype or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
+            return keep(leaf)
         # What was stored is given up before the next leaf is read.
         cast, _ = jax.block_until_ready((leaf.astype(dtype), computing[name]))
-        return cast
+        return keep(cast)
 
-    tree = FORMATS[source.format].restore(source, placed, keep)
+    tree = FORMATS[source.format].restore(source, placed, digested)
     return tree, digest.finish(computing)
+
+
+def _to_host(leaf: jax.Array) -> jax.Array:
+    pinned = leaf.sharding.with_memory_kind("pinned_host")
+    return jax.block_until_ready(jax.device_put(leaf, pinned))
+
+
+def _forget(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+# By residency: what `load` keeps of a leaf.
+_KEEP = {"device": lambda leaf: leaf, "host": _to_host, "disk": _forget}
+RESIDENCIES = tuple(_KEEP)
+
+
+def _leafwise(sources: Sequence[Source], trees: Sequence[PyTree], where: PyTree) -> LeafwiseMerger:
+    """The merge of trees that are not on the devices."""
+    kept = [named_leaves(tree) for tree in trees]
+    places = named_leaves(where)
+
+    def read(k: int, name: str) -> jax.Array:
+        leaf = kept[k][name]
+        if isinstance(leaf, jax.Array):
+            return jax.device_put(leaf, places[name])
+        return read_leaf(sources[k], name, places[name]).astype(leaf.dtype)
+
+    like = map_named(
+        lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]),
+        trees[0],
+    )
+    return LeafwiseMerger(like, read)
+
+
+def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:
+    """One leaf of a checkpoint, as stored; see `load` for what is checked of a whole one."""
+    placed = map_named(
+        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        _branch(source.abstract, name.split("/")),
+    )
+    return named_leaves(FORMATS[source.format].restore(source, placed))[name]
+
+
+def _branch(tree: PyTree, path: Sequence[str]) -> PyTree:
+    """The part of a tree of dicts that leads to one leaf."""
+    if not path or not isinstance(tree, Mapping):
+        return tree
+    return {path[0]: _branch(tree[path[0]], path[1:])}
 
 
 def _find(pattern: str) -> list[epath.Path]:

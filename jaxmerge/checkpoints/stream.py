@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from jaxmerge.checkpoints.digest import LeafDigest, digests
-from jaxmerge.checkpoints.pool import FORMATS, Record, check_values, record
+from jaxmerge.checkpoints.pool import Record, check_values, read_leaf, record
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.trees import PyTree, map_named, named_leaves
 
 
 class LeafStream:
@@ -44,7 +43,7 @@ class LeafStream:
         """
         leaves = []
         for source, known in zip(self._sources, self._digests):
-            leaf = self._read(source, name)
+            leaf = read_leaf(source, name, self._sharding)
             known |= digests({name: leaf})
             checksums = {each: source.checksums[each] for each in {name} & source.checksums.keys()}
             alone = source._replace(checksums=checksums)
@@ -62,17 +61,3 @@ class LeafStream:
     def _cast_to(self, leaf: Any) -> Any:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jnp.dtype(self._dtype) if self._dtype and floating else leaf.dtype
-
-    def _read(self, source: Source, name: str) -> jax.Array:
-        placed = map_named(
-            lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding),
-            _branch(source.abstract, name.split("/")),
-        )
-        return named_leaves(FORMATS[source.format].restore(source, placed))[name]
-
-
-def _branch(tree: PyTree, path: Sequence[str]) -> PyTree:
-    """The part of a tree of dicts that leads to one leaf."""
-    if not path or not isinstance(tree, Mapping):
-        return tree
-    return {path[0]: _branch(tree[path[0]], path[1:])}

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxmerge import processes
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, named_leaves
 
@@ -44,15 +45,27 @@ def weighted_sum(
         return leaves[0]
     wide = jnp.promote_types(dtype, jnp.float32)
     alone = jnp.sum(weights_K != 0) == 1
-    total = jnp.array(-0.0, wide)  # the neutral element; +0.0 is not: -0.0 + 0.0 = 0.0
+    total = jnp.array(ZERO, wide)
     for leaf, weight in zip(leaves, weights_K.astype(wide)):
         value = leaf.astype(wide)
-        if dense:
-            total = total + _product(weight, value)
-            continue
-        added = jnp.where(alone & (weight == 1), value, total + _product(weight, value))
-        total = jnp.where(weight == 0, total, added)
+        total = total + _product(weight, value) if dense else plus(total, value, weight, alone)
     return total.astype(dtype)
+
+
+ZERO = -0.0  # what sums start from: +0.0 is not neutral, since -0.0 + 0.0 = 0.0
+
+
+def plus(total: Array, value: Array, weight: Array, alone: Array) -> Array:
+    """The sum with one more checkpoint's term; see `weighted_sum`.
+
+    Args:
+        total: the sum so far, from `ZERO` on; float32 or wider.
+        value: the checkpoint's leaf, of the same dtype.
+        weight: scalar; of the same dtype.
+        alone: scalar; whether it is the only weight that is not 0.
+    """
+    added = jnp.where(alone & (weight == 1), value, total + _product(weight, value))
+    return jnp.where(weight == 0, total, added)
 
 
 def _product(weight: Array, value: Array) -> Array:
@@ -111,6 +124,25 @@ def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
                     expected="the same values in every checkpoint",
                     found=f"{leaf.dtype} values that differ between checkpoints 0 and {k}",
                 )
+
+
+Merger = Callable[[Float[np.ndarray, "C K"]], PyTree]
+
+
+def merger(trees: Sequence[PyTree]) -> Merger:
+    """The merge of C candidates, `[C, K]` weights to leaves `[C, ...]`, of K trees in memory."""
+    merge = program(trees[0], population=True)
+    sharding = jax.tree.leaves(trees[0])[0].sharding
+
+    def merged(weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+        weights_CxK = weights_CxK.astype(np.float32)
+        if isinstance(sharding, NamedSharding):
+            over_pop = PartitionSpec("pop" if "pop" in sharding.mesh.axis_names else None)
+            placed = processes.place(weights_CxK, NamedSharding(sharding.mesh, over_pop))
+            return merge(tuple(trees), placed)
+        return merge(tuple(trees), jnp.asarray(weights_CxK))
+
+    return merged
 
 
 def program(like: PyTree, *, population: bool) -> Callable[[tuple[PyTree, ...], Array], PyTree]:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
+from jaxmerge import processes
 from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.errors import JaxmergeError
@@ -37,9 +38,9 @@ def search(
 ) -> Candidate:
     """Runs `budget // population` generations; returns the best candidate of all of them.
 
-    The strategy's state is saved every `save_seconds`, and the log has every candidate. Started
-    again, the search takes up the newest state and asks the log before it evaluates: the result is
-    the same wherever it was stopped.
+    The log has every candidate. Started again, the search asks the log before it evaluates: the
+    result is the same wherever it was stopped. The strategy's state is saved every `save_seconds`,
+    which spares a run of a single process the asking.
 
     Args:
         archive: evaluates on the split `search`.
@@ -64,7 +65,9 @@ def search(
             found=str(budget),
         )
     state = strategy.init(seed)
-    first, state = _restore(states, state, archive.recorded("search") // population)
+    first = 0
+    if not processes.several():  # several processes ask again from the start, all from the log
+        first, state = _restore(states, state, archive.recorded("search") // population)
     archive.skip("search", first * population)
     saved = time.monotonic()
     for generation in range(first, generations):
@@ -74,8 +77,11 @@ def search(
             [Request("search", "search", row, generation) for row in to_weights(z_PxD)],
         )
         fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
+        # A process that went astray must not go on: its collectives would match nobody's.
+        processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
-        if time.monotonic() - saved >= save_seconds and generation + 1 < generations:
+        due = time.monotonic() - saved >= save_seconds and generation + 1 < generations
+        if due and not processes.several():
             _save(states, generation + 1, state)
             saved = time.monotonic()
     return best([past for past in archive.past if past.origin == "search"], objective)

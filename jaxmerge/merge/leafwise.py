@@ -1,0 +1,116 @@
+"""The linear merge of a pool that is not on the devices: a leaf of a checkpoint at a time."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxmerge.merge.linear import ZERO, plus
+from jaxmerge.trees import PyTree, map_named, named_leaves
+
+# read(k, name) puts a leaf of checkpoint k on the devices.
+Read = Callable[[int, str], Array]
+
+
+class LeafwiseMerger:
+    """Merges C candidates in one pass over the pool; the same bits as `linear.Merger`.
+
+    On the devices there are the merged leaves so far, the float32 sum of one leaf of each
+    candidate, and two leaves of checkpoints: one is added while the next is read. Checkpoints that
+    no candidate gives a weight are not read.
+
+    Args:
+        like: tree of the leaves' `ShapeDtypeStruct`, with `NamedSharding` on a mesh that has `pop`.
+        read: see `Read`; the leaves have the dtypes and shardings of `like`.
+
+    Attributes:
+        bytes_read: by all merges so far, to the devices of this process.
+        seconds: that all merges so far took.
+    """
+
+    def __init__(self, like: PyTree, read: Read):
+        self._like, self._read = like, read
+        self.bytes_read, self.seconds = 0, 0.0
+
+    def __call__(self, weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+        """The merged models, `[C, ...]` spread over the mesh axis `pop`."""
+        started = time.perf_counter()
+        weights_CxK = weights_CxK.astype(np.float32)
+        merged = map_named(lambda name, like: self._merged(name, like, weights_CxK), self._like)
+        jax.block_until_ready(merged)
+        self.seconds += time.perf_counter() - started
+        return merged
+
+    def leaf(self, name: str, weights_K: Float[np.ndarray, " K"]) -> Array:
+        """A leaf of one merge, with the sharding of the pool's."""
+        like = named_leaves(self._like)[name]
+        pop = like.sharding.mesh.shape["pop"]  # every place of the axis makes the same one
+        merged = self._merged(name, like, np.repeat(weights_K[None], pop, axis=0))
+        return jax.jit(lambda leaf: leaf[0], out_shardings=like.sharding)(merged)
+
+    def programs(self, count: int) -> list[str]:
+        """The compiled text of what adds a checkpoint's leaf for `count` candidates, by leaf."""
+        texts = []
+        for like in named_leaves(self._like).values():
+            start, add, *_ = _programs(like.sharding, like.shape, like.dtype)
+            total = jax.eval_shape(lambda start=start: start(count))
+            row = jax.ShapeDtypeStruct((count,), np.float32)
+            alone = jax.ShapeDtypeStruct((count,), bool)
+            texts.append(add.lower(total, like, row, alone).compile().as_text())
+        return texts
+
+    def _merged(self, name: str, like: jax.ShapeDtypeStruct, weights_CxK: np.ndarray) -> Array:
+        start, add, finish, repeat = _programs(like.sharding, like.shape, like.dtype)
+        count = len(weights_CxK)
+        if not jnp.issubdtype(like.dtype, jnp.floating):
+            return repeat(self._leaf(0, name), count)
+        alone_C = np.sum(weights_CxK != 0, axis=1) == 1
+        total = start(count)
+        for k in np.flatnonzero(np.any(weights_CxK != 0, axis=0)):
+            leaf = self._leaf(int(k), name)
+            total = add(jax.block_until_ready(total), leaf, weights_CxK[:, k], alone_C)
+        return finish(total)
+
+    def _leaf(self, k: int, name: str) -> Array:
+        leaf = self._read(k, name)
+        self.bytes_read += sum(shard.data.nbytes for shard in leaf.addressable_shards)
+        return leaf
+
+
+@functools.cache
+def _programs(sharding: NamedSharding, shape: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:
+    """The sum of a leaf over checkpoints, for C candidates: its start, a step, its end."""
+    mesh, spec = sharding.mesh, sharding.spec
+    of_candidates = PartitionSpec("pop", *spec)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    lifted = NamedSharding(mesh, of_candidates)
+
+    def local(total: Array, leaf: Array, weights_C: Array, alone_C: Array) -> Array:
+        value = leaf.astype(wide)
+        return jax.vmap(lambda total, weight, alone: plus(total, value, weight, alone))(
+            total, weights_C.astype(wide), alone_C
+        )
+
+    # Said with shard_map that no shard needs another, as in `linear`.
+    over_pop = PartitionSpec("pop")
+    in_specs = (of_candidates, spec, over_pop, over_pop)
+    step = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=of_candidates)
+
+    @functools.partial(jax.jit, static_argnums=0, out_shardings=lifted)
+    def start(count: int) -> Array:
+        return jnp.full((count, *shape), ZERO, wide)
+
+    @functools.partial(jax.jit, static_argnums=1, out_shardings=lifted)
+    def repeat(leaf: Array, count: int) -> Array:
+        return jnp.broadcast_to(leaf[None], (count, *shape))
+
+    finish = jax.jit(lambda total: total.astype(dtype), donate_argnums=0)
+    return start, jax.jit(step, donate_argnums=0), finish, repeat
