@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmerge.evaluate import Evaluator
+from jaxmerge.merge.linear import merger
 from jaxmerge.remember import Remembering
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tokenizer import Bytes
@@ -25,7 +26,7 @@ def made():
     mesh = make_mesh(pop=1, data=1, fsdp=1, tensor=1)
     tasks = [tiny.generation(), tiny.choice()]
     return Watched(
-        tiny.trees(2), tiny.model(), Bytes(), tasks, "search", mesh, candidates_per_step=2
+        merger(tiny.trees(2)), tiny.model(), Bytes(), tasks, "search", mesh, candidates_per_step=2
     )
 
 
