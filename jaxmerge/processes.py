@@ -111,6 +111,8 @@ def agree(what: str, data: bytes) -> None:
 
 def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
     """A host array, the same in all processes, on devices of all of them."""
+    if not several():
+        return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
