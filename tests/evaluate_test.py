@@ -123,7 +123,7 @@ def test_steps_are_the_same_a_few_rows_at_a_time(evaluator, monkeypatch):
     merged = []
     program = evaluator._merge
     monkeypatch.setattr(
-        evaluator, "_merge", lambda trees, w: merged.append(np.asarray(w)) or program(trees, w)
+        evaluator, "_merge", lambda w: merged.append(w.astype(np.float32)) or program(w)
     )
     steps = list(evaluator.steps(WEIGHTS_PxK))
     assert [len(step["choice"]) for step in steps] == [2, 2, 1]
@@ -202,9 +202,9 @@ def test_nothing_but_tokens_and_log_likelihoods_leaves_the_device(monkeypatch, s
     steps, C = -(-len(WEIGHTS_PxK) // per_step), per_step
     rows = [len(batch.requests_B) for batch in evaluator._tasks[1].prepared.groups[0].microbatches]
     assert sum(rows) == sum(len(example.choices) for example in CHOOSE.splits["search"])
-    step = [[((C, 8, NEW_TOKENS), "int32")]]
-    step += [[((C, B), "float32"), ((C, B), "bool")] for B in rows]
-    assert [[(x.shape, str(x.dtype)) for x in arrays] for arrays in fetched] == steps * step
+    step = [((C, 8, NEW_TOKENS), "int32")]
+    step += [((C, B), dtype) for B in rows for dtype in ("float32", "bool")]
+    assert [(x.shape, str(x.dtype)) for x in jax.tree.leaves(fetched)] == steps * step
     assert [(x.shape, str(x.dtype)) for x in sent] == steps * [((C, 3), "float32")]
 
 
