@@ -187,24 +187,29 @@ def fabricate(
 def add_analyses(directory: Path) -> None:
     """Adds every analysis, the candidates that it took, and tokens."""
     results = json.loads((directory / "results.json").read_text())
-    best, form = results["best"], {"weights": dict(results["best"]["weights"])}
-    number = len((directory / "candidates.jsonl").read_text().splitlines())
-    log = (directory / "candidates.jsonl").open("a")
+    best = results["best"]
+    lines: list[dict[str, Any]] = []
+    first = len((directory / "candidates.jsonl").read_text().splitlines())
 
     def evaluated(origin: str, split: str, scores: dict[str, float]) -> int:
-        nonlocal number
-        line = {"id": number, "generation": 0, "origin": f"analysis:{origin}", "name": origin}
-        weights = list(best["weights"].values())
-        log.write(
-            json.dumps({**line, "split": split, "row": 0, "weights": weights, "scores": scores})
-            + "\n"
+        lines.append(
+            {
+                "id": first + len(lines),
+                "generation": 0,
+                "origin": f"analysis:{origin}",
+                "name": origin,
+                "split": split,
+                "row": 0,
+                "weights": list(best["weights"].values()),
+                "scores": scores,
+            }
         )
-        number += 1
-        return number - 1
+        return lines[-1]["id"]
 
     def tested(origin: str, loss: float) -> dict[str, Any]:
         scores = {task: score - loss for task, score in best["test"].items()}
-        return {"id": evaluated(origin, "test", scores), "test": scores, **form}
+        number = evaluated(origin, "test", scores)
+        return {"id": number, "test": scores, "weights": best["weights"]}
 
     half = 0.02
     results["tokens"] = {"read": 12_345_678, "written": 234_567}
@@ -241,7 +246,8 @@ def add_analyses(directory: Path) -> None:
     }
     # Better than all: a page that counted it as searched would show it.
     evaluated("pool-size", "search", dict.fromkeys(TASKS, 0.99))
-    log.close()
+    with (directory / "candidates.jsonl").open("a") as log:
+        log.writelines(json.dumps(line) + "\n" for line in lines)
     (directory / "results.json").write_text(json.dumps(results))
 
 

@@ -86,8 +86,11 @@ def test_every_number_of_the_headline_is_that_of_results(directory: Path) -> Non
         *single["ci95"]["objective"],
     ):
         assert f"{100 * number:.1f}" in lead
-    for number in (versus["delta"], *versus["ci95"]):
+    rival = max(results["baselines"], key=lambda entry: entry["test_objective"])
+    against = best["vs"][rival["name"]]
+    for number in (versus["delta"], *versus["ci95"], against["delta"], *against["ci95"]):
         assert f"{100 * number:+.1f}" in lead
+    assert f"<strong>{rival['name']}</strong> with {100 * rival['test_objective']:.1f}%" in lead
     assert versus["ci95"][0] > 0
     assert "<h1>The searched merge beats the best single checkpoint</h1>" in page
 

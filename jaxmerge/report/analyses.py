@@ -76,7 +76,7 @@ def _pool_size(run: Run, results: Json) -> str:
     points = sorted(results["analyses"]["pool_size"], key=lambda point: point["m"])
     rows = [
         (
-            f"{point['m']}",
+            text(point["m"]),
             f"{point['evaluations']:,}",
             markup.score(form, point["search_objective"]),
             markup.scored(form, point["test_objective"], point["ci95"]),

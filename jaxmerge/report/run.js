@@ -58,12 +58,12 @@ function staircase(models, x, y) {
 const SIDES = [["top center", -0.5, -1.4], ["bottom center", -0.5, 0.4], ["middle right", 0.1, -0.5],
   ["middle left", -1.1, -0.5]];
 
-function labelled(id, points) {
-  // Text for the points that have room for it; each is {x, y, name}. The rest tell when hovered.
+function labelled(id, points, xs, ys) {
+  // Text for the points, each {x, y, name}, that have room for it; the rest tell when hovered.
+  // The plot is as wide and as high as it takes for xs and ys.
   if (points.length > 40) return points.map(() => ["", "top center"]);
   const box = element(id), span = (values) => Math.max(...values) - Math.min(...values) || 1;
-  const wide = (box.clientWidth - 80) * 0.9 / span(points.map((point) => point.x));
-  const high = (box.clientHeight - 150) * 0.8 / span(points.map((point) => point.y));
+  const wide = (box.clientWidth - 80) * 0.9 / span(xs), high = (box.clientHeight - 150) * 0.85 / span(ys);
   const taken = points.map((point) => [point.x * wide - 6, -point.y * high - 6, 12, 12]);
   const free = ([x, y, w, h], own) => taken.every(([u, v, a, b], i) =>
     i === own || x + w < u || u + a < x || y + h < v || v + b < y);
@@ -87,8 +87,10 @@ function tradeoffTraces(split, x, y) {
     ({symbol: symbol, size: size, color: colour(name), line: {color: page, width: 1}});
   // The winner takes its room first, but has no label: its star is in the legend.
   const places = winner.concat(kind("baseline"), kind("individual"));
+  const drawn = split === "test" ? data.models : all;
   const labels = labelled("tradeoff", places.map((model) =>
-    ({x: model[split][x], y: model[split][y], name: model.kind === "search" ? "" : model.name})));
+    ({x: model[split][x], y: model[split][y], name: model.kind === "search" ? "" : model.name})),
+  drawn.map((model) => model[split][x]), drawn.map((model) => model[split][y]));
   const of = (wanted) => texted(labels.filter((_, i) => places[i].kind === wanted));
   const named = [
     markers("single checkpoints", kind("individual"), split, x, y, outlined("circle", 11, "individual"), of("individual")),
@@ -145,9 +147,10 @@ function drawCurve() {
 function drawWeights() {
   if (!element("weights")) return;
   const points = data.analyses.weights, ink = colour("individual");
-  const labels = labelled("weights", points.map(({name, score, weight}) => ({x: score, y: weight, name: name})));
+  const xs = points.map((point) => point.score), ys = points.map((point) => point.weight);
+  const labels = labelled("weights", points.map((point, i) => ({x: xs[i], y: ys[i], name: point.name})), xs, ys);
   Plotly.react("weights", [Object.assign({
-    type: "scatter", x: points.map((point) => point.score), y: points.map((point) => point.weight),
+    type: "scatter", x: xs, y: ys,
     marker: {size: 11, color: ink, line: {color: colour("page"), width: 1}}, cliponaxis: false, hoverinfo: "text",
     hovertext: points.map(({name, score, weight}) =>
       "<b>" + shorten(name, 40) + "</b><br>weight " + weight.toFixed(3) + "<br>objective " + written(last, score)),

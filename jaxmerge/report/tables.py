@@ -14,7 +14,7 @@ from jaxmerge.report.reading import Json, Run, models
 
 
 def headline(run: Run, results: Json) -> tuple[str, str]:
-    """The result as a title and as a sentence, against the single checkpoint best on test."""
+    """The result as a title and in words, against the single checkpoint that is best on test."""
     best, form = results["best"], run.formats["objective"]
     single = best_single(results)
     versus = best["vs"][single["name"]]
@@ -25,17 +25,28 @@ def headline(run: Run, results: Json) -> tuple[str, str]:
         title = "The searched merge is worse than the best single checkpoint"
     else:
         title = "The searched merge is not clearly different from the best single checkpoint"
-    sign = "" if versus["p"] < 0.001 else "= "
     lead = (
         f"The searched merge scores <strong>{_said(form, best)}</strong> on test "
         f"{markup.interval(form, best['ci95']['objective'])}; the best single checkpoint on test, "
         f"<strong>{text(single['name'])}</strong>, scores {_said(form, single)} "
         f"{markup.interval(form, single['ci95']['objective'])}. The difference is "
         f"<strong>{markup.difference(form, versus['delta'], unit=True)}</strong> "
-        f"{markup.differences(form, versus['ci95'])}, "
-        f"<i>p</i>&nbsp;{sign}{markup.p_value(versus['p'])}."
+        f"{markup.differences(form, versus['ci95'])}, {_p_said(versus['p'])}."
     )
-    return title, lead
+    return title, f"{lead} {_against_baselines(form, results)}".rstrip()
+
+
+def _against_baselines(form: Format, results: Json) -> str:
+    """The winner against the baseline that is best on test, as a sentence; empty without any."""
+    if not results["baselines"]:
+        return ""
+    rival = max(results["baselines"], key=lambda entry: entry["test_objective"])
+    versus = results["best"]["vs"][rival["name"]]
+    return (
+        f"Against the best baseline, <strong>{text(rival['name'])}</strong> with "
+        f"{_said(form, rival)}, it is {markup.difference(form, versus['delta'], unit=True)} "
+        f"{markup.differences(form, versus['ci95'])}, {_p_said(versus['p'])}."
+    )
 
 
 def best_single(results: Json) -> Json:
@@ -192,6 +203,7 @@ def cost_section(results: Json) -> str:
 def made_section(run: Run, results: Json) -> str:
     """How the result was made."""
     devices = results["devices"]
+    processes = "1 process" if devices["processes"] == 1 else f"{devices['processes']:,} processes"
     front = (
         f"{len(results['pareto'])} candidates, hypervolume {results['hypervolume']:.4f} above "
         f"{markup.listed(results['hypervolume_reference'], '.4g')}"
@@ -199,8 +211,8 @@ def made_section(run: Run, results: Json) -> str:
     said = {
         "Command": f"<code>{text(results['command'])}</code>",
         "Devices": (
-            f"{devices['count']} &times; {text(devices['kind'])} ({text(devices['platform'])}), "
-            f"{devices['processes']} process{'es' if devices['processes'] > 1 else ''}"
+            f"{devices['count']:,} &times; {text(devices['kind'])} "
+            f"({text(devices['platform'])}), {processes}"
         ),
         "Versions": markup.listed(results["versions"]),
         "Pareto front": front,
@@ -265,6 +277,11 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def _p_said(value: float) -> str:
+    said = markup.p_value(value)
+    return f"<i>p</i>&nbsp;{said if said.startswith('&lt;') else f'=&nbsp;{said}'}"
 
 
 def _said(form: Format, entry: Json) -> str:
