@@ -108,7 +108,7 @@ def test_only_fields_that_differ_are_shown(runs: list[Path]) -> None:
     assert fields == ["one", "search.budget", "seed", "two.deep", "[2, null]"]
     assert configs.count("&ndash;") == 4  # b and c have neither field
     same = [runs[0], runs[0].parent / "copy"]
-    shutil.copytree(*same)
+    shutil.copytree(same[0], same[1])
     assert "the same in every field" in section(compared(same), "Configs")
 
 

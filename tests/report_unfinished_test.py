@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def objectives(directory: Path, origin: str) -> list[float]:
     """Mean scores of the candidates of an origin; the torn line is left out."""
     lines = (directory / "candidates.jsonl").read_text().split("\n")[:-1]
     found = [json.loads(line) for line in lines]
-    return [np.mean(list(one["scores"].values())) for one in found if one["origin"] == origin]
+    return [fmean(one["scores"].values()) for one in found if one["origin"] == origin]
 
 
 def test_it_says_how_far_it_is_and_what_is_best(tmp_path: Path) -> None:
