@@ -113,7 +113,7 @@ def _lead(finished: Sequence[Cell]) -> str:
         f"{markup.interval(form, entry['ci95']['objective'])}, of "
         f"<strong>{text(best.name)}</strong>, among {len(finished)} finished "
         f"run{'s' if len(finished) > 1 else ''}. It is the best of several on test, so it is "
-        "flattered; the paired tests say which differences are clear."
+        "flattered."
     )
 
 
