@@ -228,6 +228,11 @@ def test_cost_says_evaluations_tokens_and_seconds(directory: Path) -> None:
     for seconds, said in ((119.0, "119.0 s"), (600.0, "10.0 min"), (90_000.0, "25.0 h")):
         edit(directory / "results.json", seconds={"search": seconds})
         assert f"<dd>{said}</dd>" in section(report.write(directory).read_text(), "Cost")
+    assert "residency" not in cost
+    moved = {"kind": "disk", "bytes_read": 3 * 2**30, "seconds": 12.0}
+    edit(directory / "results.json", residency=moved)
+    cost = section(report.write(directory).read_text(), "Cost")
+    assert "residency disk: 3.0 GiB read and merged in 12.0 s" in cost
     add_analyses(directory)
     cost = section(report.write(directory).read_text(), "Cost")
     assert "12,345,678 read, 234,567 written" in cost

@@ -190,6 +190,12 @@ def cost_section(results: Json) -> str:
         tokens = results["tokens"]
         said["Tokens"] = f"{tokens['read']:,} read, {tokens['written']:,} written"
     said["Time"] = _duration(sum(seconds.values()))
+    residency = results.get("residency", {"kind": "device"})
+    if residency["kind"] != "device":
+        said["Pool"] = (
+            f"residency {text(residency['kind'])}: {residency['bytes_read'] / 2**30:,.1f} GiB "
+            f"read and merged in {_duration(residency['seconds'])} since the last start"
+        )
     return markup.section(
         "Cost",
         markup.facts(said),
