@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from jaxmerge import command_line, formatting, grid, rundir
+from jaxmerge import command_line, formatting, grid, report, rundir
 from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
@@ -163,10 +163,10 @@ def _record(path: Path, config: Config, cells: Sequence[Cell], shard: str) -> No
 
 def _findings(directory: Path) -> dict[str, Any] | None:
     """What results.json says of a run that has ended; its report is the last file of it."""
-    results, report = directory / "results.json", directory / "report.html"
-    if not (results.exists() and report.exists()):
+    results, page = directory / "results.json", directory / "report.html"
+    if not (results.exists() and page.exists()):
         return None
-    ended = report.stat().st_mtime_ns >= results.stat().st_mtime_ns
+    ended = page.stat().st_mtime_ns >= results.stat().st_mtime_ns
     return rundir.read_json(results) if ended else None
 
 
@@ -195,6 +195,9 @@ def main(_: Sequence[str]) -> None:
     )
     if outcome.finished:
         print(table(outcome.finished))
+    if len(outcome.finished) > 1:
+        directories = [Path(workdir) / name for name in outcome.finished]
+        print(f"\nReport: {report.compare(directories, Path(workdir) / 'comparison.html')}")
     if outcome.failed:
         raise JaxmergeError(
             f"{len(outcome.failed)} of {len(outcome.finished) + len(outcome.failed)} cells failed; "

@@ -260,6 +260,7 @@ def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
     code, out, err = killed.run(*axes)
     assert code == 0, err
     assert out.count("search.strategy=") == 4
+    assert "seed=1,search.strategy=SNES" in (killed.workdir / "comparison.html").read_text()
     for directory in whole.workdir.glob("seed=*"):
         assert _log(killed.workdir / directory.name) == _log(directory)
         results = [c.workdir / directory.name / "results.json" for c in (whole, killed)]

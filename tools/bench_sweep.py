@@ -1,4 +1,4 @@
-"""A sweep against separate runs of its cells: seconds, and whether both wrote the same.
+"""A sweep against separate runs of its cells: what both take, and whether both wrote the same.
 
     python tools/bench_sweep.py --out=/tmp/bench_sweep
 
@@ -15,15 +15,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 
-def seconds(*arguments: str) -> float:
-    """How long `python -m` with these arguments takes."""
-    start = time.perf_counter()
+class Took(NamedTuple):
+    """Seconds by the clock, and of processors, which a busy machine moves less."""
+
+    wall: float
+    cpu: float
+
+
+def took(*arguments: str) -> Took:
+    """What `python -m` with these arguments takes."""
+    wall, before = time.perf_counter(), os.times()
     subprocess.run([sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - start
+    after = os.times()
+    cpu = after.children_user + after.children_system
+    return Took(time.perf_counter() - wall, cpu - before.children_user - before.children_system)
 
 
 def log(directory: Path) -> list[dict]:
@@ -43,20 +53,20 @@ def main() -> None:
     swept, given = args.out / "sweep", [f"--config={args.config}"]
     axes = [f"--sweep={axis}" for axis in args.sweep]
     print(f"jax {jax.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    together = seconds("jaxmerge.sweep", *given, *axes, f"--workdir={swept}")
-    print(f"sweep {together:.1f} s", flush=True)
+    together = took("jaxmerge.sweep", *given, *axes, f"--workdir={swept}")
+    print(f"sweep {together.wall:.1f} s, {together.cpu:.1f} s of processors", flush=True)
     separate = {}
     for name in json.loads((swept / "sweep.json").read_text())["cells"]:
         values = [f"--config.{value}" for value in name.split(",")]
         alone = args.out / name
-        separate[name] = seconds("jaxmerge.run", *given, *values, f"--workdir={alone}")
+        separate[name] = took("jaxmerge.run", *given, *values, f"--workdir={alone}")
         same = "the same" if log(alone) == log(swept / name) else "OTHER"
-        print(f"{name} {separate[name]:.1f} s, {same} candidates", flush=True)
-    total = sum(separate.values())
-    print(
-        f"{len(separate)} separate runs {total:.1f} s; the sweep is {together / total:.2f} of them"
-    )
-    print(json.dumps({"sweep": together, "separate": separate}))
+        print(f"{name} {separate[name].wall:.1f} s, {separate[name].cpu:.1f}, {same} candidates")
+    total = Took(*map(sum, zip(*separate.values())))
+    print(f"{len(separate)} separate runs {total.wall:.1f} s, {total.cpu:.1f} s of processors")
+    wall, cpu = together.wall / total.wall, together.cpu / total.cpu
+    print(f"the sweep takes {wall:.2f} of their time, {cpu:.2f} of their processor time")
+    print(json.dumps({"sweep": together, "separate": separate, "load": os.getloadavg()}))
 
 
 if __name__ == "__main__":
