@@ -32,10 +32,13 @@ LAYERS = (
     {"rundir"},
     {"search"},
     {"export", "streaming"},
-    {"progress", "config", "results", "card", "report", "command_line", "grid"},
+    {
+        *("progress", "tensorboard", "live", "analyses"),
+        *("config", "results", "card", "report", "command_line", "grid"),
+    },
     {"sources"},
     {"held", "lm_eval_model", "prepare"},
-    {"merging", "scoring"},
+    {"merging", "scoring", "phases"},
     {"run"},
     {"sweep"},
 )
