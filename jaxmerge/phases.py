@@ -11,13 +11,14 @@ from jaxmerge.analyses import Study
 from jaxmerge.config import Config
 from jaxmerge.live import Live
 from jaxmerge.objective import Objective
-from jaxmerge.prepare import Prepared, build_strategy, pool_size_budget
+from jaxmerge.prepare import Prepared
 from jaxmerge.progress import Plan
 from jaxmerge.rundir import Candidate
 from jaxmerge.search import loop
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import BASELINES, Found
 from jaxmerge.search.strategies import Strategy
+from jaxmerge.searches import build_strategy, pool_size_budget
 
 
 def live(config: Config, prepared: Prepared) -> Live:

@@ -33,6 +33,7 @@ from jaxmerge.objective import Objective
 from jaxmerge.remember import Remembering
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
+from jaxmerge.searches import build_strategy, check_budget, check_pool_sizes
 from jaxmerge.sharding import make_mesh
 from jaxmerge.sources import find_checkpoints, huggingface_directory, record_pool, start_jax
 from jaxmerge.tasks import BUILDERS
@@ -75,7 +76,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     mesh = _mesh(config)
     tasks, heldout = parts.part("tasks", lambda: _tasks(config))
     strategy = parts.part("strategy", lambda: build_strategy(config, len(sources)))
-    _check_budget(strategy, "search.budget", config.search.budget)
+    check_budget(strategy, "search.budget", config.search.budget)
     check_pool_sizes(config, len(sources))
     if processes.first():
         rundir.check(workdir, configs.plain(config))
@@ -351,63 +352,3 @@ def build_task(config: Config, name: str) -> Task:
             "these are not the task's arguments", where=f"tasks.{name}", found=str(error)
         ) from error
     return dataclasses.replace(task, name=name)
-
-
-def check_pool_sizes(config: Config, checkpoints: int) -> None:
-    """Raises `JaxmergeError` unless there can be a search over each of `analyses.pool_sizes`."""
-    sizes, budget = config.analyses.pool_sizes, pool_size_budget(config)
-    if len({*sizes}) < len(sizes) or any(m not in range(2, checkpoints) for m in sizes):
-        raise JaxmergeError(
-            "needs different numbers of checkpoints, fewer than there are",
-            where="analyses.pool_sizes",
-            expected=f"from 2 to {checkpoints - 1}",
-            found=str(tuple(sizes)),
-        )
-    for m in sizes:
-        strategy = build_strategy(config, checkpoints, range(m))
-        _check_budget(strategy, "analyses.pool_size_budget", budget)
-
-
-def pool_size_budget(config: Config) -> int:
-    """Evaluations of a search for `analyses.pool_size`."""
-    return config.analyses.pool_size_budget or config.search.budget
-
-
-def build_strategy(
-    config: Config, checkpoints: int, chosen: Sequence[int] | None = None
-) -> strategies.Strategy:
-    """The strategy that the config names.
-
-    Args:
-        config: whose `search` says it.
-        checkpoints: K.
-        chosen: numbers of the checkpoints that are searched over; None: all of them.
-    """
-    start = config.search.init
-    if start and len(start) != checkpoints:
-        raise JaxmergeError(
-            "needs one value per checkpoint",
-            where="search.init",
-            expected=f"{checkpoints} values",
-            found=str(len(start)),
-        )
-    chosen = range(checkpoints) if chosen is None else chosen
-    population = config.search.population or strategies.default_population(len(chosen))
-    return strategies.evosax(
-        config.search.strategy,
-        len(chosen),
-        population,
-        mean=np.array([start[k] for k in chosen], np.float32) if start else None,
-        sigma=config.search.sigma,
-        params=config.search.params.to_dict(),
-    )
-
-
-def _check_budget(strategy: strategies.Strategy, where: str, budget: int) -> None:
-    if budget < strategy.population:
-        raise JaxmergeError(
-            "the budget is less than one generation",
-            where=where,
-            expected=f"at least the population, {strategy.population}",
-            found=str(budget),
-        )

@@ -64,7 +64,7 @@ class Remembering:
         return step
 
     def _evaluated(self, steps: Sequence[np.ndarray]) -> Iterator[Step]:
-        """What is known of steps that follow each other, so that one is launched before the last ends."""
+        """Steps that follow each other, so that one is launched before the last ends."""
         if not steps:
             return
         for weights_CxK, step in zip(steps, self._evaluator.steps(np.concatenate(steps))):

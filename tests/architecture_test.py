@@ -36,7 +36,7 @@ LAYERS = (
         *("progress", "tensorboard", "live", "analyses"),
         *("config", "results", "card", "report", "command_line", "grid"),
     },
-    {"sources"},
+    {"sources", "searches"},
     {"held", "lm_eval_model", "prepare"},
     {"merging", "scoring", "phases"},
     {"run"},
