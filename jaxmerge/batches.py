@@ -68,11 +68,13 @@ class Encoded(NamedTuple):
         writing: of the generations. `arrays` are prompts `[B, T]`, padded on the left, how much
             padding `[B]`, and seeds `[B]`.
         scored: how many tokens are scored for each request.
+        read: tokens that go through the model in all, without padding and what is then written.
     """
 
     scoring: list[Microbatch]
     writing: dict[Writing, list[Microbatch]]
     scored: Int[np.ndarray, " R"]
+    read: int
 
 
 class _Row(NamedTuple):
@@ -111,10 +113,14 @@ def encode(
     counted = np.zeros(len(requests), np.int64)
     for row in scoring:
         counted[row.request] += len(row.scored)
+    prompts = sum(len(row.read) for rows in writing.values() for row in rows)
+    # The last token of a row is only looked for, never read.
+    pairs = sum(len(row.read) + len(row.scored) - 1 for row in scoring)
     return Encoded(
         _microbatches(scoring, limits, _pad_right),
         {kind: _microbatches(rows, limits, _pad_left) for kind, rows in writing.items()},
         counted,
+        prompts + pairs,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxmerge import export, space
+from jaxmerge import export, space, tensorboard
 from jaxmerge.checkpoints.pool import RESIDENCIES
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.objective import Objective, define
@@ -108,11 +108,28 @@ def default() -> Config:
     config.search.save_seconds = 60.0  # between saves of the strategy's state
 
     config.baselines = tuple(BASELINES)  # names of jaxmerge.search.baselines.BASELINES
+
+    # What is made of the winner after it was tested; see jaxmerge.analyses. Two more take no
+    # evaluations, and are always there: the share of weights that are not 0, weight against score.
+    config.analyses = ml_collections.ConfigDict()
+    config.analyses.leave_one_out = True  # at most K evaluations of the test examples
+    # At most one evaluation of the test examples, held-out ones too, for each pair of tasks.
+    config.analyses.transfer = True
+    # Numbers of the best checkpoints to search over, such as (2, 4): each a search of its own.
+    config.analyses.pool_sizes = ()
+    config.analyses.pool_size_budget = 0  # evaluations of each of these; 0: search.budget
+
     config.export = ml_collections.ConfigDict()
     # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
     config.export.shard_bytes = 5_000_000_000  # of a Hugging Face weights file, at most
+
+    config.report = ml_collections.ConfigDict()
+    # Between refreshes of report.html while the run goes on; more where writing it takes more than
+    # 5% of that. 0: it is written at the end alone.
+    config.report.every_seconds = 60.0
+    config.tensorboard = False  # event files in WORKDIR/tensorboard; needs jaxmerge[tensorboard]
 
     # XLA's compiled programs are kept here between runs; "": they are not.
     config.compilation_cache = "~/.cache/jaxmerge/xla"
@@ -146,6 +163,8 @@ def check(config: Config) -> None:
     """
     check_pool(config)
     check_tasks(config)
+    if config.tensorboard:
+        tensorboard.package()
     space.check(config.space.constraint, config.space.bounds)
     unknown = [name for name in config.baselines if name not in BASELINES]
     if unknown:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxmerge import processes
 from jaxmerge.batches import Limits
@@ -29,6 +29,18 @@ from jaxmerge.tokenizer import Tokenizer
 _LIMITS = Limits()
 
 Scores = dict[str, Float[np.ndarray, "P N"]]  # per task: one score per candidate and example
+
+
+class Step(NamedTuple):
+    """What is known of C candidates that were evaluated together.
+
+    Attributes:
+        scores: per task `[C, N]`.
+        written_C: tokens that each wrote, on all tasks, up to the ones that ended its texts.
+    """
+
+    scores: Scores
+    written_C: Int[np.ndarray, " C"]
 
 
 class Evaluator:
@@ -75,12 +87,17 @@ class Evaluator:
         """N, the number of examples of each task."""
         return {asked.task.name: len(asked.examples) for asked in self._tasks}
 
+    @property
+    def read(self) -> int:
+        """Tokens that each candidate reads: prompts, and what is scored; without padding."""
+        return sum(asked.prepared.read for asked in self._tasks)
+
     def __call__(self, weights_PxK: Float[np.ndarray, "P K"]) -> Scores:
         """Per-example scores of all candidates, `[P, N]` for each task."""
-        steps = list(self.steps(weights_PxK))
-        return {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
+        steps = [step.scores for step in self.steps(weights_PxK)]
+        return {name: np.concatenate([scores[name] for scores in steps]) for name in steps[0]}
 
-    def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Scores]:
+    def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Step]:
         """The same, `candidates_per_step` rows at a time, as soon as they are known."""
         waiting = None
         for start in range(0, len(weights_PxK), self.candidates_per_step):
@@ -98,11 +115,13 @@ class Evaluator:
         merged = self._merge(np.concatenate([weights_CxK, filling]))
         return count, [self._responder.launch(asked.prepared, merged) for asked in self._tasks]
 
-    def _collect(self, count: int, outputs: list[Outputs]) -> Scores:
-        return {
-            asked.task.name: asked.scores(self._responder.responses(asked.prepared, of_task, count))
-            for asked, of_task in zip(self._tasks, outputs)
-        }
+    def _collect(self, count: int, outputs: list[Outputs]) -> Step:
+        scores, written_C = {}, np.zeros(count, np.int64)
+        for asked, of_task in zip(self._tasks, outputs):
+            answers = self._responder.answers(asked.prepared, of_task, count)
+            scores[asked.task.name] = asked.scores(answers.responses)
+            written_C += answers.written_C
+        return Step(scores, written_C)
 
 
 class _Answered(NamedTuple):

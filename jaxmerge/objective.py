@@ -145,6 +145,13 @@ class Objective:
         reference = {task: Range(max(scores), min(scores)) for task, scores in of_task.items()}
         return dataclasses.replace(self, reference=reference)
 
+    def over(self, tasks: Sequence[str]) -> Objective:
+        """The same over some of its tasks; their weights again sum to 1."""
+        total = sum(self.weights[task] for task in tasks)
+        weights = {task: self.weights[task] / total for task in tasks}
+        measured = {task: self.reference[task] for task in tasks if task in self.reference}
+        return dataclasses.replace(self, weights=weights, reference=measured)
+
     def plain(self) -> dict[str, Any]:
         """As it stands in results.json."""
         return {

@@ -33,6 +33,7 @@ from jaxmerge.objective import Objective
 from jaxmerge.remember import Remembering
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
+from jaxmerge.searches import build_strategy, check_budget, check_pool_sizes
 from jaxmerge.sharding import make_mesh
 from jaxmerge.sources import find_checkpoints, huggingface_directory, record_pool, start_jax
 from jaxmerge.tasks import BUILDERS
@@ -74,8 +75,9 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     model, tokenizer = parts.part("model", lambda: _model_and_tokenizer(config, sources))
     mesh = _mesh(config)
     tasks, heldout = parts.part("tasks", lambda: _tasks(config))
-    strategy = parts.part("strategy", lambda: _strategy(config, len(sources)))
-    _check_budget(config, strategy)
+    strategy = parts.part("strategy", lambda: build_strategy(config, len(sources)))
+    check_budget(strategy, "search.budget", config.search.budget)
+    check_pool_sizes(config, len(sources))
     if processes.first():
         rundir.check(workdir, configs.plain(config))
     pool = parts.part("pool", lambda: _load(config, sources, mesh, model))
@@ -350,33 +352,3 @@ def build_task(config: Config, name: str) -> Task:
             "these are not the task's arguments", where=f"tasks.{name}", found=str(error)
         ) from error
     return dataclasses.replace(task, name=name)
-
-
-def _strategy(config: Config, checkpoints: int) -> strategies.Strategy:
-    start = config.search.init
-    if start and len(start) != checkpoints:
-        raise JaxmergeError(
-            "needs one value per checkpoint",
-            where="search.init",
-            expected=f"{checkpoints} values",
-            found=str(len(start)),
-        )
-    population = config.search.population or strategies.default_population(checkpoints)
-    return strategies.evosax(
-        config.search.strategy,
-        checkpoints,
-        population,
-        mean=np.array(start, np.float32) if start else None,
-        sigma=config.search.sigma,
-        params=config.search.params.to_dict(),
-    )
-
-
-def _check_budget(config: Config, strategy: strategies.Strategy) -> None:
-    if config.search.budget < strategy.population:
-        raise JaxmergeError(
-            "the budget is less than one generation",
-            where="search.budget",
-            expected=f"at least the population, {strategy.population}",
-            found=str(config.search.budget),
-        )

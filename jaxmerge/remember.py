@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from jaxmerge.evaluate import Evaluator, Scores
+from jaxmerge.evaluate import Evaluator, Step
 
 _MOST_BYTES = 2**28  # of scores on the host; a step of 2 candidates on 2,000 examples has 16 kB
 
@@ -26,7 +26,7 @@ class Remembering:
 
     def __init__(self, evaluator: Evaluator, most_bytes: int = _MOST_BYTES):
         self._evaluator, self._most, self._bytes = evaluator, most_bytes, 0
-        self._known: dict[bytes, Scores] = {}  # by the weights of a step; last asked for, last here
+        self._known: dict[bytes, Step] = {}  # by the weights of a step; last asked for, last here
 
     @property
     def candidates_per_step(self) -> int:
@@ -38,41 +38,46 @@ class Remembering:
         """As of the evaluator."""
         return self._evaluator.examples
 
-    def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Scores]:
+    @property
+    def read(self) -> int:
+        """As of the evaluator."""
+        return self._evaluator.read
+
+    def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Step]:
         """As of the evaluator: `candidates_per_step` rows at a time, as soon as they are known."""
         unknown: list[np.ndarray] = []
         for start in range(0, len(weights_PxK), self.candidates_per_step):
             weights_CxK = weights_PxK[start : start + self.candidates_per_step]
-            scores = self._recalled(weights_CxK)
-            if scores is None:
+            step = self._recalled(weights_CxK)
+            if step is None:
                 unknown.append(weights_CxK)
             else:
                 yield from self._evaluated(unknown)
                 unknown = []
-                yield scores
+                yield step
         yield from self._evaluated(unknown)
 
-    def _recalled(self, weights_CxK: np.ndarray) -> Scores | None:
-        scores = self._known.pop(weights_CxK.tobytes(), None)
-        if scores is not None:
-            self._known[weights_CxK.tobytes()] = scores
-        return scores
+    def _recalled(self, weights_CxK: np.ndarray) -> Step | None:
+        step = self._known.pop(weights_CxK.tobytes(), None)
+        if step is not None:
+            self._known[weights_CxK.tobytes()] = step
+        return step
 
-    def _evaluated(self, steps: Sequence[np.ndarray]) -> Iterator[Scores]:
-        """Scores of steps that follow each other, so that one is launched before the last ends."""
+    def _evaluated(self, steps: Sequence[np.ndarray]) -> Iterator[Step]:
+        """Steps that follow each other, so that one is launched before the last ends."""
         if not steps:
             return
-        for weights_CxK, scores in zip(steps, self._evaluator.steps(np.concatenate(steps))):
-            self._remember(weights_CxK, scores)
-            yield scores
+        for weights_CxK, step in zip(steps, self._evaluator.steps(np.concatenate(steps))):
+            self._remember(weights_CxK, step)
+            yield step
 
-    def _remember(self, weights_CxK: np.ndarray, scores: Scores) -> None:
-        self._known[weights_CxK.tobytes()] = scores
-        self._bytes += _size(scores)
+    def _remember(self, weights_CxK: np.ndarray, step: Step) -> None:
+        self._known[weights_CxK.tobytes()] = step
+        self._bytes += _size(step)
         while self._bytes > self._most:
             oldest = next(iter(self._known))
             self._bytes -= _size(self._known.pop(oldest))
 
 
-def _size(scores: Scores) -> int:
-    return sum(array.nbytes for array in scores.values())
+def _size(step: Step) -> int:
+    return step.written_C.nbytes + sum(array.nbytes for array in step.scores.values())

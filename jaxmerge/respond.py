@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from jaxmerge import batches, processes
 from jaxmerge.batches import Limits, Writing
@@ -47,6 +47,19 @@ class Prepared(NamedTuple):
     requests: Sequence[Request]
     scored: np.ndarray  # tokens of each request whose likelihood is asked for
     groups: list[_Group]
+    read: int  # tokens that a model reads for them, without padding
+
+
+class Answers(NamedTuple):
+    """What C models answered.
+
+    Attributes:
+        responses: of each model, in the order of the requests.
+        written_C: tokens that each model wrote, up to the one that ended each text.
+    """
+
+    responses: list[tuple[Response, ...]]
+    written_C: Int[np.ndarray, " C"]
 
 
 class Responder:
@@ -83,6 +96,7 @@ class Responder:
         data = mesh.shape["data"]
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._limits = limits._replace(multiple=data)
+        self._stop = tokenizer.stops[0]
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         # Between CPU devices, collectives of programs that queue up can wait for each other's
         # threads for ever (jaxlib 0.10.2): there, one program at a time.
@@ -108,7 +122,7 @@ class Responder:
         for kind, microbatches in encoded.writing.items():
             run = _writing(self._model, kind, self._tokenizer.stops)
             groups.append(self._group(run, microbatches, *self._stop_states(kind.until)))
-        return Prepared(requests, encoded.scored, groups)
+        return Prepared(requests, encoded.scored, groups, encoded.read)
 
     def launch(self, prepared: Prepared, merged: Params) -> Outputs:
         """Enqueues the programs; waits for the device only where they must not queue up.
@@ -125,17 +139,18 @@ class Responder:
             for group in prepared.groups
         ]
 
-    def responses(
-        self, prepared: Prepared, outputs: Outputs, count: int
-    ) -> list[tuple[Response, ...]]:
-        """The responses of the first `count` models, in the order of the requests."""
+    def answers(self, prepared: Prepared, outputs: Outputs, count: int) -> Answers:
+        """What the first `count` models answered."""
         outputs = processes.fetch(outputs)
         answers: list[list[Response]] = [[""] * len(prepared.requests) for _ in range(count)]
         nats_CxR = np.zeros((count, len(prepared.requests)))
         greedy_CxR = np.ones(nats_CxR.shape, bool)
+        written_C = np.zeros(count, np.int64)
         for group, of_group in zip(prepared.groups, outputs):
             for microbatch, output in zip(group.microbatches, of_group):
                 arrays = [array[:count] for array in output]
+                if len(arrays) == 1:  # a row is stops after its end, as are all that only fill up
+                    written_C += np.count_nonzero(arrays[0] != self._stop, axis=(1, 2))
                 rows = [(row, i) for row, i in enumerate(microbatch.requests_B) if i >= 0]
                 for row, i in rows:
                     if len(arrays) == 2:  # a text longer than the context has several rows
@@ -149,13 +164,13 @@ class Responder:
         for i in np.flatnonzero(prepared.scored):
             for answer, nats, greedy in zip(answers, nats_CxR[:, i], greedy_CxR[:, i]):
                 answer[i] = Likely(float(nats), bool(greedy), int(prepared.scored[i]))
-        return [tuple(answer) for answer in answers]
+        return Answers([tuple(answer) for answer in answers], written_C)
 
     def __call__(self, merged: Params, requests: Sequence[Request]) -> list[tuple[Response, ...]]:
         """The responses of all models `[C, ...]` to all requests."""
         prepared = self.prepare(requests)
         count = jax.tree.leaves(merged)[0].shape[0]
-        return self.responses(prepared, self.launch(prepared, merged), count)
+        return self.answers(prepared, self.launch(prepared, merged), count).responses
 
     def _group(
         self, run: Callable[..., Any], microbatches: list[batches.Microbatch], *shared: np.ndarray
@@ -190,7 +205,7 @@ class Responder:
     def _text(self, request: Request, tokens_M: np.ndarray) -> str:
         """What was written, without what ended it."""
         assert isinstance(request, Generate)
-        ends = np.flatnonzero(tokens_M == self._tokenizer.stops[0])
+        ends = np.flatnonzero(tokens_M == self._stop)
         text = self._tokenizer.decode(tokens_M[: ends[0] if len(ends) else None].tolist())
         first = [text.find(stop) for stop in request.until if stop and stop in text]
         return text[: min(first)] if first else text

@@ -13,7 +13,7 @@ import numpy as np
 from jaxmerge import formatting, pareto, stats
 from jaxmerge.formatting import Bounds
 from jaxmerge.objective import Objective, define
-from jaxmerge.rundir import Candidate, RunDirectory
+from jaxmerge.rundir import ANALYSIS, Candidate, RunDirectory
 from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import Found
 
@@ -66,7 +66,11 @@ def collect(
             "ci95": [compared.low, compared.high],
             "p": compared.p,
         }
-    searched = [candidate for candidate in directory.candidates if candidate.split == "search"]
+    searched = [
+        candidate
+        for candidate in directory.candidates
+        if candidate.split == "search" and not candidate.origin.startswith(ANALYSIS)
+    ]
     return {
         "tasks": list(objective.tasks),
         "objective": objective.plain(),
@@ -79,6 +83,14 @@ def collect(
         "evaluations": len(searched),
         "evaluations_by_origin": dict(Counter(candidate.origin for candidate in searched)),
     }
+
+
+def tokens(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Tokens that all candidates of the log have `read` and `written`, on all splits."""
+    counted = Counter({"read": 0, "written": 0})
+    for candidate in candidates:
+        counted.update(candidate.tokens or {})
+    return dict(counted)
 
 
 def environment() -> dict[str, Any]:

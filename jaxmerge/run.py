@@ -44,21 +44,18 @@ from jaxmerge import (
     report,
     results,
     scoring,
-    space,
     watch,
 )
-from jaxmerge.checkpoints.pool import Pool, Record
+from jaxmerge.checkpoints.pool import Record
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export
 from jaxmerge.held import Held
 from jaxmerge.merging import merge, set_up_host
-from jaxmerge.progress import Progress
 from jaxmerge.scoring import evaluate
-from jaxmerge.search import baselines, strategies
+from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found, Setting
-from jaxmerge.search.loop import search
 from jaxmerge.sources import huggingface_directory
 
 if TYPE_CHECKING:
@@ -79,42 +76,33 @@ def run(
     Raises:
         JaxmergeError: anything that the user can mend.
     """
-    from jaxmerge.prepare import prepare  # imports Flax: half a second that a merge can do without
+    # Late: they import Flax, half a second that a merge can do without.
+    from jaxmerge import phases
+    from jaxmerge.prepare import prepare
 
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir, held)
-    directory, pool, strategy = prepared.directory, prepared.pool, prepared.strategy
+    directory, pool = prepared.directory, prepared.pool
     read_before = pool.traffic()
     for warning in prepared.warnings if processes.first() else ():
         print(f"jaxmerge: {warning}", file=sys.stderr)
 
-    progress = Progress(_evaluations(config, pool, strategy), silent=not processes.first())
-    with closing(directory), progress:
-        archive = Archive(directory, prepared.evaluators, progress.candidates)
+    with closing(directory), phases.live(config, prepared) as live:
+        archive = Archive(directory, prepared.evaluators, live.candidates)
         with _timed(seconds, "individuals"):
             individuals = baselines.individuals(archive, pool.names)
             objective = prepared.objective.measured_by([one.scores for one in individuals])
             form = formatting.of_objective(objective, prepared.bounds)
-            progress.rate(objective, form, individuals)
+            live.rate(objective, form, individuals)
         with _timed(seconds, "baselines"):
-            budget = config.search.budget // strategy.population * strategy.population
+            budget = phases.evaluations(config.search.budget, prepared.strategy)
             setting = Setting(archive, individuals, objective, budget, config.seed)
             found = [baselines.BASELINES[name].find(setting) for name in config.baselines]
         with _timed(seconds, "search"):
-            best = search(
-                archive,
-                strategy,
-                lambda z: space.weights(z, config.space.constraint, config.space.bounds),
-                objective=objective,
-                budget=config.search.budget,
-                seed=config.seed,
-                states=directory.path / "state",
-                save_seconds=config.search.save_seconds,
-            )
+            winner = phases.search(config, prepared, archive, objective)
         with _timed(seconds, "test"):
             alone = [Found(candidate.name, candidate, 1) for candidate in individuals]
-            winner = Found("search", best, budget)
             tested = results.score_on_test(archive, [*alone, *found, winner])
             heldout = {}
             if config.heldout:
@@ -122,31 +110,24 @@ def run(
                 uniform = [method for method in found if method.name == "uniform"]
                 heldout = results.score_heldout(archive, [winner, favourite, *uniform])
 
+        with _timed(seconds, "analyses"):
+            analysed = phases.analyse(config, prepared, archive, objective, individuals, winner)
         with _timed(seconds, "statistics"):
             findings = results.collect(
                 *(directory, pool.names, objective, prepared.bounds),
                 *(alone, found, winner, tested, heldout),
             )
         said = {"command": command, "warnings": list(prepared.warnings)}
-        findings = {"version": 2, **said, **findings}
+        findings = {"version": 2, **said, **findings, "analyses": analysed}
         with _timed(seconds, "export"):
             _export_winner(config, prepared, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
-        findings |= results.environment()
+        findings |= {"tokens": results.tokens(archive.past), **results.environment()}
         findings["residency"] = pool.traffic(since=read_before)
         directory.write_json("results.json", findings)
         if processes.first():
             report.write(directory.path)
     return findings
-
-
-def _evaluations(config: Config, pool: Pool, strategy: strategies.Strategy) -> int:
-    """How many candidates the run will have scored at its end, on all splits."""
-    K, budget = len(pool.names), config.search.budget // strategy.population * strategy.population
-    found = sum(baselines.BASELINES[name].evaluations(K, budget) for name in config.baselines)
-    tested = K + len(config.baselines) + 1
-    heldout = 2 + ("uniform" in config.baselines) if config.heldout else 0
-    return K + found + budget + tested + heldout
 
 
 def _best(setting: Setting) -> Any:

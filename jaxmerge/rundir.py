@@ -22,6 +22,8 @@ from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
 
+ANALYSIS = "analysis:"  # begins the origin of what only an analysis asked for
+
 # Fields of a config that say where a run computes, not what: it can go on elsewhere.
 _WHERE = ("mesh.", "pool.residency", "compilation_cache")
 
@@ -33,8 +35,9 @@ class Candidate:
     Attributes:
         id: its line number, from 0.
         generation: of the search; 0 for all others.
-        origin: `individual`, `baseline:NAME`, `search` or `final`.
-        name: of the checkpoint or the baseline; `search` for a candidate of the search.
+        origin: `individual`, `baseline:NAME`, `search`, `final` or `analysis:NAME`.
+        name: of the checkpoint or the baseline; `search` for a candidate of the search; what an
+            analysis calls it.
         split: the examples it was scored on: `search`, `test`, or `heldout` for the test examples
             of the held-out tasks.
         row: its row in each file of `examples/SPLIT/`.
@@ -42,6 +45,8 @@ class Candidate:
         scores: mean score of each task.
         n: number of examples of each task.
         seconds: of wall time it took, its share of the step it was part of.
+        tokens: that it `read` (prompts, and what is scored; without padding) and `written` (up to
+            the ones that ended its texts); None in logs of before they were counted.
     """
 
     id: int
@@ -54,6 +59,7 @@ class Candidate:
     scores: dict[str, float]
     n: dict[str, int]
     seconds: float
+    tokens: dict[str, int] | None = None
 
 
 class RunDirectory:

@@ -159,7 +159,7 @@ def _score(
         limits=build_limits(config, tokenizer_directory),
         vmap_candidates=1,
     )
-    scores = evaluator(np.ones((1, 1), np.float32))
+    ((scores, written_C),) = evaluator.steps(np.ones((1, 1), np.float32))
     _record(directory, pool.records[0])
     k = len(directory.candidates)
     candidate = Candidate(
@@ -173,6 +173,7 @@ def _score(
         scores={task: float(np.mean(s[0], dtype=np.float64)) for task, s in scores.items()},
         n=evaluator.examples,
         seconds=round(time.perf_counter() - started, 6),
+        tokens={"read": evaluator.read, "written": int(written_C[0])},
     )
     directory.append([candidate], scores)
 

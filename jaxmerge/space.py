@@ -6,6 +6,8 @@ The unit of z is the uniform weight 1/K (for softmax, a factor e), so that one s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
@@ -53,6 +55,15 @@ def weights(
     check(constraint, bounds)
     clipped = np.clip(np.asarray(z_PxK, np.float64), *bounds)
     return CONSTRAINTS[constraint](clipped).astype(np.float32)
+
+
+def spread(
+    weights_PxM: Float[np.ndarray, "P M"], chosen: Sequence[int], checkpoints: int
+) -> Weights:
+    """Weights of the M chosen checkpoints among all K; those of the others are 0."""
+    weights_PxK = np.zeros((len(weights_PxM), checkpoints), np.float32)
+    weights_PxK[:, list(chosen)] = weights_PxM
+    return weights_PxK
 
 
 def check(constraint: str, bounds: tuple[float, float]) -> None:

@@ -32,10 +32,13 @@ LAYERS = (
     {"rundir"},
     {"search"},
     {"export", "streaming"},
-    {"progress", "config", "results", "card", "report", "command_line", "grid"},
-    {"sources"},
+    {
+        *("progress", "tensorboard", "live", "analyses"),
+        *("config", "results", "card", "report", "command_line", "grid"),
+    },
+    {"sources", "searches"},
     {"held", "lm_eval_model", "prepare"},
-    {"merging", "scoring"},
+    {"merging", "scoring", "phases"},
     {"run"},
     {"sweep"},
 )

@@ -126,8 +126,8 @@ def test_steps_are_the_same_a_few_rows_at_a_time(evaluator, monkeypatch):
         evaluator, "_merge", lambda w: merged.append(w.astype(np.float32)) or program(w)
     )
     steps = list(evaluator.steps(WEIGHTS_PxK))
-    assert [len(step["choice"]) for step in steps] == [2, 2, 1]
-    whole = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
+    assert [len(step.scores["choice"]) for step in steps] == [2, 2, 1]
+    whole = {name: np.concatenate([s.scores[name] for s in steps]) for name in steps[0].scores}
     assert_equal(whole, expected())
     filled = np.concatenate([WEIGHTS_PxK, WEIGHTS_PxK[-1:]]).astype(np.float32)
     np.testing.assert_array_equal(np.concatenate(merged), filled)
@@ -225,7 +225,7 @@ def test_judging_overlaps_the_device(monkeypatch):
         judged = events.count("judge")
         assert 7 <= judged <= 14
         assert events[-judged:] == judged * ["judge"]
-        seen.append((len(step["generation"]), *events[:-judged]))
+        seen.append((len(step.scores["generation"]), *events[:-judged]))
         events.clear()
     assert seen == [(2, "launch", "launch", "fetch"), (2, "launch", "fetch"), (1, "fetch")]
 

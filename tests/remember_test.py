@@ -43,9 +43,10 @@ def _weights(*first: float) -> np.ndarray:
 def _same(found, expected) -> None:
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected):
-        assert ours.keys() == theirs.keys()
-        for task in ours:
-            np.testing.assert_array_equal(ours[task], theirs[task])
+        assert ours.scores.keys() == theirs.scores.keys()
+        for task in ours.scores:
+            np.testing.assert_array_equal(ours.scores[task], theirs.scores[task])
+        np.testing.assert_array_equal(ours.written_C, theirs.written_C)
 
 
 def test_scores_are_those_of_the_evaluator_in_order(watched):
@@ -71,9 +72,9 @@ def test_only_a_whole_step_is_known_again(watched):
 
 
 def test_what_was_not_asked_for_the_longest_is_forgotten(watched):
-    (scores,) = watched.steps(_weights(0, 1))
+    (step,) = watched.steps(_weights(0, 1))
     watched.asked = []
-    of_a_step = sum(array.nbytes for array in scores.values())
+    of_a_step = step.written_C.nbytes + sum(array.nbytes for array in step.scores.values())
     remembering = Remembering(watched, most_bytes=2 * of_a_step)
     for first in (0, 0.25, 0, 0.5):  # 0.25 has to go
         list(remembering.steps(_weights(first, 1)))

@@ -144,6 +144,27 @@ def test_a_stop_text_ends_the_work_too():
     assert row == [*TOKENIZER.encode(text[:end]), *[10] * (40 - end)]
 
 
+def test_tokens_are_counted_without_padding():
+    """Read: prompts, and all of a scored row but its last. Written: what comes before the end."""
+    requests = [
+        *(Generate(Prompt(text), 9, until=("e",)) for text in ("hello", "a", "question")),
+        Likelihood(Prompt("abc"), "de"),
+        Rolling("the end"),
+    ]
+    asked = responder()
+    prepared = asked.prepare(requests)
+    assert prepared.read == (5 + 1 + 8) + (5 - 1) + (1 + 7 - 1)
+    answers = asked.answers(prepared, asked.launch(prepared, MERGED), 3)
+    for tree, written in zip(TREES, answers.written_C):
+        expected = 0
+        for text in ("hello", "a", "question"):
+            tokens = free_text(tree, text, 9)
+            ends = [i for i, t in enumerate(tokens) if t in TOKENIZER.stops]
+            stops = [i + 1 for i, t in enumerate(tokens) if t == ord("e")]  # it is written itself
+            expected += min([9, *ends, *stops])
+        assert written == expected
+
+
 def test_the_automaton_finds_what_python_finds():
     """Random texts over three letters, cut into random tokens of 0 to 3 letters."""
     rng = np.random.default_rng(0)

@@ -82,7 +82,9 @@ def test_the_log_has_every_evaluation(finished):
     # 3 individuals; uniform, best per task, 2 greedy, 12 random; 12 searched (3 generations of 4);
     # on test 3 + 4 + 1, held out 3.
     origins = [line["origin"] for line in log]
-    assert {origin: origins.count(origin) for origin in origins} == {
+    analysed = [origin for origin in origins if origin.startswith("analysis:")]
+    of_run = origins[: len(origins) - len(analysed)]
+    assert {origin: of_run.count(origin) for origin in of_run} == {
         "individual": 3,
         "baseline:uniform": 1,
         "baseline:best-per-task": 1,
@@ -92,6 +94,65 @@ def test_the_log_has_every_evaluation(finished):
         "final": 11,
     }
     assert found["evaluations"] == 31
+    # Without each of 3, and for the one pair of tasks a merge that may be the winner.
+    assert analysed[:3] == ["analysis:leave-one-out"] * 3
+    assert sum(found["analyses"]["evaluations"].values()) == len(analysed)
+    assert {origin: found["evaluations_by_origin"].get(origin) for origin in analysed} == (
+        dict.fromkeys(analysed)
+    )
+
+
+def test_tokens_are_counted(finished):
+    """Prompts as they are, and each choice with its question; written: 6 for each text at most."""
+    workdir, found = finished
+    log = _log(workdir)
+    written = tiny.generation(search=10, test=20).splits["search"]
+    asked = tiny.choice(search=10, test=20).splits["search"]
+    read = sum(len(example.prompt) for example in written) + sum(
+        len(example.prompt) + len(option) - 1 for example in asked for option in example.choices
+    )
+    searched = [line["tokens"] for line in log if line["split"] == "search"]
+    assert {tokens["read"] for tokens in searched} == {read}
+    assert all(0 < tokens["written"] <= 60 for tokens in searched)
+    for kind in ("read", "written"):
+        assert found["tokens"][kind] == sum(line["tokens"][kind] for line in log)
+
+
+def test_every_analysis_of_a_run(finished, pool, tmp_path):
+    """With a search over the best 2 of 3: the run itself is as without."""
+    config = _tiny(configs.default(), pool)
+    config.analyses.pool_sizes, config.analyses.pool_size_budget = (2,), 9
+    config.tensorboard = True
+    found = run(config, str(tmp_path))
+    schema = json.loads((ROOT / "jaxmerge/results.schema.json").read_text())
+    jsonschema.validate(json.loads((tmp_path / "results.json").read_text()), schema)
+    apart = ("analyses", "seconds", "tokens", "command")
+    for field in set(found) - set(apart):
+        assert found[field] == finished[1][field], field
+    smaller, whole = found["analyses"]["pool_size"]
+    assert (smaller["m"], smaller["evaluations"]) == (2, 8)  # 2 generations of 4
+    assert (whole["id"], whole["test"]) == (found["best"]["id"], found["best"]["test"])
+    (pair,) = found["analyses"]["transfer"]
+    assert pair["test"].keys() == {"generation", "choice", "unseen"}
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "named"),
+    [
+        ((2, 3), 0, "analyses.pool_sizes"),
+        ((2, 2), 0, "analyses.pool_sizes"),
+        ((1,), 0, "analyses.pool_sizes"),
+        ((2,), 3, "analyses.pool_size_budget"),
+    ],
+)
+def test_pool_sizes_that_cannot_be_are_refused(pool, tmp_path, sizes, budget, named):
+    config = _tiny(configs.default(), pool)
+    config.analyses.pool_sizes, config.analyses.pool_size_budget = sizes, budget
+    with pytest.raises(JaxmergeError) as caught:
+        prepare(config, str(tmp_path / "run"))
+    assert caught.value.where == named
+    assert not (tmp_path / "run").exists()
 
 
 def test_search_and_test_never_share_an_example(finished):

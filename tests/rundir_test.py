@@ -81,6 +81,15 @@ def test_cut_and_go_on(opened, tmp_path):
     assert again.examples(again.candidates[2])["sums"][0] == 50
 
 
+def test_a_log_of_before_tokens_were_counted(opened, tmp_path):
+    directory = opened()
+    directory.append([_candidate(0)], _scores(0.0))
+    log = tmp_path / "candidates.jsonl"
+    old = {key: value for key, value in json.loads(log.read_text()).items() if key != "tokens"}
+    log.write_text(json.dumps(old) + "\n")
+    assert opened().candidates == [_candidate(0)]
+
+
 def test_a_garbled_log_is_refused(opened, tmp_path):
     directory = opened()
     directory.append([_candidate(0), _candidate(1)], _scores(0.0, 10.0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluate import Evaluator
+from jaxmerge.evaluate import Evaluator, Step
 from jaxmerge.objective import define
 from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.search import baselines
@@ -43,6 +43,10 @@ class Formula(Evaluator):
     def examples(self):
         return {"sums": 8, "words": 8}
 
+    @property
+    def read(self):
+        return 40
+
     def steps(self, weights_PxK):
         for start in range(0, len(weights_PxK), self.candidates_per_step):
             rows = weights_PxK[start : start + self.candidates_per_step].astype(np.float64)
@@ -50,7 +54,8 @@ class Formula(Evaluator):
             if self.lives < 0:
                 raise Killed
             self.evaluated += len(rows)
-            yield {task: np.tanh(2 * rows @ ability) for task, ability in ABILITY.items()}
+            scores = {task: np.tanh(2 * rows @ ability) for task, ability in ABILITY.items()}
+            yield Step(scores, np.full(len(rows), 5))
 
 
 def _run(

@@ -50,3 +50,10 @@ def test_bounds_clip():
 def test_refused(constraint, bounds, named):
     with pytest.raises(JaxmergeError, match=named):
         space.weights(Z, constraint, bounds)
+
+
+def test_some_of_the_checkpoints():
+    """The others have no weight; the order is that of the numbers."""
+    spread = space.spread(np.array([[0.75, 0.25], [0.5, 0.5]], np.float32), [3, 0], 4)
+    np.testing.assert_array_equal(spread, [[0.25, 0, 0, 0.75], [0.5, 0, 0, 0.5]])
+    assert spread.dtype == np.float32

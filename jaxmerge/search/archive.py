@@ -7,6 +7,7 @@ the evaluator goes on from there.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -78,22 +79,24 @@ class Archive:
             done += self._evaluate(split, rest, evaluator)
         return done
 
-    def skip(self, origin: str, count: int) -> None:
-        """Passes over recorded candidates of one origin without asking for them again."""
-        passed = self._directory.candidates[self._next : self._next + count]
-        if len(passed) < count or any(candidate.origin != origin for candidate in passed):
+    def skip(self, origin: str, name: str, count: int) -> None:
+        """Passes over recorded candidates of one origin and name without asking for them again."""
+        if self.recorded(origin, name) < count:
             raise JaxmergeError(
-                f"the log holds fewer than {count} candidates of origin {origin} here",
+                f"the log holds fewer than {count} candidates of origin {origin} ({name}) here",
                 where=str(self._directory.path / "candidates.jsonl"),
             )
+        passed = self._directory.candidates[self._next : self._next + count]
         self._next += count
         if passed:
             self._tell(passed)
 
-    def recorded(self, origin: str) -> int:
-        """How many candidates of an origin the log holds from here on."""
+    def recorded(self, origin: str, name: str) -> int:
+        """How many candidates of an origin and name follow each other in the log from here on."""
+        rest = itertools.islice(self._directory.candidates, self._next, None)
         return sum(
-            candidate.origin == origin for candidate in self._directory.candidates[self._next :]
+            1
+            for _ in itertools.takewhile(lambda one: (one.origin, one.name) == (origin, name), rest)
         )
 
     def _evaluate(
@@ -103,8 +106,8 @@ class Archive:
         weights_PxK = np.stack([request.weights for request in requests]).astype(np.float32)
         done: list[Candidate] = []
         started = time.perf_counter()
-        for scores in evaluator.steps(weights_PxK):
-            count = len(next(iter(scores.values())))
+        for scores, written_C in evaluator.steps(weights_PxK):
+            count = len(written_C)
             now = time.perf_counter()
             candidates = [
                 Candidate(
@@ -120,6 +123,7 @@ class Archive:
                     },
                     n=evaluator.examples,
                     seconds=round((now - started) / count, 6),
+                    tokens={"read": evaluator.read, "written": int(written_C[i])},
                 )
                 for i, request in enumerate(requests[len(done) : len(done) + count])
             ]

@@ -35,6 +35,8 @@ def search(
     seed: int,
     states: Path,
     save_seconds: float = 60.0,
+    origin: str = "search",
+    name: str = "search",
 ) -> Candidate:
     """Runs `budget // population` generations; returns the best candidate of all of them.
 
@@ -51,6 +53,7 @@ def search(
         seed: of the strategy.
         states: directory for the strategy's state.
         save_seconds: least time between two saves; 0 saves every generation.
+        origin, name: of its candidates, which tell it from other searches of the run.
 
     Raises:
         JaxmergeError: the budget is less than one generation.
@@ -67,14 +70,14 @@ def search(
     state = strategy.init(seed)
     first = 0
     if not processes.several():  # several processes ask again from the start, all from the log
-        first, state = _restore(states, state, archive.recorded("search") // population)
-    archive.skip("search", first * population)
+        first, state = _restore(states, state, archive.recorded(origin, name) // population)
+    archive.skip(origin, name, first * population)
     saved = time.monotonic()
     for generation in range(first, generations):
         z_PxD, state = strategy.ask(seed, generation, state)
         candidates = archive.evaluate(
             "search",
-            [Request("search", "search", row, generation) for row in to_weights(z_PxD)],
+            [Request(origin, name, row, generation) for row in to_weights(z_PxD)],
         )
         fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
         # A process that went astray must not go on: its collectives would match nobody's.
@@ -84,12 +87,13 @@ def search(
         if due and not processes.several():
             _save(states, generation + 1, state)
             saved = time.monotonic()
-    return best([past for past in archive.past if past.origin == "search"], objective)
+    mine = [past for past in archive.past if (past.origin, past.name) == (origin, name)]
+    return best(mine, objective)
 
 
 def _save(states: Path, generation: int, state: State) -> None:
     """Writes the state before `generation`, then forgets the older ones."""
-    states.mkdir(exist_ok=True)
+    states.mkdir(parents=True, exist_ok=True)
     leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     path = states / str(generation)
     if path.exists():  # of a run that was killed and has come here again: the same state

@@ -1,0 +1,120 @@
+"""Phases of a run, as its config says: what it will evaluate, the search, the analyses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxmerge import analyses, processes, space
+from jaxmerge.analyses import Study
+from jaxmerge.config import Config
+from jaxmerge.live import Live
+from jaxmerge.objective import Objective
+from jaxmerge.prepare import Prepared
+from jaxmerge.progress import Plan
+from jaxmerge.rundir import Candidate
+from jaxmerge.search import loop
+from jaxmerge.search.archive import Archive
+from jaxmerge.search.baselines import BASELINES, Found
+from jaxmerge.search.strategies import Strategy
+from jaxmerge.searches import build_strategy, pool_size_budget
+
+
+def live(config: Config, prepared: Prepared) -> Live:
+    """Shows the run while it goes on."""
+    return Live(
+        prepared.directory,
+        plan(config, prepared),
+        population=prepared.strategy.population,
+        report_seconds=config.report.every_seconds,
+        tensorboard=config.tensorboard,
+        silent=not processes.first(),
+    )
+
+
+def plan(config: Config, prepared: Prepared) -> Plan:
+    """How many candidates the run will have scored at its end, at most."""
+    K, strategy = len(prepared.pool.names), prepared.strategy
+    budget = evaluations(config.search.budget, strategy)
+    over = [
+        evaluations(pool_size_budget(config), build_strategy(config, K, range(m)))
+        for m in config.analyses.pool_sizes
+    ]
+    dropped = K if config.analyses.leave_one_out else 0
+    pairs = math.comb(len(config.objective.tasks), 2) if config.analyses.transfer else 0
+    found = sum(BASELINES[name].evaluations(K, budget) for name in config.baselines)
+    unseen = 2 + ("uniform" in config.baselines) + pairs if config.heldout else 0
+    return Plan(
+        {
+            "search": K + found + budget + sum(over),
+            "test": K + len(config.baselines) + 1 + dropped + len(over) + pairs,
+            "heldout": unseen,
+        },
+        {split: sum(each.examples.values()) for split, each in prepared.evaluators.items()},
+        budget // strategy.population,
+    )
+
+
+def evaluations(budget: int, strategy: Strategy) -> int:
+    """Those of the whole generations that a budget has."""
+    return budget // strategy.population * strategy.population
+
+
+def search(config: Config, prepared: Prepared, archive: Archive, objective: Objective) -> Found:
+    """The search over all checkpoints."""
+    best = loop.search(
+        archive,
+        prepared.strategy,
+        lambda z: space.weights(z, config.space.constraint, config.space.bounds),
+        objective=objective,
+        budget=config.search.budget,
+        seed=config.seed,
+        states=prepared.directory.path / "state",
+        save_seconds=config.search.save_seconds,
+    )
+    return Found("search", best, evaluations(config.search.budget, prepared.strategy))
+
+
+def analyse(
+    config: Config,
+    prepared: Prepared,
+    archive: Archive,
+    objective: Objective,
+    individuals: Sequence[Candidate],
+    winner: Found,
+) -> dict[str, Any]:
+    """What results.json says of the analyses that the config asks for."""
+    names, directory = prepared.pool.names, prepared.directory
+
+    def search_over(chosen: Sequence[int]) -> Found:
+        name = f"best-{len(chosen)}"
+        strategy, budget = build_strategy(config, len(names), chosen), pool_size_budget(config)
+        best = loop.search(
+            archive,
+            strategy,
+            lambda z: space.spread(
+                space.weights(z, config.space.constraint, config.space.bounds), chosen, len(names)
+            ),
+            objective=objective,
+            budget=budget,
+            seed=config.seed,
+            states=directory.path / "analyses" / name,
+            save_seconds=config.search.save_seconds,
+            origin=analyses.POOL_SIZE,
+            name=name,
+        )
+        return Found(name, best, evaluations(budget, strategy))
+
+    study = Study(
+        *(archive, directory, names, objective, individuals, winner),
+        heldout=bool(config.heldout),
+        search_over=search_over,
+        pool_sizes=config.analyses.pool_sizes,
+    )
+    wanted = {
+        "leave_one_out": config.analyses.leave_one_out,
+        "pool_size": bool(config.analyses.pool_sizes),
+        "transfer": config.analyses.transfer,
+    }
+    return analyses.analyse(study, [name for name in analyses.ANALYSES if wanted.get(name, True)])

@@ -1,0 +1,75 @@
+"""The strategies of a run's searches, as its config says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxmerge.config import Config
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.search import strategies
+
+
+def check_pool_sizes(config: Config, checkpoints: int) -> None:
+    """Raises `JaxmergeError` unless there can be a search over each of `analyses.pool_sizes`."""
+    sizes, budget = config.analyses.pool_sizes, pool_size_budget(config)
+    if len({*sizes}) < len(sizes) or any(m not in range(2, checkpoints) for m in sizes):
+        raise JaxmergeError(
+            "needs different numbers of checkpoints, fewer than there are",
+            where="analyses.pool_sizes",
+            expected=f"from 2 to {checkpoints - 1}",
+            found=str(tuple(sizes)),
+        )
+    for m in sizes:
+        strategy = build_strategy(config, checkpoints, range(m))
+        check_budget(strategy, "analyses.pool_size_budget", budget)
+
+
+def pool_size_budget(config: Config) -> int:
+    """Evaluations of a search for `analyses.pool_size`."""
+    return config.analyses.pool_size_budget or config.search.budget
+
+
+def build_strategy(
+    config: Config, checkpoints: int, chosen: Sequence[int] | None = None
+) -> strategies.Strategy:
+    """The strategy that the config names.
+
+    Args:
+        config: whose `search` says it.
+        checkpoints: K.
+        chosen: numbers of the checkpoints that are searched over; None: all of them.
+
+    Raises:
+        JaxmergeError: names the field.
+    """
+    start = config.search.init
+    if start and len(start) != checkpoints:
+        raise JaxmergeError(
+            "needs one value per checkpoint",
+            where="search.init",
+            expected=f"{checkpoints} values",
+            found=str(len(start)),
+        )
+    chosen = range(checkpoints) if chosen is None else chosen
+    population = config.search.population or strategies.default_population(len(chosen))
+    return strategies.evosax(
+        config.search.strategy,
+        len(chosen),
+        population,
+        mean=np.array([start[k] for k in chosen], np.float32) if start else None,
+        sigma=config.search.sigma,
+        params=config.search.params.to_dict(),
+    )
+
+
+def check_budget(strategy: strategies.Strategy, where: str, budget: int) -> None:
+    """Raises `JaxmergeError`, which names the field, unless the budget has a whole generation."""
+    if budget < strategy.population:
+        raise JaxmergeError(
+            "the budget is less than one generation",
+            where=where,
+            expected=f"at least the population, {strategy.population}",
+            found=str(budget),
+        )
