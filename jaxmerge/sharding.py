@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmerge.errors import JaxmergeError
@@ -52,9 +53,9 @@ def make_mesh(
             found=str(shape),
         )
     count = math.prod(sizes)
-    return jax.make_mesh(
-        sizes, AXES, devices=devices[:count], axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    # An axis of the mesh may be a part of a slice's axis: tensor=8 on 4x4x4 chips.
+    grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:

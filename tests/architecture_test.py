@@ -31,13 +31,14 @@ LAYERS = (
     {"evaluate", "remember"},
     {"rundir"},
     {"search"},
+    {"planning"},
     {"export", "streaming"},
     {"progress", "config", "results", "card", "report", "command_line", "grid"},
     {"sources"},
     {"held", "lm_eval_model", "prepare"},
     {"merging", "scoring"},
     {"run"},
-    {"sweep"},
+    {"plan", "sweep"},
 )
 # They run where there is no JAX, or before it is set up.
 WITHOUT_JAX = (

@@ -1,0 +1,64 @@
+"""Where the pool can live, and whether a run fits: arithmetic on bytes, without JAX."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Residency = Literal["device", "host", "disk"]
+RESIDENCIES: tuple[Residency, ...] = ("device", "host", "disk")  # the order of preference
+
+
+class Need(NamedTuple):
+    """Bytes that a run takes on each device.
+
+    Attributes:
+        pool: its share of all checkpoints.
+        streamed: its share of the largest leaf of all checkpoints, which is what there is of the
+            pool at a time when it does not live on the device.
+        merged: its candidates of two steps: one is launched before the last is judged.
+        working: whatever a program holds besides: temporaries, cache, inputs and outputs.
+    """
+
+    pool: int
+    streamed: int
+    merged: int
+    working: int
+
+    def on_device(self, residency: Residency) -> int:
+        """Bytes of the device's own memory."""
+        return self.merged + self.working + (self.pool if residency == "device" else self.streamed)
+
+    def on_host(self, residency: Residency) -> int:
+        """Bytes of the host's memory, for each device."""
+        return self.pool if residency == "host" else 0
+
+
+class Room(NamedTuple):
+    """Bytes that each device has, and those of the host's memory that come to each device."""
+
+    device: int
+    host: int  # 0: the device has no other memory than the host's
+
+
+def fits(need: Need, room: Room, residency: Residency) -> bool:
+    """Whether a run fits with the pool there."""
+    return (
+        need.on_device(residency) <= room.device
+        and need.on_host(residency) <= room.host
+        and (residency != "host" or room.host > 0)
+    )
+
+
+def choose_residency(asked: str, need: Need, room: Room) -> Residency | None:
+    """Where the pool will live: for `auto` the first of device, host and disk that fits.
+
+    Args:
+        asked: `auto`, or the one that it must be.
+        need: bytes of each device.
+        room: bytes that there are.
+
+    Returns:
+        None where it does not fit.
+    """
+    allowed = [each for each in RESIDENCIES if asked in ("auto", each)]
+    return next((each for each in allowed if fits(need, room, each)), None)
