@@ -27,7 +27,6 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from jaxmerge import command_line
@@ -44,8 +43,9 @@ from jaxmerge.planning.here import room_of
 from jaxmerge.planning.layouts import Job, Layout, Machine, Plan, draw_up
 from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import RESIDENCIES, Room
-from jaxmerge.planning.work import evaluations
+from jaxmerge.planning.work import cast
 from jaxmerge.prepare import build_limits, build_model, build_task, build_tokenizer
+from jaxmerge.search import baselines
 from jaxmerge.search.strategies import default_population
 from jaxmerge.sources import find_checkpoints, huggingface_directory, start_jax
 from jaxmerge.tokenizer import Bytes, Tokenizer
@@ -126,7 +126,7 @@ def _answer(config: Config, of: Topology, said: str) -> Answer:
 
 def _larger(layout: Layout, of: Topology) -> Iterator[tuple[str, Layout, Machine]]:
     """The layout on the known slices of the same chips."""
-    for each in chips.slices(of.kind):
+    for each in chips.slices(of.kind) if of.kind in CHIPS else ():
         machine = _machine(each)
         for change, changed in layouts.spread(layout):
             yield f"{each}{change and f' with {change}'}", changed, machine
@@ -188,19 +188,17 @@ def job_of(config: Config) -> Job:
     else:
         abstract, checkpoints = _described(config, model), len(config.pool.checkpoints)
         tokenizer = _tokenizer(config, model)
-    if config.pool.dtype:
-        abstract = _cast(abstract, config.pool.dtype)
     tasks = [build_task(config, name) for name in config.objective.tasks]
     heldout = [build_task(config, name) for name in config.heldout]
     population = config.search.population or default_population(checkpoints)
     budget = config.search.budget // population * population
     return Job(
         model,
-        abstract,
+        cast(abstract, config.pool.dtype),
         checkpoints,
         tokenizer,
         {"search": tasks, "test": tasks, "heldout": heldout},
-        evaluations(checkpoints, budget, config.baselines, bool(heldout)),
+        baselines.evaluations(config.baselines, checkpoints, budget, heldout=bool(heldout)),
         population,
         config.evaluate.vmap_candidates,
     )
@@ -217,17 +215,6 @@ def _described(config: Config, model: Model) -> PyTree:
             found=", ".join(patterns) or config.pool.model,
         )
     return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def _cast(abstract: PyTree, dtype: str) -> PyTree:
-    return jax.tree.map(
-        lambda leaf: (
-            jax.ShapeDtypeStruct(leaf.shape, dtype)
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else leaf
-        ),
-        abstract,
-    )
 
 
 def _tokenizer(config: Config, model: Model) -> Tokenizer:

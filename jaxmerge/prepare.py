@@ -30,6 +30,7 @@ from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, from_apply
 from jaxmerge.objective import Objective
+from jaxmerge.planning.here import check_room
 from jaxmerge.remember import Remembering
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
@@ -138,6 +139,15 @@ def made_of(config: Config) -> dict[str, Any]:
 
 
 def _load(config: Config, sources: Sequence[Source], mesh: Mesh, model: Model) -> Pool:
+    check_room(
+        sources[0].abstract,
+        model.sharding_rules,
+        mesh,
+        dtype=config.pool.dtype,
+        checkpoints=len(sources),
+        candidates=config.evaluate.candidates_per_step or mesh.shape["pop"],
+        residency=config.pool.residency,
+    )
     return load(
         sources,
         mesh,

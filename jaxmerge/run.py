@@ -143,10 +143,8 @@ def run(
 def _evaluations(config: Config, pool: Pool, strategy: strategies.Strategy) -> int:
     """How many candidates the run will have scored at its end, on all splits."""
     K, budget = len(pool.names), config.search.budget // strategy.population * strategy.population
-    found = sum(baselines.BASELINES[name].evaluations(K, budget) for name in config.baselines)
-    tested = K + len(config.baselines) + 1
-    heldout = 2 + ("uniform" in config.baselines) if config.heldout else 0
-    return K + found + budget + tested + heldout
+    heldout = bool(config.heldout)
+    return sum(baselines.evaluations(config.baselines, K, budget, heldout=heldout).values())
 
 
 def _best(setting: Setting) -> Any:

@@ -54,11 +54,6 @@ class Program(NamedTuple):
     collectives: Mapping[str, Collective] = MappingProxyType({})
     refused: str = ""
 
-    @property
-    def working(self) -> int:
-        """Bytes besides the arguments."""
-        return self.outputs + self.temporaries
-
 
 def absent_devices(of: Topology) -> list[Any]:
     """The devices of a TPU slice, as libtpu describes them.
@@ -67,6 +62,7 @@ def absent_devices(of: Topology) -> list[Any]:
         JaxmergeError: libtpu is not installed, or knows no such slice.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no metadata server what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may plan at a time
     shape = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(of.shape) == 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=str(of), **shape)

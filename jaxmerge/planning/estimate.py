@@ -16,7 +16,7 @@ from jaxmerge.planning.chips import Chip
 from jaxmerge.planning.compiled import Collective, Program, compile_program
 from jaxmerge.planning.counting import Product
 from jaxmerge.planning.residency import Need
-from jaxmerge.planning.work import Call, counted, placed, shares, stacked, state_bytes
+from jaxmerge.planning.work import Call, counted, placed, share, shares, stacked, state_bytes
 from jaxmerge.trees import PyTree, named_leaves
 
 
@@ -54,6 +54,15 @@ class Measured(NamedTuple):
         return next((each.refused for each in self.programs if each.refused), "")
 
 
+def steps_at_a_time(mesh: Mesh) -> int:
+    """Steps whose merged models exist together: one is launched before the last is judged.
+
+    The CPU client takes the memory of a program's outputs when the program starts, that is after
+    the last step has run (tools/measure_memory.py); others when it is launched.
+    """
+    return 1 if mesh.devices.flat[0].platform == "cpu" else 2
+
+
 def arithmetic(tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh) -> Need:
     """The part of `Need` that takes no compiler: `working` is 0.
 
@@ -64,11 +73,11 @@ def arithmetic(tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh) -> N
         mesh: of the run.
     """
     of_leaf = shares(tree)
-    here = candidates // mesh.shape["pop"]
+    here = -(-candidates // mesh.shape["pop"])
     return Need(
         pool=checkpoints * sum(of_leaf.values()),
         streamed=checkpoints * max(of_leaf.values()),
-        merged=2 * here * sum(of_leaf.values()),
+        merged=steps_at_a_time(mesh) * here * sum(of_leaf.values()),
         working=0,
     )
 
@@ -99,18 +108,15 @@ def measure(
     merged = stacked(tree, candidates, mesh)
     largest = _largest(of_step)
     compiled = [compile_program(call.name, call.program, merged, *call.arrays) for call in largest]
-    held = need.merged // 2  # the merged models are among the arguments of each call
+    inputs = sum(sum(call.times.values()) * sum(map(share, call.arrays)) for call in of_step)
     code = sum(
         of_kind[0].code * sum(bool(call.new_tokens) == writes for call in of_step)
         for writes in (False, True)
         if (of_kind := [p for p, c in zip(compiled, largest) if bool(c.new_tokens) == writes])
     )
-    working = max(
-        [merge.temporaries]
-        + [max(each.arguments - held, 0) + each.working for each in compiled if not each.refused]
-    )
+    working = max(merge.temporaries, *(each.outputs + each.temporaries for each in compiled))
     return Measured(
-        need._replace(working=working + code + merge.code),
+        need._replace(working=working + inputs + code + merge.code),
         max((_cache(model, tree, call, candidates, mesh) for call in largest), default=0),
         (merge, *compiled),
         tuple(whole_leaves(tree, model.sharding_rules, mesh)),
@@ -251,17 +257,17 @@ def _traffic(collective: tuple[str, Collective]) -> float:
 def measured_rates(seconds: float = 0.3) -> Rates:
     """Rates of the device at hand, by a matrix product and a sum that are done for a while."""
     n, length = 1024, 2**24
-    square, line = jnp.ones((n, n), jnp.float32), jnp.ones(length, jnp.float32)
 
-    def rate(jitted: Any, amount: float, *arguments: Any) -> float:
-        jax.block_until_ready(jitted(*arguments))
+    def rate(step: Any, amount: float, value: jax.Array) -> float:
+        step = jax.jit(step, donate_argnums=0)  # into memory that is there: new pages are slow
+        value = jax.block_until_ready(step(value))
         times, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
-            jax.block_until_ready(jitted(*arguments))
+            value = jax.block_until_ready(step(value))
             times += 1
         return times * amount / (time.perf_counter() - started)
 
-    products = rate(jax.jit(jnp.matmul), 2.0 * n**3, square, square)
-    sums = rate(jax.jit(jnp.add), 3.0 * line.nbytes, line, line)
-    share = len(jax.devices()) if jax.default_backend() == "cpu" else 1  # of the same cores
-    return Rates(products / share, sums / share, 0.0)
+    flops = rate(lambda x: x @ x, 2.0 * n**3, jnp.zeros((n, n), jnp.float32))
+    bandwidth = rate(lambda x: x + 1, 2.0 * 4 * length, jnp.zeros(length, jnp.float32))
+    sharing = len(jax.devices()) if jax.default_backend() == "cpu" else 1  # the same cores
+    return Rates(flops / sharing, bandwidth / sharing, 0.0)

@@ -1,4 +1,4 @@
-"""The memory of the devices of this machine."""
+"""The memory of the devices of this machine, and whether a run can fit into it at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,60 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmerge.planning.residency import Room
+import jax
+from jax.sharding import Mesh
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.planning.estimate import arithmetic
+from jaxmerge.planning.residency import RESIDENCIES, Room, choose_residency
+from jaxmerge.planning.work import cast, placed
+from jaxmerge.sharding import Rules
+from jaxmerge.trees import PyTree
+
+
+def check_room(
+    abstract: PyTree,
+    rules: Rules,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    checkpoints: int,
+    candidates: int,
+    residency: str,
+) -> None:
+    """Refuses a run whose pool and merged models alone are more than the devices have left.
+
+    Args:
+        abstract: a checkpoint as stored.
+        rules: see `sharding.shardings`.
+        mesh: of the run, on devices that are there.
+        dtype: that the pool is cast to; "": none.
+        checkpoints: K.
+        candidates: of a step, on all devices.
+        residency: device, host, disk, or auto.
+
+    Raises:
+        JaxmergeError: it can't fit; the message says what would.
+    """
+    need = arithmetic(placed(cast(abstract, dtype), rules, mesh), checkpoints, candidates, mesh)
+    room = room_of(mesh.local_devices)
+    if choose_residency(residency, need, room):
+        return
+    found = [each for each in RESIDENCIES if residency in ("auto", each)]
+    other = choose_residency("auto", need, room)
+    would = f'pool.residency = "{other}"; or ' if other else ""
+    raise JaxmergeError(
+        "the pool and the merged models do not fit into the memory of the devices",
+        where="this machine",
+        expected=f"{would}more devices for a model (mesh.fsdp, mesh.tensor), or larger ones: "
+        "python -m jaxmerge.plan says which",
+        found=", ".join(f"{_gib(need.on_device(each))} with the pool on {each}" for each in found)
+        + f"; each of {mesh.size} devices ({jax.default_backend()}) has {_gib(room.device)} left",
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def room_of(devices: Sequence[Any]) -> Room:

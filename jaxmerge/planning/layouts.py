@@ -13,7 +13,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.model import Model
 from jaxmerge.planning import estimate, work
 from jaxmerge.planning.estimate import Amount, Measured, Rates, Seconds
-from jaxmerge.planning.residency import Need, Residency, Room, choose_residency
+from jaxmerge.planning.residency import Need, Room, choose_residency
 from jaxmerge.respond import Responder
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
@@ -82,6 +82,7 @@ class Plan(NamedTuple):
     Attributes:
         residency: where the pool will live; None: the run does not fit.
         candidates: of a step.
+        steps: whose candidates exist together.
         most_candidates: that a step could have, estimated from those it has.
         seconds: of one candidate, by split.
     """
@@ -97,9 +98,10 @@ class Plan(NamedTuple):
     bytes: int
     dtype: str
     measured: Measured
-    residency: Residency | None
+    residency: str | None
     asked: str
     candidates: int
+    steps: int
     most_candidates: int
     calls: int
     seconds: dict[str, Seconds]
@@ -149,6 +151,7 @@ def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
         residency=None if refused else residency,
         asked=layout.residency,
         candidates=candidates,
+        steps=estimate.steps_at_a_time(mesh),
         most_candidates=_most(measured.need, machine.room, residency, candidates, mesh, job),
         calls=len(of_step),
         seconds=seconds,
@@ -228,7 +231,7 @@ def _candidates(layout: Layout, machine: Machine) -> int:
 
 
 def _most(
-    need: Need, room: Room, residency: Residency | None, candidates: int, mesh: Any, job: Job
+    need: Need, room: Room, residency: str | None, candidates: int, mesh: Any, job: Job
 ) -> int:
     if residency is None:
         return 0

@@ -29,7 +29,7 @@ def page(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     need, here = plan.measured.need, plan.candidates // plan.mesh["pop"]
-    merged = f"merged, {here} candidate{'s' * (here > 1)} of each of two steps"
+    merged = f"merged models: {here} of a step" + " and of the next" * (plan.steps - 1)
     rows: list[tuple[str, ...]] = [
         ("memory of each device, pool.residency =", *RESIDENCIES),
         ("pool", _bytes(need.pool), *[_bytes(need.streamed)] * 2),
@@ -57,8 +57,9 @@ def _memory(plan: Plan) -> list[str]:
 def _fits(plan: Plan, residency: str) -> str:
     if plan.measured.refused:
         return "refused"
-    (known,) = (each for each in RESIDENCIES if each == residency)
-    return "fits" if fits(plan.measured.need, plan.room, known) else "too much"
+    if residency == "host" and not plan.room.host:
+        return "no such"
+    return "fits" if fits(plan.measured.need, plan.room, residency) else "too much"
 
 
 def _programs(plan: Plan) -> list[str]:

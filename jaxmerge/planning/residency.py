@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Residency = Literal["device", "host", "disk"]
-RESIDENCIES: tuple[Residency, ...] = ("device", "host", "disk")  # the order of preference
+RESIDENCIES = ("device", "host", "disk")  # the order of preference
 
 
 class Need(NamedTuple):
@@ -15,7 +14,7 @@ class Need(NamedTuple):
         pool: its share of all checkpoints.
         streamed: its share of the largest leaf of all checkpoints, which is what there is of the
             pool at a time when it does not live on the device.
-        merged: its candidates of two steps: one is launched before the last is judged.
+        merged: its candidates of the steps that exist together.
         working: whatever a program holds besides: temporaries, cache, inputs and outputs.
     """
 
@@ -24,11 +23,11 @@ class Need(NamedTuple):
     merged: int
     working: int
 
-    def on_device(self, residency: Residency) -> int:
+    def on_device(self, residency: str) -> int:
         """Bytes of the device's own memory."""
         return self.merged + self.working + (self.pool if residency == "device" else self.streamed)
 
-    def on_host(self, residency: Residency) -> int:
+    def on_host(self, residency: str) -> int:
         """Bytes of the host's memory, for each device."""
         return self.pool if residency == "host" else 0
 
@@ -40,7 +39,7 @@ class Room(NamedTuple):
     host: int  # 0: the device has no other memory than the host's
 
 
-def fits(need: Need, room: Room, residency: Residency) -> bool:
+def fits(need: Need, room: Room, residency: str) -> bool:
     """Whether a run fits with the pool there."""
     return (
         need.on_device(residency) <= room.device
@@ -49,7 +48,7 @@ def fits(need: Need, room: Room, residency: Residency) -> bool:
     )
 
 
-def choose_residency(asked: str, need: Need, room: Room) -> Residency | None:
+def choose_residency(asked: str, need: Need, room: Room) -> str | None:
     """Where the pool will live: for `auto` the first of device, host and disk that fits.
 
     Args:

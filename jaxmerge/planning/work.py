@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmerge.models.model import Model
 from jaxmerge.planning.counting import Product, products
 from jaxmerge.respond import Group, Responder
-from jaxmerge.search.baselines import BASELINES
 from jaxmerge.sharding import Rules, shardings
 from jaxmerge.tasks.common import Task
 from jaxmerge.trees import PyTree, named_leaves
@@ -110,6 +110,16 @@ def placed(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     )
 
 
+def cast(abstract: PyTree, dtype: str) -> PyTree:
+    """Leaves as they are once a pool is loaded with this `dtype`; "": as they are."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        floating = dtype and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
+
+    return jax.tree.map(one, abstract)
+
+
 def share(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of a leaf on one device."""
     assert leaf.sharding is not None
@@ -140,22 +150,3 @@ def state_bytes(model: Model, tree: PyTree, call: Call) -> int:
     slots = call.slots - 1
     _, state = jax.eval_shape(lambda *a: model.prefill(*a, slots), tree, tokens, padding)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def evaluations(
-    checkpoints: int, budget: int, baselines: Sequence[str], heldout: bool
-) -> dict[str, int]:
-    """Candidates that a run scores, by split.
-
-    Args:
-        checkpoints: K.
-        budget: evaluations that the search uses: whole generations.
-        baselines: names.
-        heldout: whether there are held-out tasks.
-    """
-    found = sum(BASELINES[name].evaluations(checkpoints, budget) for name in baselines)
-    return {
-        "search": checkpoints + found + budget,
-        "test": checkpoints + len(baselines) + 1,
-        "heldout": 2 + ("uniform" in baselines) if heldout else 0,
-    }

@@ -105,3 +105,22 @@ def _single(name: str, setting: Setting, chosen: Sequence[int]) -> Found:
     request = Request(f"baseline:{name}", name, weights.astype(np.float32))
     (candidate,) = setting.archive.evaluate("search", [request])
     return Found(name, candidate, 1)
+
+
+def evaluations(
+    names: Sequence[str], checkpoints: int, budget: int, *, heldout: bool
+) -> dict[str, int]:
+    """Candidates that a run with these baselines will have scored at its end, by split.
+
+    Args:
+        names: of the baselines.
+        checkpoints: K.
+        budget: evaluations that the search uses.
+        heldout: whether there are held-out tasks.
+    """
+    found = sum(BASELINES[name].evaluations(checkpoints, budget) for name in names)
+    return {
+        "search": checkpoints + found + budget,
+        "test": checkpoints + len(names) + 1,
+        "heldout": 2 + ("uniform" in names) if heldout else 0,
+    }
