@@ -122,22 +122,20 @@ def test_the_residency_is_the_first_that_fits(config, job):
 
 
 def test_the_smallest_change_is_found(config, job):
-    """Fewer candidates of a step, else smaller batches, else more devices for a model."""
-    wide = _layout(config, pop=8, candidates_per_step=16, residency="device")
+    """Fewer candidates of a step come before smaller batches, and those before another mesh."""
+    wide = _layout(config, pop=8, candidates_per_step=16)
+    names = [name for name, _ in layouts.smaller(wide, _machine())]
+    assert names[0] == "evaluate.candidates_per_step = 8"
+    assert names[1] == "evaluate.batch_tokens = 4096, evaluate.batch_size = 4"
+    assert names[-1] == "mesh.pop = 1, mesh.fsdp = 8"
 
     def change(room: int) -> str | None:
         machine = _machine(Room(room, 0))
-        smaller = layouts.smaller(wide, machine)
-        return layouts.fitting(job, ((name, layout, machine) for name, layout in smaller))
+        choices = ((name, layout, machine) for name, layout in layouts.smaller(wide, machine))
+        return layouts.fitting(job, choices)
 
-    one = draw_up(job, dataclasses.replace(wide, candidates_per_step=8), _machine())
-    assert change(_needed(one, "device")) == "evaluate.candidates_per_step = 8"
-    batches = change(_needed(one, "device") - 2**10)
-    assert batches is not None
-    assert batches.startswith(('pool.residency = "auto"', "evaluate.batch_tokens = "))
-    split = dataclasses.replace(wide, candidates_per_step=0, pop=1, fsdp=8)
-    spread = change(_needed(draw_up(job, split, _machine()), "disk"))
-    assert spread is not None
+    fewer = draw_up(job, dataclasses.replace(wide, candidates_per_step=8), _machine())
+    assert change(_needed(fewer, "disk")) == names[0]
     assert change(10) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -169,8 +170,9 @@ def _largest(of_step: Sequence[Call]) -> list[Call]:
 def _cache(model: Model, tree: PyTree, call: Call, candidates: int, mesh: Mesh) -> int:
     if not call.new_tokens:
         return 0
-    heads = int(model.architecture.get("kv_heads", 0))
-    split = mesh.shape["data"] * (1 if heads % mesh.shape["tensor"] else mesh.shape["tensor"])
+    heads = int(model.architecture.get("kv_heads", 1))
+    # The compiler splits heads over as much of `tensor` as they are a multiple of.
+    split = mesh.shape["data"] * math.gcd(heads, mesh.shape["tensor"])
     side_by_side = candidates // mesh.shape["pop"] if mesh.devices.flat[0].platform != "cpu" else 1
     return state_bytes(model, tree, call) * side_by_side // split
 
@@ -232,10 +234,8 @@ def roofline(
 
 
 def _seconds(found: Sequence[Product], mesh: Mesh, rates: Rates) -> float:
-    return sum(
-        each.times * max(each.flops / rates.flops, each.bytes / rates.bandwidth) / mesh.size
-        for each in found
-    )
+    slowest = [max(each.flops / rates.flops, each.bytes / rates.bandwidth) for each in found]
+    return math.fsum(each.times * second for each, second in zip(found, slowest)) / mesh.size
 
 
 def _exchanged(of_step: Sequence[Call], programs: Sequence[Program]) -> Mapping[bool, float]:
