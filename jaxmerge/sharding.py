@@ -61,8 +61,9 @@ def make_mesh(
 def shardings(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     """The `NamedSharding` of each leaf.
 
-    A dimension that its axis does not divide is left whole: every leaf can be placed on every mesh,
-    at the price of repeating what does not divide.
+    An axis that does not divide its dimension goes to the last other dimension of the rule that it
+    does divide, beside the axis there: key/value heads fewer than `tensor` lie in parts of D. Where
+    there is none the leaf is repeated over the axis: every leaf can be placed on every mesh.
 
     Args:
         abstract: tree of arrays or `ShapeDtypeStruct`.
@@ -77,10 +78,22 @@ def shardings(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
                 where=name,
                 found=f"axes {tuple(axes)}, shape {leaf.shape}",
             )
-        fitting = [
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, leaf.shape)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fitting))
+        return NamedSharding(mesh, _spec(axes, leaf.shape, mesh))
 
     return map_named(place, abstract)
+
+
+def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    def divides(size: int, *over: str) -> bool:
+        return size % math.prod(mesh.shape[axis] for axis in over) == 0
+
+    placed: list[tuple[str, ...]] = [
+        (axis,) if axis and divides(size, axis) else () for axis, size in zip(axes, shape)
+    ]
+    for here, axis in enumerate(axes):
+        if axis and not placed[here]:
+            others = [i for i, other in enumerate(axes) if other and i != here]
+            room = [i for i in others if divides(shape[i], *placed[i], axis)]
+            if room:
+                placed[room[-1]] = (*placed[room[-1]], axis)
+    return PartitionSpec(*(each if len(each) > 1 else (*each, None)[0] for each in placed))

@@ -146,7 +146,8 @@ def whole_leaves(tree: PyTree, rules: Any, mesh: Mesh) -> list[str]:
     asked = placed(tree, rules, alone)
     for (name, leaf), wanted in zip(named_leaves(tree).items(), named_leaves(asked).values()):
         axes = [axis for axis in wanted.sharding.spec if axis and mesh.shape[axis] > 1]
-        kept = [axis for axis in axes if axis not in leaf.sharding.spec]
+        split = jax.tree.leaves(tuple(leaf.sharding.spec))
+        kept = [axis for axis in axes if axis not in split]
         lines += [
             f"{name}: {leaf.shape[wanted.sharding.spec.index(axis)]} is not a multiple of "
             f"mesh.{axis} = {mesh.shape[axis]}"
