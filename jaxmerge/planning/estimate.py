@@ -189,7 +189,7 @@ class Seconds(NamedTuple):
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(self)
+        return math.fsum(self)
 
 
 class Amount(NamedTuple):
@@ -250,7 +250,7 @@ def _exchanged(of_step: Sequence[Call], programs: Sequence[Program]) -> Mapping[
     return found
 
 
-def _traffic(collective: tuple[str, Collective]) -> float:
+def _traffic(collective: tuple[str, Collective]) -> int:
     name, (_, bytes) = collective
     return 2 * bytes if name == "all-reduce" else bytes  # there and back
 

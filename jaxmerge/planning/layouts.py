@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,7 +112,8 @@ class Plan(NamedTuple):
     @property
     def run_seconds(self) -> float:
         """Of all evaluations."""
-        return sum(self.evaluations[split] * each.total for split, each in self.seconds.items())
+        each = (self.evaluations[split] * one.total for split, one in self.seconds.items())
+        return math.fsum(each)
 
 
 def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
