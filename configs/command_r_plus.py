@@ -18,7 +18,7 @@ def get_config() -> Config:
     config.pool.checkpoints = tuple(f"gs://bucket/command-r-plus/{k:02}" for k in range(16))
     config.pool.base = "gs://bucket/command-r-plus/base"
     config.pool.dtype = "bfloat16"
-    config.pool.chat = True
+    config.pool.residency = "device"
     config.pool.model = "decoder"
     config.pool.model_args = {
         "vocab": 256_000,

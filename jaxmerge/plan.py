@@ -42,7 +42,7 @@ from jaxmerge.planning.estimate import measured_rates, rates_of
 from jaxmerge.planning.here import room_of
 from jaxmerge.planning.layouts import Job, Layout, Machine, Plan, draw_up
 from jaxmerge.planning.page import page
-from jaxmerge.planning.residency import RESIDENCIES, Room
+from jaxmerge.planning.residency import AUTO, RESIDENCIES, Room
 from jaxmerge.planning.work import cast
 from jaxmerge.prepare import build_limits, build_model, build_task, build_tokenizer
 from jaxmerge.search import baselines
@@ -165,7 +165,7 @@ def layout_of(config: Config) -> Layout:
         mesh.fsdp,
         mesh.tensor,
         evaluate.candidates_per_step,
-        config.pool.get("residency", "device"),
+        config.pool.residency,
         build_limits(config, config.pool.base if os.path.isdir(config.pool.base) else ""),
     )
 
@@ -259,7 +259,7 @@ def _lacking(made: Plan) -> str:
         ", ".join(
             f"{made.measured.need.on_device(each) / 2**30:.1f} GiB with pool.residency = {each}"
             for each in RESIDENCIES
-            if made.asked in ("auto", each)
+            if made.asked in (AUTO, each)
         )
         + f", of {made.room.device / 2**30:.1f} GiB of each device"
     )

@@ -183,7 +183,7 @@ class Responder:
             microbatches=[
                 Placed(
                     each.requests_B,
-                    tuple(processes.place(array, over_data) for array in each.arrays),
+                    tuple(processes.place(np.asarray(array), over_data) for array in each.arrays),
                 )
                 for each in group.microbatches
             ],

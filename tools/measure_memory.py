@@ -72,11 +72,11 @@ def main(_: Sequence[str]) -> None:
         two_steps = 2 * evaluators[0].candidates_per_step
         weights = np.resize(np.eye(len(prepared.pool.names)), (two_steps, len(prepared.pool.names)))
         for evaluator in evaluators:
-            evaluator(weights)
+            list(evaluator.steps(weights))
         peak = Peak()
         peak.start()
         for evaluator in evaluators:
-            evaluator(weights)
+            list(evaluator.steps(weights))
         highest = peak.stop()
         for array in jax.live_arrays():
             array.delete()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmerge.merge import linear
+from jaxmerge.merge.leafwise import adding
 from jaxmerge.models.model import Model
 from jaxmerge.planning.chips import Chip
 from jaxmerge.planning.compiled import Collective, Program, compile_program
@@ -75,9 +76,13 @@ def arithmetic(tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh) -> N
     """
     of_leaf = shares(tree)
     here = -(-candidates // mesh.shape["pop"])
+    streamed = [
+        size * (2 + here * max(4 / leaf.dtype.itemsize, 1))
+        for size, leaf in zip(of_leaf.values(), jax.tree.leaves(tree))
+    ]
     return Need(
         pool=checkpoints * sum(of_leaf.values()),
-        streamed=checkpoints * max(of_leaf.values()),
+        streamed=int(max(streamed)),
         merged=steps_at_a_time(mesh) * here * sum(of_leaf.values()),
         working=0,
     )
@@ -127,16 +132,16 @@ def measure(
 def compile_merge(
     tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh, *, streamed: bool
 ) -> Program:
-    """The merge of a step; of the largest leaf alone where the pool is streamed."""
+    """The merge of a step; where the pool is streamed, that of a leaf of one checkpoint."""
     if streamed:
         leaves, of_leaf = named_leaves(tree), shares(tree)
         name = max(leaves, key=lambda each: of_leaf[each])
-        tree = {name: leaves[name]}
+        add, arguments = adding(leaves[name], candidates)
+        return compile_program(f"merge, leaf by leaf: {name}", add, *arguments)
     over_pop = NamedSharding(mesh, PartitionSpec("pop"))
     weights = jax.ShapeDtypeStruct((candidates, checkpoints), jnp.float32, sharding=over_pop)
     jitted = linear.program(tree, population=True)
-    what = f"merge {next(iter(tree))}, the largest leaf" if streamed else "merge"
-    return compile_program(what, jitted, (tree,) * checkpoints, weights)
+    return compile_program("merge", jitted, (tree,) * checkpoints, weights)
 
 
 def whole_leaves(tree: PyTree, rules: Any, mesh: Mesh) -> list[str]:

@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.planning.estimate import arithmetic
-from jaxmerge.planning.residency import RESIDENCIES, Room, choose_residency
+from jaxmerge.planning.residency import AUTO, RESIDENCIES, Room, choose_residency
 from jaxmerge.planning.work import cast, placed
 from jaxmerge.sharding import Rules
 from jaxmerge.trees import PyTree
 
 
-def check_room(
+def residency_here(
     abstract: PyTree,
     rules: Rules,
     mesh: Mesh,
@@ -25,9 +25,11 @@ def check_room(
     dtype: str,
     checkpoints: int,
     candidates: int,
-    residency: str,
-) -> None:
-    """Refuses a run whose pool and merged models alone are more than the devices have left.
+    asked: str,
+) -> str:
+    """Where the pool of a run will live; refuses one that is more than the devices have left.
+
+    Pool and merged models alone are looked at: temporaries take a compiler.
 
     Args:
         abstract: a checkpoint as stored.
@@ -36,17 +38,18 @@ def check_room(
         dtype: that the pool is cast to; "": none.
         checkpoints: K.
         candidates: of a step, on all devices.
-        residency: device, host, disk, or auto.
+        asked: device, host, disk, or auto.
 
     Raises:
         JaxmergeError: it can't fit; the message says what would.
     """
     need = arithmetic(placed(cast(abstract, dtype), rules, mesh), checkpoints, candidates, mesh)
     room = room_of(mesh.local_devices)
-    if choose_residency(residency, need, room):
-        return
-    found = [each for each in RESIDENCIES if residency in ("auto", each)]
-    other = choose_residency("auto", need, room)
+    chosen = choose_residency(asked, need, room)
+    if chosen:
+        return chosen
+    found = [each for each in RESIDENCIES if asked in (AUTO, each)]
+    other = choose_residency(AUTO, need, room)
     would = f'pool.residency = "{other}"; or ' if other else ""
     raise JaxmergeError(
         "the pool and the merged models do not fit into the memory of the devices",

@@ -14,7 +14,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.model import Model
 from jaxmerge.planning import estimate, work
 from jaxmerge.planning.estimate import Amount, Measured, Rates, Seconds
-from jaxmerge.planning.residency import Need, Room, choose_residency
+from jaxmerge.planning.residency import AUTO, Need, Room, choose_residency
 from jaxmerge.respond import Responder
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
@@ -192,8 +192,8 @@ def fitting(job: Job, choices: Iterable[tuple[str, Layout, Machine]]) -> str | N
 def smaller(layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
     """Layouts on the same machine that need less of its devices, those that cost least first."""
     mesh = dict(_mesh(layout, machine).shape)
-    if layout.residency not in ("auto", "disk"):
-        yield 'pool.residency = "auto"', dataclasses.replace(layout, residency="auto")
+    if layout.residency not in (AUTO, "disk"):
+        yield f'pool.residency = "{AUTO}"', dataclasses.replace(layout, residency=AUTO)
     if _candidates(layout, machine) > mesh["pop"]:
         yield (
             f"evaluate.candidates_per_step = {mesh['pop']}",

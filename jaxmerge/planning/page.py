@@ -39,8 +39,8 @@ def _memory(plan: Plan) -> list[str]:
         ("in all", *(_bytes(need.on_device(each)) for each in RESIDENCIES)),
         (f"of {_bytes(plan.room.device)}", *(_fits(plan, each) for each in RESIDENCIES)),
         ("host memory for each device", *(_bytes(need.on_host(each)) for each in RESIDENCIES)),
-        (f"of {_bytes(plan.room.host)}",) + ("",) * 3,
-        ("from host to device, per step", "", _bytes(need.pool), _bytes(need.pool)),
+        (f"of {_bytes(plan.room.host)}" if plan.room.host else "which is the same", "", "", ""),
+        ("to each device, per step", "", *[_bytes(need.pool)] * 2),
         ("from disk, per step, all hosts", "", "", _bytes(plan.checkpoints * plan.bytes)),
     ]
     pop = plan.mesh["pop"]
@@ -57,8 +57,6 @@ def _memory(plan: Plan) -> list[str]:
 def _fits(plan: Plan, residency: str) -> str:
     if plan.measured.refused:
         return "refused"
-    if residency == "host" and not plan.room.host:
-        return "no such"
     return "fits" if fits(plan.measured.need, plan.room, residency) else "too much"
 
 

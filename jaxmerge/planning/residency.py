@@ -1,10 +1,12 @@
-"""Where the pool can live, and whether a run fits: arithmetic on bytes, without JAX."""
+"""Where the pool can live, and whether a run fits: arithmetic on bytes."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-RESIDENCIES = ("device", "host", "disk")  # the order of preference
+from jaxmerge.checkpoints.pool import RESIDENCIES
+
+AUTO = "auto"  # the first of RESIDENCIES that fits
 
 
 class Need(NamedTuple):
@@ -12,8 +14,8 @@ class Need(NamedTuple):
 
     Attributes:
         pool: its share of all checkpoints.
-        streamed: its share of the largest leaf of all checkpoints, which is what there is of the
-            pool at a time when it does not live on the device.
+        streamed: what a merge holds besides when the pool does not live on the device: its share of
+            two leaves, and of the sum of one leaf of each candidate; see `merge.leafwise`.
         merged: its candidates of the steps that exist together.
         working: whatever a program holds besides: temporaries, cache, inputs and outputs.
     """
@@ -41,11 +43,9 @@ class Room(NamedTuple):
 
 def fits(need: Need, room: Room, residency: str) -> bool:
     """Whether a run fits with the pool there."""
-    return (
-        need.on_device(residency) <= room.device
-        and need.on_host(residency) <= room.host
-        and (residency != "host" or room.host > 0)
-    )
+    if not room.host:
+        return need.on_device(residency) + need.on_host(residency) <= room.device
+    return need.on_device(residency) <= room.device and need.on_host(residency) <= room.host
 
 
 def choose_residency(asked: str, need: Need, room: Room) -> str | None:
@@ -59,5 +59,5 @@ def choose_residency(asked: str, need: Need, room: Room) -> str | None:
     Returns:
         None where it does not fit.
     """
-    allowed = [each for each in RESIDENCIES if asked in ("auto", each)]
+    allowed = [each for each in RESIDENCIES if asked in (AUTO, each)]
     return next((each for each in allowed if fits(need, room, each)), None)

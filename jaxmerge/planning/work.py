@@ -79,8 +79,8 @@ def calls(responder: Responder, splits: Mapping[str, Sequence[Task]], mesh: Mesh
     return list(found.values())
 
 
-def _call(group: Group, arrays: Sequence[np.ndarray], mesh: Mesh) -> Call:
-    def abstract(array: np.ndarray, *spec: str) -> jax.ShapeDtypeStruct:
+def _call(group: Group, arrays: Sequence[Any], mesh: Mesh) -> Call:
+    def abstract(array: Any, *spec: str) -> jax.ShapeDtypeStruct:
         where = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
 
