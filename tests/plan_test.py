@@ -47,6 +47,12 @@ def job(config):
     return job_of(config)
 
 
+@pytest.fixture(scope="module")
+def small(job):
+    """A job of one task and one split, which takes less to compile."""
+    return job._replace(splits={"search": job.splits["search"][:1]}, evaluations={"search": 20})
+
+
 def _machine(room: Room = PLENTY, devices: int = 8) -> Machine:
     return Machine("eight", jax.devices()[:devices], room, RATES, "made up")
 
@@ -106,23 +112,23 @@ def _needed(made, residency: str) -> int:
     return made.measured.need.on_device(residency)
 
 
-def test_the_residency_is_the_first_that_fits(config, job):
+def test_the_residency_is_the_first_that_fits(config, small):
     """Each is chosen in a room of just its size; merges leaf by leaf have no collectives either."""
     layout = _layout(config, pop=1, fsdp=8)
-    whole = draw_up(job, layout, _machine())
+    whole = draw_up(small, layout, _machine())
     assert whole.residency == "device"
     room = Room(_needed(whole, "device") - 1, _needed(whole, "device"))
-    hosted = draw_up(job, layout, _machine(room))
+    hosted = draw_up(small, layout, _machine(room))
     assert hosted.residency == "host"
-    on_disk = draw_up(job, layout, _machine(room._replace(host=0)))
+    on_disk = draw_up(small, layout, _machine(room._replace(host=0)))
     assert on_disk.residency == "disk"
     assert not on_disk.measured.programs[0].collectives
-    none = draw_up(job, layout, _machine(Room(_needed(on_disk, "disk") // 2, 0)))
+    none = draw_up(small, layout, _machine(Room(_needed(on_disk, "disk") // 2, 0)))
     assert none.residency is None
     assert "takes none: it does not fit" in page(none)
 
 
-def test_the_smallest_change_is_found(config, job):
+def test_the_smallest_change_is_found(config, small):
     """Fewer candidates of a step come before smaller batches, and those before another mesh."""
     wide = _layout(config, pop=8, candidates_per_step=16)
     names = [name for name, _ in layouts.smaller(wide, _machine())]
@@ -133,9 +139,9 @@ def test_the_smallest_change_is_found(config, job):
     def change(room: int) -> str | None:
         machine = _machine(Room(room, 0))
         choices = ((name, layout, machine) for name, layout in layouts.smaller(wide, machine))
-        return layouts.fitting(job, choices)
+        return layouts.fitting(small, choices)
 
-    fewer = draw_up(job, dataclasses.replace(wide, candidates_per_step=8), _machine())
+    fewer = draw_up(small, dataclasses.replace(wide, candidates_per_step=8), _machine())
     assert change(_needed(fewer, "disk")) == names[0]
     assert change(10) is None
 
