@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging as python_logging
 import os
 import sys
@@ -18,7 +19,11 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.signals import end_on_signals
 
 
-def start(main: Callable[[Sequence[str]], None], about: str) -> None:
+def start(
+    main: Callable[[Sequence[str]], None],
+    about: str,
+    required: Sequence[str] = ("config", "workdir"),
+) -> None:
     """Runs `main` with the flags --config and --workdir, and those that were defined before.
 
     A `JaxmergeError` ends the process with its message and exit code 2; SIGINT and
@@ -27,6 +32,7 @@ def start(main: Callable[[Sequence[str]], None], about: str) -> None:
     Args:
         main: takes the arguments that are no flags.
         about: what --help shows, above the fields of a config.
+        required: flags that must be given.
     """
     if {"-h", "--help", "-help", "--helpfull"} & set(sys.argv[1:]):
         print(f"{about.strip()}\n\n{configs.reference()}")
@@ -36,7 +42,7 @@ def start(main: Callable[[Sequence[str]], None], about: str) -> None:
     flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
     end_on_signals(last=lambda name: watch.leave(f"it was told to stop by {name}"))
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=functools.partial(_parse, required))
     except JaxmergeError as error:
         watch.leave(str(error))
         print(f"jaxmerge: {error}", file=sys.stderr, flush=True)
@@ -48,11 +54,11 @@ def start(main: Callable[[Sequence[str]], None], about: str) -> None:
         raise
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(required: Sequence[str], argv: Sequence[str]) -> list[str]:
     """Parses the flags, config file included; what is wrong in them is the user's to mend."""
     try:
         rest = flags.FLAGS(argv)
-        for name in ("config", "workdir"):
+        for name in required:
             if not flags.FLAGS[name].present:
                 raise JaxmergeError(f"--{name} is missing; --help says how to use it")
         flags.FLAGS.config.to_dict()  # a config file that can't be loaded says so when it is used

@@ -50,7 +50,8 @@ def default() -> Config:
     config.pool.chat = False  # put each prompt into the tokenizer's chat template
     config.pool.system = ""  # system message of the chat template; "": the template's own
     # Where the pool lives: "device"; "host", pinned memory; "disk", read once per step, so that
-    # evaluate.candidates_per_step says how often. The scores are the same.
+    # evaluate.candidates_per_step says how often; "auto", the first of them that fits. The scores
+    # are the same.
     config.pool.residency = "device"
     config.pool.dtype = ""  # cast on load, such as "bfloat16"; "": as stored
 
@@ -192,7 +193,7 @@ def check_tasks(config: Config) -> None:
                 found=name,
             )
     for section, name, choices in (
-        ("pool", "residency", RESIDENCIES),
+        ("pool", "residency", ("auto", *RESIDENCIES)),
         ("evaluate", "too_long", ("refuse", "truncate")),
     ):
         if config[section][name] not in choices:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +15,8 @@ from jaxmerge.progress import Plan
 from jaxmerge.rundir import Candidate
 from jaxmerge.search import loop
 from jaxmerge.search.archive import Archive
-from jaxmerge.search.baselines import BASELINES, Found
-from jaxmerge.search.strategies import Strategy
-from jaxmerge.searches import build_strategy, pool_size_budget
+from jaxmerge.search.baselines import Found
+from jaxmerge.searches import build_strategy, evaluations, pool_size_budget, spent
 
 
 def live(config: Config, prepared: Prepared) -> Live:
@@ -35,30 +33,11 @@ def live(config: Config, prepared: Prepared) -> Live:
 
 def plan(config: Config, prepared: Prepared) -> Plan:
     """How many candidates the run will have scored at its end, at most."""
-    K, strategy = len(prepared.pool.names), prepared.strategy
-    budget = evaluations(config.search.budget, strategy)
-    over = [
-        evaluations(pool_size_budget(config), build_strategy(config, K, range(m)))
-        for m in config.analyses.pool_sizes
-    ]
-    dropped = K if config.analyses.leave_one_out else 0
-    pairs = math.comb(len(config.objective.tasks), 2) if config.analyses.transfer else 0
-    found = sum(BASELINES[name].evaluations(K, budget) for name in config.baselines)
-    unseen = 2 + ("uniform" in config.baselines) + pairs if config.heldout else 0
     return Plan(
-        {
-            "search": K + found + budget + sum(over),
-            "test": K + len(config.baselines) + 1 + dropped + len(over) + pairs,
-            "heldout": unseen,
-        },
+        evaluations(config, len(prepared.pool.names)),
         {split: sum(each.examples.values()) for split, each in prepared.evaluators.items()},
-        budget // strategy.population,
+        config.search.budget // prepared.strategy.population,
     )
-
-
-def evaluations(budget: int, strategy: Strategy) -> int:
-    """Those of the whole generations that a budget has."""
-    return budget // strategy.population * strategy.population
 
 
 def search(config: Config, prepared: Prepared, archive: Archive, objective: Objective) -> Found:
@@ -73,7 +52,7 @@ def search(config: Config, prepared: Prepared, archive: Archive, objective: Obje
         states=prepared.directory.path / "state",
         save_seconds=config.search.save_seconds,
     )
-    return Found("search", best, evaluations(config.search.budget, prepared.strategy))
+    return Found("search", best, spent(config.search.budget, prepared.strategy))
 
 
 def analyse(
@@ -104,7 +83,7 @@ def analyse(
             origin=analyses.POOL_SIZE,
             name=name,
         )
-        return Found(name, best, evaluations(budget, strategy))
+        return Found(name, best, spent(budget, strategy))
 
     study = Study(
         *(archive, directory, names, objective, individuals, winner),

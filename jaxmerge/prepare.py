@@ -30,6 +30,7 @@ from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, from_apply
 from jaxmerge.objective import Objective
+from jaxmerge.planning.here import residency_here
 from jaxmerge.remember import Remembering
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
@@ -140,12 +141,23 @@ def made_of(config: Config) -> dict[str, Any]:
 
 
 def _load(config: Config, sources: Sequence[Source], mesh: Mesh, model: Model) -> Pool:
+    residency = residency_here(
+        sources[0].abstract,
+        model.sharding_rules,
+        mesh,
+        dtype=config.pool.dtype,
+        checkpoints=len(sources),
+        candidates=config.evaluate.candidates_per_step or mesh.shape["pop"],
+        asked=config.pool.residency,
+    )
+    # The memory that is left differs between hosts.
+    residency = processes.from_first(residency.encode).decode()
     return load(
         sources,
         mesh,
         model.sharding_rules,
         dtype=config.pool.dtype,
-        residency=config.pool.residency,
+        residency=residency,
     )
 
 

@@ -26,27 +26,28 @@ _NOT_FINITE = -1e9  # nats that stand for a likelihood that is no number
 Outputs = list[tuple[Any, ...]]  # of the microbatches of each group: arrays `[C, B, ...]`
 
 
-class _Placed(NamedTuple):
+class Placed(NamedTuple):
     """A microbatch on the devices; see `batches.Microbatch`."""
 
     requests_B: np.ndarray
     arrays: tuple[Array, ...]
 
 
-class _Group(NamedTuple):
-    """Microbatches that share a program."""
+class Group(NamedTuple):
+    """Microbatches that share a program: `program(merged, *microbatch.arrays, *shared)`."""
 
     program: Callable[..., Any]
-    microbatches: list[_Placed]
-    shared: tuple[Array, ...]  # arrays that all of them take
+    microbatches: Sequence[batches.Microbatch | Placed]
+    shared: tuple[Any, ...]  # arrays that all of them take
+    writing: Writing | None = None  # what is generated; None: likelihoods
 
 
 class Prepared(NamedTuple):
-    """Requests, encoded and on the devices."""
+    """Requests, encoded, and on the devices when they are to be launched."""
 
     requests: Sequence[Request]
     scored: np.ndarray  # tokens of each request whose likelihood is asked for
-    groups: list[_Group]
+    groups: list[Group]
     read: int  # tokens that a model reads for them, without padding
 
 
@@ -115,13 +116,23 @@ class Responder:
         Raises:
             JaxmergeError: a prompt is empty, or too long for the model.
         """
+        encoded = self.encode(requests, where)
+        return encoded._replace(groups=[self._placed(group) for group in encoded.groups])
+
+    def encode(self, requests: Sequence[Request], where: str = "") -> Prepared:
+        """What `prepare` puts on the devices, still on the host: they need not be there.
+
+        Raises:
+            JaxmergeError: as `prepare`.
+        """
         encoded = batches.encode(requests, self._tokenizer, self._limits, where)
         groups = []
         if encoded.scoring:
-            groups.append(self._group(_scoring(self._model), encoded.scoring))
+            program = self._program(_scoring(self._model))
+            groups.append(Group(program, encoded.scoring, ()))
         for kind, microbatches in encoded.writing.items():
-            run = _writing(self._model, kind, self._tokenizer.stops)
-            groups.append(self._group(run, microbatches, *self._stop_states(kind.until)))
+            program = self._program(_writing(self._model, kind, self._tokenizer.stops))
+            groups.append(Group(program, microbatches, self._stop_states(kind.until), kind))
         return Prepared(requests, encoded.scored, groups, encoded.read)
 
     def launch(self, prepared: Prepared, merged: Params) -> Outputs:
@@ -172,21 +183,21 @@ class Responder:
         count = jax.tree.leaves(merged)[0].shape[0]
         return self.answers(prepared, self.launch(prepared, merged), count).responses
 
-    def _group(
-        self, run: Callable[..., Any], microbatches: list[batches.Microbatch], *shared: np.ndarray
-    ) -> _Group:
+    def _program(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        return population_program(run, self._mesh, self._side_by_side)
+
+    def _placed(self, group: Group) -> Group:
         over_data = NamedSharding(self._mesh, PartitionSpec("data"))
         everywhere = NamedSharding(self._mesh, PartitionSpec())
-        return _Group(
-            population_program(run, self._mesh, self._side_by_side),
-            [
-                _Placed(
+        return group._replace(
+            microbatches=[
+                Placed(
                     each.requests_B,
-                    tuple(processes.place(array, over_data) for array in each.arrays),
+                    tuple(processes.place(np.asarray(array), over_data) for array in each.arrays),
                 )
-                for each in microbatches
+                for each in group.microbatches
             ],
-            tuple(processes.place(array, everywhere) for array in shared),
+            shared=tuple(processes.place(array, everywhere) for array in group.shared),
         )
 
     def _stop_states(self, until: tuple[str, ...]) -> tuple[np.ndarray, ...]:

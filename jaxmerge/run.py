@@ -44,6 +44,7 @@ from jaxmerge import (
     report,
     results,
     scoring,
+    searches,
     watch,
 )
 from jaxmerge.checkpoints.pool import Record
@@ -96,7 +97,7 @@ def run(
             form = formatting.of_objective(objective, prepared.bounds)
             live.rate(objective, form, individuals)
         with _timed(seconds, "baselines"):
-            budget = phases.evaluations(config.search.budget, prepared.strategy)
+            budget = searches.spent(config.search.budget, prepared.strategy)
             setting = Setting(archive, individuals, objective, budget, config.seed)
             found = [baselines.BASELINES[name].find(setting) for name in config.baselines]
         with _timed(seconds, "search"):

@@ -1,7 +1,8 @@
-"""The strategies of a run's searches, as its config says."""
+"""The searches of a run, as its config says: their strategies, and how much they evaluate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.search import strategies
+from jaxmerge.search.baselines import BASELINES
 
 
 def check_pool_sizes(config: Config, checkpoints: int) -> None:
@@ -73,3 +75,26 @@ def check_budget(strategy: strategies.Strategy, where: str, budget: int) -> None
             expected=f"at least the population, {strategy.population}",
             found=str(budget),
         )
+
+
+def spent(budget: int, strategy: strategies.Strategy) -> int:
+    """Evaluations of the whole generations that a budget has."""
+    return budget // strategy.population * strategy.population
+
+
+def evaluations(config: Config, checkpoints: int) -> dict[str, int]:
+    """Candidates that a run of K checkpoints will have scored at its end, by split, at most."""
+    wanted, K = config.analyses, checkpoints
+    budget = spent(config.search.budget, build_strategy(config, K))
+    over = [
+        spent(pool_size_budget(config), build_strategy(config, K, range(m)))
+        for m in wanted.pool_sizes
+    ]
+    dropped = K if wanted.leave_one_out else 0
+    pairs = math.comb(len(config.objective.tasks), 2) if wanted.transfer else 0
+    found = sum(BASELINES[name].evaluations(K, budget) for name in config.baselines)
+    return {
+        "search": K + found + budget + sum(over),
+        "test": K + len(config.baselines) + 1 + dropped + len(over) + pairs,
+        "heldout": 2 + ("uniform" in config.baselines) + pairs if config.heldout else 0,
+    }

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmerge.errors import JaxmergeError
@@ -52,16 +53,17 @@ def make_mesh(
             found=str(shape),
         )
     count = math.prod(sizes)
-    return jax.make_mesh(
-        sizes, AXES, devices=devices[:count], axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    # An axis of the mesh may be a part of a slice's axis: tensor=8 on 4x4x4 chips.
+    grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     """The `NamedSharding` of each leaf.
 
-    A dimension that its axis does not divide is left whole: every leaf can be placed on every mesh,
-    at the price of repeating what does not divide.
+    An axis that does not divide its dimension goes to the last other dimension of the rule that it
+    does divide, beside the axis there: key/value heads fewer than `tensor` lie in parts of D. Where
+    there is none the leaf is repeated over the axis: every leaf can be placed on every mesh.
 
     Args:
         abstract: tree of arrays or `ShapeDtypeStruct`.
@@ -76,10 +78,22 @@ def shardings(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
                 where=name,
                 found=f"axes {tuple(axes)}, shape {leaf.shape}",
             )
-        fitting = [
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, leaf.shape)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fitting))
+        return NamedSharding(mesh, _spec(axes, leaf.shape, mesh))
 
     return map_named(place, abstract)
+
+
+def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    def divides(size: int, *over: str) -> bool:
+        return size % math.prod(mesh.shape[axis] for axis in over) == 0
+
+    placed: list[tuple[str, ...]] = [
+        (axis,) if axis and divides(size, axis) else () for axis, size in zip(axes, shape)
+    ]
+    for here, axis in enumerate(axes):
+        if axis and not placed[here]:
+            others = [i for i, other in enumerate(axes) if other and i != here]
+            room = [i for i in others if divides(shape[i], *placed[i], axis)]
+            if room:
+                placed[room[-1]] = (*placed[room[-1]], axis)
+    return PartitionSpec(*(each if len(each) > 1 else (*each, None)[0] for each in placed))

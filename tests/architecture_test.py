@@ -31,6 +31,7 @@ LAYERS = (
     {"evaluate", "remember"},
     {"rundir"},
     {"search"},
+    {"planning"},
     {"export", "streaming"},
     {
         *("progress", "tensorboard", "live", "analyses"),
@@ -40,7 +41,7 @@ LAYERS = (
     {"held", "lm_eval_model", "prepare"},
     {"merging", "scoring", "phases"},
     {"run"},
-    {"sweep"},
+    {"plan", "sweep"},
 )
 # They run where there is no JAX, or before it is set up.
 WITHOUT_JAX = (

@@ -139,6 +139,7 @@ def test_steps_are_the_same_a_few_rows_at_a_time(evaluator, monkeypatch):
     [
         ({"pop": 2, "fsdp": 2, "tensor": 2}, 4),
         ({"pop": 2, "data": 2, "tensor": 2}, 3),  # rounded up to 4
+        ({"fsdp": 2, "tensor": 4}, 2),  # more than there are key/value heads
     ],
     ids=str,
 )

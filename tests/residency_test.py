@@ -133,4 +133,4 @@ def test_an_unknown_residency_is_refused(models, tmp_path):
     with pytest.raises(JaxmergeError, match="unknown choice") as caught:
         _run(models, tmp_path, "tape")
     assert caught.value.where == "pool.residency"
-    assert caught.value.expected == ", ".join(RESIDENCIES)
+    assert caught.value.expected == ", ".join(("auto", *RESIDENCIES))

@@ -37,7 +37,8 @@ def pool(tmp_path_factory):
 def _tiny(config, pool: Path):
     """Any config, cut down to the tiny pool and a handful of examples."""
     config.pool.checkpoints = (f"{pool}/*",)
-    config.pool.base, config.pool.chat = "", False
+    config.pool.base, config.pool.chat, config.pool.dtype = "", False, ""
+    config.pool.model, config.pool.model_args = "", {}
     config.mesh = {"pop": 1, "data": 1, "fsdp": 1, "tensor": 1, "cpu_devices": 0}
     config.tasks.generation = {"builder": "tests.tiny:generation"}
     config.tasks.choice = {"builder": "tests.tiny:choice"}

@@ -82,18 +82,23 @@ def test_first_matching_rule_holds():
     }
 
 
-def test_a_dimension_that_does_not_divide_is_left_whole():
-    """Each dimension on its own: the others keep their axes, and the leaf can be placed."""
-    tree = {"x": _leaf(6, 8), "y": _leaf(8, 6), "z": _leaf(1, 0)}
+def test_an_axis_that_does_not_divide_goes_to_another_dimension():
+    """Beside the axis there; where it divides none, the leaf is repeated over it."""
+    tree = {"x": _leaf(6, 8), "y": _leaf(8, 6), "z": _leaf(1, 0), "w": _leaf(6, 6)}
     rules = ((".", ("fsdp", "tensor")),)
     specs = _specs(tree, rules, fsdp=2, tensor=4)
     assert specs == {
         "x": PartitionSpec("fsdp", "tensor"),
-        "y": PartitionSpec("fsdp", None),
-        "z": PartitionSpec(None, "tensor"),
+        "y": PartitionSpec(("fsdp", "tensor"), None),
+        "z": PartitionSpec(None, ("tensor", "fsdp")),
+        "w": PartitionSpec("fsdp", None),
     }
     placed = shardings(tree, rules, make_mesh(fsdp=2, tensor=4))
-    assert jax.device_put(jnp.ones((8, 6)), placed["y"]).addressable_shards[0].data.shape == (4, 6)
+    for name, shape in (("y", (1, 6)), ("w", (3, 6))):
+        array = jax.device_put(jnp.ones(tree[name].shape), placed[name])
+        assert array.addressable_shards[0].data.shape == shape
+    alone = _specs({"x": _leaf(2, 3, 8)}, ((".", (None, "tensor", None)),), tensor=4)
+    assert alone == {"x": PartitionSpec(None, None, None)}  # no other dimension is for an axis
 
 
 def test_a_rule_with_too_many_axes_is_refused():

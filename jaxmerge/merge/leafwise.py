@@ -58,14 +58,8 @@ class LeafwiseMerger:
 
     def programs(self, count: int) -> list[str]:
         """The compiled text of what adds a checkpoint's leaf for `count` candidates, by leaf."""
-        texts = []
-        for like in named_leaves(self._like).values():
-            start, add, *_ = _programs(like.sharding, like.shape, like.dtype)
-            total = jax.eval_shape(lambda start=start: start(count))
-            row = jax.ShapeDtypeStruct((count,), np.float32)
-            alone = jax.ShapeDtypeStruct((count,), bool)
-            texts.append(add.lower(total, like, row, alone).compile().as_text())
-        return texts
+        added = [adding(like, count) for like in named_leaves(self._like).values()]
+        return [add.lower(*arguments).compile().as_text() for add, arguments in added]
 
     def _merged(self, name: str, like: jax.ShapeDtypeStruct, weights_CxK: np.ndarray) -> Array:
         start, add, finish, repeat = _programs(like.sharding, like.shape, like.dtype)
@@ -83,6 +77,19 @@ class LeafwiseMerger:
         leaf = self._read(k, name)
         self.bytes_read += sum(shard.data.nbytes for shard in leaf.addressable_shards)
         return leaf
+
+
+def adding(like: jax.ShapeDtypeStruct, count: int) -> tuple[Any, tuple[Any, ...]]:
+    """The program that adds a checkpoint's leaf for `count` candidates, and abstract arguments."""
+    assert isinstance(like.sharding, NamedSharding)
+    _, add, *_ = _programs(like.sharding, like.shape, like.dtype)
+    over_pop = NamedSharding(like.sharding.mesh, PartitionSpec("pop"))
+    lifted = NamedSharding(like.sharding.mesh, PartitionSpec("pop", *like.sharding.spec))
+    wide = jnp.promote_types(like.dtype, jnp.float32)
+    total = jax.ShapeDtypeStruct((count, *like.shape), wide, sharding=lifted)
+    row = jax.ShapeDtypeStruct((count,), np.float32, sharding=over_pop)
+    alone = jax.ShapeDtypeStruct((count,), bool, sharding=over_pop)
+    return add, (total, like, row, alone)
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""What a run will need: memory, programs and seconds, on devices that may be absent."""

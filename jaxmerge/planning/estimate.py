@@ -1,0 +1,279 @@
+"""The estimate: bytes of each device, and seconds by the roofline."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmerge.merge import linear
+from jaxmerge.merge.leafwise import adding
+from jaxmerge.models.model import Model
+from jaxmerge.planning.chips import Chip
+from jaxmerge.planning.compiled import Collective, Program, compile_program
+from jaxmerge.planning.counting import Product
+from jaxmerge.planning.residency import Need
+from jaxmerge.planning.work import Call, counted, placed, share, shares, stacked, state_bytes
+from jaxmerge.trees import PyTree, named_leaves
+
+
+class Rates(NamedTuple):
+    """What a device does per second, at most; links of 0 are not counted."""
+
+    flops: float
+    bandwidth: float
+    links: float
+
+
+def rates_of(chip: Chip) -> Rates:
+    """The rates that its maker states."""
+    return Rates(chip.flops, chip.bandwidth, chip.links)
+
+
+class Measured(NamedTuple):
+    """What the compiled programs of a step say.
+
+    Attributes:
+        need: bytes of each device.
+        cache: bytes of the key/value cache on each device, part of `need.working`.
+        programs: merge first.
+        whole: leaves that an axis of the mesh does not divide, and why.
+    """
+
+    need: Need
+    cache: int
+    programs: tuple[Program, ...]
+    whole: tuple[str, ...]
+
+    @property
+    def refused(self) -> str:
+        """Why the compiler refused a program; "" where it refused none."""
+        return next((each.refused for each in self.programs if each.refused), "")
+
+
+def steps_at_a_time(mesh: Mesh) -> int:
+    """Steps whose merged models exist together: one is launched before the last is judged.
+
+    The CPU client takes the memory of a program's outputs when the program starts, that is after
+    the last step has run (tools/measure_memory.py); others when it is launched.
+    """
+    return 1 if mesh.devices.flat[0].platform == "cpu" else 2
+
+
+def arithmetic(tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh) -> Need:
+    """The part of `Need` that takes no compiler: `working` is 0.
+
+    Args:
+        tree: one checkpoint, as `work.placed` gives it.
+        checkpoints: K.
+        candidates: of a step, on all devices.
+        mesh: of the run.
+    """
+    of_leaf = shares(tree)
+    here = -(-candidates // mesh.shape["pop"])
+    streamed = [
+        size * (2 + here * max(4 / leaf.dtype.itemsize, 1))
+        for size, leaf in zip(of_leaf.values(), jax.tree.leaves(tree))
+    ]
+    return Need(
+        pool=checkpoints * sum(of_leaf.values()),
+        streamed=int(max(streamed)),
+        merged=steps_at_a_time(mesh) * here * sum(of_leaf.values()),
+        working=0,
+    )
+
+
+def measure(
+    model: Model,
+    tree: PyTree,
+    checkpoints: int,
+    candidates: int,
+    mesh: Mesh,
+    of_step: Sequence[Call],
+    *,
+    streamed: bool,
+) -> Measured:
+    """Compiles the merge and the largest calls, and adds up what each device holds.
+
+    Args:
+        model: whose programs they are.
+        tree: one checkpoint, as `work.placed` gives it.
+        checkpoints: K.
+        candidates: of a step, on all devices.
+        mesh: of the run.
+        of_step: from `work.calls`.
+        streamed: the pool is not on the devices, so that leaves are merged one by one.
+    """
+    need = arithmetic(tree, checkpoints, candidates, mesh)
+    merge = compile_merge(tree, checkpoints, candidates, mesh, streamed=streamed)
+    merged = stacked(tree, candidates, mesh)
+    largest = _largest(of_step)
+    compiled = [compile_program(call.name, call.program, merged, *call.arrays) for call in largest]
+    inputs = sum(sum(call.times.values()) * sum(map(share, call.arrays)) for call in of_step)
+    code = sum(
+        of_kind[0].code * sum(bool(call.new_tokens) == writes for call in of_step)
+        for writes in (False, True)
+        if (of_kind := [p for p, c in zip(compiled, largest) if bool(c.new_tokens) == writes])
+    )
+    working = max(merge.temporaries, *(each.outputs + each.temporaries for each in compiled))
+    return Measured(
+        need._replace(working=working + inputs + code + merge.code),
+        max((_cache(model, tree, call, candidates, mesh) for call in largest), default=0),
+        (merge, *compiled),
+        tuple(whole_leaves(tree, model.sharding_rules, mesh)),
+    )
+
+
+def compile_merge(
+    tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh, *, streamed: bool
+) -> Program:
+    """The merge of a step; where the pool is streamed, that of a leaf of one checkpoint."""
+    if streamed:
+        leaves, of_leaf = named_leaves(tree), shares(tree)
+        name = max(leaves, key=lambda each: of_leaf[each])
+        add, arguments = adding(leaves[name], candidates)
+        return compile_program(f"merge, leaf by leaf: {name}", add, *arguments)
+    over_pop = NamedSharding(mesh, PartitionSpec("pop"))
+    weights = jax.ShapeDtypeStruct((candidates, checkpoints), jnp.float32, sharding=over_pop)
+    jitted = linear.program(tree, population=True)
+    return compile_program("merge", jitted, (tree,) * checkpoints, weights)
+
+
+def whole_leaves(tree: PyTree, rules: Any, mesh: Mesh) -> list[str]:
+    """Leaves that lie on a mesh of the same axes in larger parts than the rules ask for."""
+    lines = []
+    alone = Mesh(mesh.devices.reshape(-1)[:1].reshape((1,) * len(mesh.axis_names)), mesh.axis_names)
+    asked = placed(tree, rules, alone)
+    for (name, leaf), wanted in zip(named_leaves(tree).items(), named_leaves(asked).values()):
+        axes = [axis for axis in wanted.sharding.spec if axis and mesh.shape[axis] > 1]
+        split = jax.tree.leaves(tuple(leaf.sharding.spec))
+        kept = [axis for axis in axes if axis not in split]
+        lines += [
+            f"{name}: {leaf.shape[wanted.sharding.spec.index(axis)]} is not a multiple of "
+            f"mesh.{axis} = {mesh.shape[axis]}"
+            for axis in kept
+        ]
+    return lines
+
+
+def _largest(of_step: Sequence[Call]) -> list[Call]:
+    """Of generations and of log-likelihoods, those of the most tokens and the most attention."""
+    chosen: dict[str, Call] = {}
+    for writes in (False, True):
+        of_kind = [call for call in of_step if bool(call.new_tokens) == writes]
+        for size in (lambda call: call.tokens, lambda call: call.tokens * call.slots):
+            if of_kind:
+                call = max(of_kind, key=size)
+                chosen.setdefault(call.name, call)
+    return list(chosen.values())
+
+
+def _cache(model: Model, tree: PyTree, call: Call, candidates: int, mesh: Mesh) -> int:
+    if not call.new_tokens:
+        return 0
+    heads = int(model.architecture.get("kv_heads", 1))
+    # The compiler splits heads over as much of `tensor` as they are a multiple of.
+    split = mesh.shape["data"] * math.gcd(heads, mesh.shape["tensor"])
+    side_by_side = candidates // mesh.shape["pop"] if mesh.devices.flat[0].platform != "cpu" else 1
+    return state_bytes(model, tree, call) * side_by_side // split
+
+
+class Seconds(NamedTuple):
+    """Of one candidate on one split, when all devices are at work."""
+
+    merge: float
+    reading: float  # prefill, and log-likelihoods
+    decoding: float
+    collectives: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return math.fsum(self)
+
+
+class Amount(NamedTuple):
+    """Work of one candidate on one split, on all its devices."""
+
+    flops: float
+    bytes: float
+
+
+def roofline(
+    of_step: Sequence[Call],
+    tree: PyTree,
+    programs: Sequence[Program],
+    checkpoints: int,
+    candidates: int,
+    mesh: Mesh,
+    rates: Rates,
+) -> tuple[dict[str, Seconds], dict[str, Amount]]:
+    """Seconds and work of one candidate by split: no product takes less than its operations or its
+    bytes do at the rates, and nothing overlaps.
+    """
+    merged = stacked(tree, candidates, mesh)
+    model_bytes = sum(shares(tree).values())
+    here = candidates // mesh.shape["pop"]
+    merge = (checkpoints + here) * model_bytes / rates.bandwidth / candidates
+    seconds: dict[str, Seconds] = {}
+    amounts: dict[str, Amount] = {}
+    of_call = [(call, counted(call, merged)) for call in of_step]
+    exchanged = _exchanged(of_step, programs)
+    for split in sorted({split for call in of_step for split in call.times}):
+        reading = decoding = between = flops = moved = 0.0
+        for call, found in of_call:
+            times = call.times.get(split, 0) / here
+            reading += times * _seconds([p for p in found if not p.decoding], mesh, rates)
+            decoding += times * _seconds([p for p in found if p.decoding], mesh, rates)
+            between += times * exchanged[bool(call.new_tokens)] * call.tokens / mesh.shape["pop"]
+            flops += times * sum(each.times * each.flops for each in found)
+            moved += times * sum(each.times * each.bytes for each in found)
+        links = between / rates.links if rates.links else 0.0
+        seconds[split] = Seconds(merge, reading, decoding, links)
+        amounts[split] = Amount(flops, moved)
+    return seconds, amounts
+
+
+def _seconds(found: Sequence[Product], mesh: Mesh, rates: Rates) -> float:
+    slowest = [max(each.flops / rates.flops, each.bytes / rates.bandwidth) for each in found]
+    return math.fsum(each.times * second for each, second in zip(found, slowest)) / mesh.size
+
+
+def _exchanged(of_step: Sequence[Call], programs: Sequence[Program]) -> Mapping[bool, float]:
+    """Bytes that a device exchanges per token, when it generates and when it does not."""
+    by_name = {program.name: program for program in programs}
+    found = {False: 0.0, True: 0.0}
+    for call in of_step:
+        if call.name in by_name:
+            moved = sum(map(_traffic, by_name[call.name].collectives.items()))
+            found[bool(call.new_tokens)] = max(found[bool(call.new_tokens)], moved / call.tokens)
+    return found
+
+
+def _traffic(collective: tuple[str, Collective]) -> int:
+    name, (_, bytes) = collective
+    return 2 * bytes if name == "all-reduce" else bytes  # there and back
+
+
+def measured_rates(seconds: float = 0.3) -> Rates:
+    """Rates of the device at hand, by a matrix product and a sum that are done for a while."""
+    n, length = 1024, 2**24
+
+    def rate(step: Any, amount: float, value: jax.Array) -> float:
+        step = jax.jit(step, donate_argnums=0)  # into memory that is there: new pages are slow
+        value = jax.block_until_ready(step(value))
+        times, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            value = jax.block_until_ready(step(value))
+            times += 1
+        return times * amount / (time.perf_counter() - started)
+
+    flops = rate(lambda x: x @ x, 2.0 * n**3, jnp.zeros((n, n), jnp.float32))
+    bandwidth = rate(lambda x: x + 1, 2.0 * 4 * length, jnp.zeros(length, jnp.float32))
+    sharing = len(jax.devices()) if jax.default_backend() == "cpu" else 1  # the same cores
+    return Rates(flops / sharing, bandwidth / sharing, 0.0)

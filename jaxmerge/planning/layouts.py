@@ -1,0 +1,246 @@
+"""A run laid out on devices: what it needs there, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxmerge.batches import Limits
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.models.model import Model
+from jaxmerge.planning import estimate, work
+from jaxmerge.planning.estimate import Amount, Measured, Rates, Seconds
+from jaxmerge.planning.residency import AUTO, Need, Room, choose_residency
+from jaxmerge.respond import Responder
+from jaxmerge.sharding import make_mesh
+from jaxmerge.tasks.common import Task
+from jaxmerge.tokenizer import Tokenizer
+from jaxmerge.trees import PyTree, byte_count, parameter_count
+
+
+class Job(NamedTuple):
+    """What is to be done, wherever it is.
+
+    Attributes:
+        model: of all checkpoints.
+        abstract: one checkpoint as it is in memory, as `ShapeDtypeStruct`.
+        checkpoints: K.
+        tokenizer: text to tokens.
+        splits: tasks of `search`, `test` and `heldout`.
+        evaluations: candidates that are scored, by split.
+        population: candidates of a generation.
+        vmap_candidates: see `Responder`.
+    """
+
+    model: Model
+    abstract: PyTree
+    checkpoints: int
+    tokenizer: Tokenizer
+    splits: Mapping[str, Sequence[Task]]
+    evaluations: Mapping[str, int]
+    population: int
+    vmap_candidates: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The fields of a config that say how a job is laid out, by their names there."""
+
+    pop: int
+    data: int
+    fsdp: int
+    tensor: int
+    candidates_per_step: int  # 0: pop
+    residency: str
+    limits: Limits
+
+
+class Machine(NamedTuple):
+    """Devices, there or not.
+
+    Attributes:
+        name: of the topology.
+        devices: that a mesh can be made of.
+        room: bytes of each.
+        rates: of each.
+        said: where the rates are from.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    room: Room
+    rates: Rates
+    said: str
+
+
+class Plan(NamedTuple):
+    """A job on a machine.
+
+    Attributes:
+        residency: where the pool will live; None: the run does not fit.
+        candidates: of a step.
+        steps: whose candidates exist together.
+        most_candidates: that a step could have, estimated from those it has.
+        seconds: of one candidate, by split.
+    """
+
+    machine: str
+    kind: str
+    said: str
+    mesh: dict[str, int]
+    room: Room
+    rates: Rates
+    checkpoints: int
+    parameters: int
+    bytes: int
+    dtype: str
+    measured: Measured
+    residency: str | None
+    asked: str
+    candidates: int
+    steps: int
+    most_candidates: int
+    calls: int
+    seconds: dict[str, Seconds]
+    amounts: dict[str, Amount]
+    evaluations: dict[str, int]
+
+    @property
+    def run_seconds(self) -> float:
+        """Of all evaluations."""
+        each = (self.evaluations[split] * one.total for split, one in self.seconds.items())
+        return math.fsum(each)
+
+
+def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
+    """Compiles the programs of a job for a machine, and adds up what they need.
+
+    Raises:
+        JaxmergeError: the mesh has more places than the machine has devices, or a prompt does not
+            fit the model.
+    """
+    mesh, candidates = _mesh(layout, machine), _candidates(layout, machine)
+    tree = work.placed(job.abstract, job.model.sharding_rules, mesh)
+    responder = Responder(
+        job.model, job.tokenizer, mesh, layout.limits, vmap_candidates=job.vmap_candidates
+    )
+    of_step = work.calls(responder, job.splits, mesh)
+    streamed = need_of(job, layout, machine).on_device("device") > machine.room.device
+    streamed = streamed or layout.residency in ("host", "disk")
+    measured = estimate.measure(
+        job.model, tree, job.checkpoints, candidates, mesh, of_step, streamed=streamed
+    )
+    refused = bool(measured.refused)
+    residency = choose_residency(layout.residency, measured.need, machine.room)
+    rates = (job.checkpoints, candidates, mesh, machine.rates)
+    seconds, amounts = estimate.roofline(of_step, tree, measured.programs, *rates)
+    return Plan(
+        machine=machine.name,
+        kind=f"{len(machine.devices)} x {machine.devices[0].device_kind}",
+        said=machine.said,
+        mesh=dict(mesh.shape),
+        room=machine.room,
+        rates=machine.rates,
+        checkpoints=job.checkpoints,
+        parameters=parameter_count(job.abstract),
+        bytes=byte_count(job.abstract),
+        dtype=", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(job.abstract)})),
+        measured=measured,
+        residency=None if refused else residency,
+        asked=layout.residency,
+        candidates=candidates,
+        steps=estimate.steps_at_a_time(mesh),
+        most_candidates=_most(measured.need, machine.room, residency, candidates, mesh, job),
+        calls=len(of_step),
+        seconds=seconds,
+        amounts=amounts,
+        evaluations=dict(job.evaluations),
+    )
+
+
+def need_of(job: Job, layout: Layout, machine: Machine) -> Need:
+    """What a job needs at the least: `working` is 0, nothing is compiled."""
+    mesh = _mesh(layout, machine)
+    tree = work.placed(job.abstract, job.model.sharding_rules, mesh)
+    return estimate.arithmetic(tree, job.checkpoints, _candidates(layout, machine), mesh)
+
+
+def fitting(job: Job, choices: Iterable[tuple[str, Layout, Machine]]) -> str | None:
+    """The name of the first layout that fits; what can't fit by arithmetic is not compiled.
+
+    Args:
+        job: to be laid out.
+        choices: by name.
+    """
+    for name, layout, machine in choices:
+        try:
+            least = need_of(job, layout, machine)
+            if not choose_residency(layout.residency, least, machine.room):
+                continue
+            if draw_up(job, layout, machine).residency:
+                return name
+        except JaxmergeError as error:
+            if error.where != "mesh":  # not that this mesh can't be made of these devices
+                raise
+    return None
+
+
+def smaller(layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
+    """Layouts on the same machine that need less of its devices, those that cost least first."""
+    mesh = dict(_mesh(layout, machine).shape)
+    if layout.residency not in (AUTO, "disk"):
+        yield f'pool.residency = "{AUTO}"', dataclasses.replace(layout, residency=AUTO)
+    if _candidates(layout, machine) > mesh["pop"]:
+        yield (
+            f"evaluate.candidates_per_step = {mesh['pop']}",
+            dataclasses.replace(layout, candidates_per_step=mesh["pop"]),
+        )
+    layout = dataclasses.replace(layout, candidates_per_step=0)
+    limits = layout.limits
+    while limits.tokens > 256 and limits.rows > 1:
+        limits = limits._replace(tokens=limits.tokens // 2, rows=max(limits.rows // 2, 1))
+        yield (
+            f"evaluate.batch_tokens = {limits.tokens}, evaluate.batch_size = {limits.rows}",
+            dataclasses.replace(layout, limits=limits),
+        )
+    pop, fsdp = mesh["pop"], mesh["fsdp"]
+    while pop % 2 == 0:
+        pop, fsdp = pop // 2, fsdp * 2
+        yield (
+            f"mesh.pop = {pop}, mesh.fsdp = {fsdp}",
+            dataclasses.replace(layout, pop=pop, fsdp=fsdp),
+        )
+
+
+def spread(layout: Layout) -> Iterator[tuple[str, Layout]]:
+    """Layouts for another slice: as it is, and with all its devices for one candidate."""
+    yield "", layout
+    yield "mesh.pop = 1, mesh.fsdp = -1", dataclasses.replace(layout, pop=1, fsdp=-1)
+
+
+def _mesh(layout: Layout, machine: Machine) -> Any:
+    sizes = (layout.pop, layout.data, layout.fsdp, layout.tensor)
+    return make_mesh(*sizes, devices=machine.devices)
+
+
+def _candidates(layout: Layout, machine: Machine) -> int:
+    pop = _mesh(layout, machine).shape["pop"]
+    return -(-(layout.candidates_per_step or pop) // pop) * pop
+
+
+def _most(
+    need: Need, room: Room, residency: str | None, candidates: int, mesh: Any, job: Job
+) -> int:
+    if residency is None:
+        return 0
+    pop = mesh.shape["pop"]
+    here, fixed = candidates // pop, need.on_device(residency) - need.merged - need.working
+    side_by_side = job.vmap_candidates == 0 and mesh.devices.flat[0].platform != "cpu"
+    grows = need.merged + (need.working if side_by_side else 0)
+    left = room.device - fixed - (0 if side_by_side else need.working)
+    useful = -(-job.population // pop)
+    return max(min(int(left * here // max(grows, 1)), useful), here) * pop

@@ -1,0 +1,152 @@
+"""What a run asks of its models, as shapes: the programs, and how often each is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmerge.models.model import Model
+from jaxmerge.planning.counting import Product, products
+from jaxmerge.respond import Group, Responder
+from jaxmerge.sharding import Rules, shardings
+from jaxmerge.tasks.common import Task
+from jaxmerge.trees import PyTree, named_leaves
+
+
+class Call(NamedTuple):
+    """Microbatches of one shape.
+
+    Attributes:
+        program: `(merged, *arrays) -> outputs`.
+        arrays: `ShapeDtypeStruct` with shardings; the first is `[B, T]` tokens.
+        new_tokens: that are written; 0: log-likelihoods.
+        times: how often a step calls it, by split.
+    """
+
+    program: Callable[..., Any]
+    arrays: tuple[jax.ShapeDtypeStruct, ...]
+    new_tokens: int
+    times: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        """For the reader."""
+        B, T = self.arrays[0].shape
+        what = f"generate {self.new_tokens} after" if self.new_tokens else "log-likelihood of"
+        return f"{what} {B} x {T} tokens"
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row has in the end."""
+        return self.arrays[0].shape[1] + self.new_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows in the end."""
+        return self.arrays[0].shape[0] * self.slots
+
+
+def calls(responder: Responder, splits: Mapping[str, Sequence[Task]], mesh: Mesh) -> list[Call]:
+    """All calls of a step.
+
+    Args:
+        responder: of the run.
+        splits: the tasks of `search`, `test` and `heldout`; held-out tasks are asked their test
+            examples.
+        mesh: of the responder.
+
+    Raises:
+        JaxmergeError: a prompt is empty, or too long for the model.
+    """
+    found: dict[Any, Call] = {}
+    for split, tasks in splits.items():
+        for task in tasks:
+            examples = task.splits.get("search" if split == "search" else "test", ())
+            requests = [request for example in examples for request in task.requests(example)]
+            for group in responder.encode(requests, f"task {task.name}").groups:
+                for microbatch in group.microbatches:
+                    call = _call(group, microbatch.arrays, mesh)
+                    key = (group.program, tuple(array.shape for array in call.arrays))
+                    times = dict(found.get(key, call).times)
+                    times[split] = times.get(split, 0) + 1
+                    found[key] = call._replace(times=times)
+    return list(found.values())
+
+
+def _call(group: Group, arrays: Sequence[Any], mesh: Mesh) -> Call:
+    def abstract(array: Any, *spec: str) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+    return Call(
+        group.program,
+        (
+            *(abstract(array, "data") for array in arrays),
+            *(abstract(array) for array in group.shared),
+        ),
+        group.writing.max_new_tokens if group.writing else 0,
+        {},
+    )
+
+
+def counted(call: Call, merged: PyTree) -> list[Product]:
+    """The matrix products of one call, for the candidates of one place of the `pop` axis."""
+    closed = jax.make_jaxpr(call.program)(merged, *call.arrays)
+    return list(products(closed.jaxpr, max(call.new_tokens - 1, 0)))
+
+
+def placed(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+    """Leaves with the shardings that the pool has."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        shardings(abstract, rules, mesh),
+    )
+
+
+def cast(abstract: PyTree, dtype: str) -> PyTree:
+    """Leaves as they are once a pool is loaded with this `dtype`; "": as they are."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        floating = dtype and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
+
+    return jax.tree.map(one, abstract)
+
+
+def share(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of a leaf on one device."""
+    assert leaf.sharding is not None
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def shares(tree: PyTree) -> dict[str, int]:
+    """Bytes of each leaf on one device, by name."""
+    return {name: share(leaf) for name, leaf in named_leaves(tree).items()}
+
+
+def stacked(tree: PyTree, candidates: int, mesh: Mesh) -> PyTree:
+    """The merged models of a step: `[C, ...]`, C over `pop`."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        assert isinstance(leaf.sharding, NamedSharding)
+        where = NamedSharding(mesh, PartitionSpec("pop", *leaf.sharding.spec))
+        return jax.ShapeDtypeStruct((candidates, *leaf.shape), leaf.dtype, sharding=where)
+
+    return jax.tree.map(one, tree)
+
+
+def state_bytes(model: Model, tree: PyTree, call: Call) -> int:
+    """Bytes of what one model keeps between tokens (its cache), for all rows of a call."""
+    B, T = call.arrays[0].shape
+    tokens = jax.ShapeDtypeStruct((B, T), np.int32)
+    padding = jax.ShapeDtypeStruct((B,), np.int32)
+    slots = call.slots - 1
+    _, state = jax.eval_shape(lambda *a: model.prefill(*a, slots), tree, tokens, padding)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -1,0 +1,295 @@
+"""Whole plans: for CPU devices and for TPU slices that are not there, and what is refused."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxmerge import config as configs
+from jaxmerge import plan as plans
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.plan import Answer, job_of, layout_of, plan
+from jaxmerge.planning import here, layouts
+from jaxmerge.planning.estimate import Rates
+from jaxmerge.planning.layouts import Layout, Machine, draw_up
+from jaxmerge.planning.page import page
+from jaxmerge.planning.residency import Room
+from jaxmerge.prepare import prepare
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+RATES = Rates(flops=1e12, bandwidth=1e11, links=1e10)
+PLENTY = Room(2**40, 2**40)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config on a tiny pool."""
+    config = configs.default()
+    config.pool.checkpoints = (f"{tiny.pool(tmp_path_factory.mktemp('pool'))}/*",)
+    config.tasks.generation = {"builder": "tests.tiny:generation"}
+    config.tasks.choice = {"builder": "tests.tiny:choice"}
+    config.tasks.unseen = {"builder": "tests.tiny:generation", "seed": 5}
+    config.objective.tasks = ("generation", "choice")
+    config.heldout = ("unseen",)
+    config.objective.search_examples = 10
+    config.objective.test_examples = 20
+    config.evaluate.batch_size = 8
+    config.compilation_cache = ""
+    return config
+
+
+@pytest.fixture(scope="module")
+def job(config):
+    return job_of(config)
+
+
+@pytest.fixture(scope="module")
+def small(job):
+    """A job of one task and one split, which takes less to compile."""
+    return job._replace(splits={"search": job.splits["search"][:1]}, evaluations={"search": 20})
+
+
+def _machine(room: Room = PLENTY, devices: int = 8) -> Machine:
+    return Machine("eight", jax.devices()[:devices], room, RATES, "made up")
+
+
+def _layout(config, **changed) -> Layout:
+    layout = dataclasses.replace(layout_of(config), residency="auto")
+    return dataclasses.replace(layout, **changed)
+
+
+@pytest.fixture(scope="module")
+def made(config, job):
+    return draw_up(job, _layout(config, pop=2, fsdp=2, tensor=2), _machine())
+
+
+def test_a_plan_has_all_figures(made):
+    """On a mesh that splits models: the merge has no collectives, the rest has."""
+    assert made.residency == "device"
+    assert made.mesh == {"pop": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    merge, *calls = made.measured.programs
+    assert merge.name == "merge"
+    assert not merge.collectives
+    assert {name.split()[0] for name in (each.name for each in calls)} == {
+        "generate",
+        "log-likelihood",
+    }
+    assert all(each.collectives for each in calls)
+    assert merge.arguments == pytest.approx(made.measured.need.pool, rel=0.01)
+    assert made.measured.need.working >= max(each.temporaries for each in calls)
+    assert 0 < made.measured.cache < made.measured.need.working
+    assert set(made.seconds) == {"search", "test", "heldout"}
+    for split, seconds in made.seconds.items():
+        assert all(part > 0 for part in seconds), split
+    assert made.seconds["test"].reading > made.seconds["search"].reading
+    assert made.run_seconds == pytest.approx(
+        sum(made.seconds[split].total * count for split, count in made.evaluations.items())
+    )
+
+
+def test_work_does_not_depend_on_the_mesh(config, job, made):
+    """One candidate is as much work however it is spread; only padding of rows may differ."""
+    alone = draw_up(job, _layout(config, pop=1), _machine(devices=1))
+    for split, amount in made.amounts.items():
+        assert amount == pytest.approx(alone.amounts[split])
+    assert not any(each.collectives for each in alone.measured.programs)
+
+
+def test_the_page_says_it(made):
+    text = page(made)
+    assert "mesh pop 2, data 1, fsdp 2, tensor 2" in text
+    assert "pool.residency = auto takes device" in text
+    assert "generate 6 after" in text
+    for line in text.splitlines():
+        assert line == line.rstrip()
+
+
+def _needed(made, residency: str) -> int:
+    return made.measured.need.on_device(residency)
+
+
+def test_the_residency_is_the_first_that_fits(config, small):
+    """Each is chosen in a room of just its size; merges leaf by leaf have no collectives either."""
+    layout = _layout(config, pop=1, fsdp=8)
+    whole = draw_up(small, layout, _machine())
+    assert whole.residency == "device"
+    room = Room(_needed(whole, "device") - 1, _needed(whole, "device"))
+    hosted = draw_up(small, layout, _machine(room))
+    assert hosted.residency == "host"
+    on_disk = draw_up(small, layout, _machine(room._replace(host=0)))
+    assert on_disk.residency == "disk"
+    assert not on_disk.measured.programs[0].collectives
+    none = draw_up(small, layout, _machine(Room(_needed(on_disk, "disk") // 2, 0)))
+    assert none.residency is None
+    assert "takes none: it does not fit" in page(none)
+
+
+def test_the_smallest_change_is_found(config, small):
+    """Fewer candidates of a step come before smaller batches, and those before another mesh."""
+    wide = _layout(config, pop=8, candidates_per_step=16)
+    names = [name for name, _ in layouts.smaller(wide, _machine())]
+    assert names[0] == "evaluate.candidates_per_step = 8"
+    assert names[1] == "evaluate.batch_tokens = 4096, evaluate.batch_size = 4"
+    assert names[-1] == "mesh.pop = 1, mesh.fsdp = 8"
+
+    def change(room: int) -> str | None:
+        machine = _machine(Room(room, 0))
+        choices = ((name, layout, machine) for name, layout in layouts.smaller(wide, machine))
+        return layouts.fitting(small, choices)
+
+    fewer = draw_up(small, dataclasses.replace(wide, candidates_per_step=8), _machine())
+    assert change(_needed(fewer, "disk")) == names[0]
+    assert change(10) is None
+
+
+def test_evaluations_are_those_of_a_run(config, tmp_path):
+    """Every candidate that a run scores was planned, split by split."""
+    from jaxmerge.run import run
+
+    config = config.copy_and_resolve_references()
+    config.search.population, config.search.budget = 4, 14
+    run(config, str(tmp_path))
+    lines = (tmp_path / "candidates.jsonl").read_text().splitlines()
+    counts = job_of(config).evaluations
+    for split in ("search", "test", "heldout"):
+        assert sum(f'"split": "{split}"' in line for line in lines) == counts[split]
+
+
+@pytest.mark.parametrize(("room", "expected"), [(2**40, "device"), (130_000, "disk")])
+def test_a_run_with_auto_takes_the_first_that_fits(config, tmp_path, monkeypatch, room, expected):
+    """As the plan says; three tiny models and a merged one are 141 kB."""
+    monkeypatch.setattr(here, "room_of", lambda devices: Room(room, 0))
+    config = config.copy_and_resolve_references()
+    config.mesh.pop = 1
+    config.pool.residency = "auto"
+    prepared = prepare(config, str(tmp_path))
+    prepared.directory.close()
+    assert prepared.pool.residency == expected
+
+
+def test_described_checkpoints_need_not_be_there(config, job):
+    """The same need as that of the checkpoints that are there."""
+    described = config.copy_and_resolve_references()
+    described.pool.checkpoints = tuple(f"gs://nowhere/{k}" for k in range(3))
+    described.pool.base = "gs://nowhere/base"
+    described.pool.model = "decoder"
+    described.pool.model_args = tiny.DECODER.plain()
+    found = job_of(described)
+    assert found.model is job.model
+    assert found.checkpoints == job.checkpoints == 3
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), found.abstract) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), job.abstract
+    )
+    described.pool.checkpoints = ("gs://nowhere/*", "gs://nowhere/b")
+    with pytest.raises(JaxmergeError, match="must be listed"):
+        job_of(described)
+
+
+def test_plan_in_a_process_of_its_own(config):
+    """With as many devices as are asked for, whatever this process has."""
+    config = config.copy_and_resolve_references()
+    config.mesh.tensor = 2
+    answer = plan(config, "cpu:6")
+    assert answer.fits
+    assert answer.plan is not None
+    assert answer.plan.mesh == {"pop": 3, "data": 1, "fsdp": 1, "tensor": 2}
+    assert answer.plan.rates.flops > 1e6
+
+
+def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jaxmerge.plan", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_command(config, tmp_path):
+    """A mesh that has no place is refused with code 2; an unknown topology before anything else."""
+    file = tmp_path / "mine.py"
+    pool = config.pool.checkpoints[0]
+    file.write_text(
+        "from jaxmerge.config import default\n"
+        "def get_config():\n"
+        "    config = default()\n"
+        f"    config.pool.checkpoints = ({pool!r},)\n"
+        "    config.tasks.letters = {'builder': 'tests.tiny:generation'}\n"
+        "    config.objective.tasks = ('letters',)\n"
+        "    return config\n"
+    )
+    good = _command(f"--config={file}", "--topology=cpu:2")
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.startswith("Plan for cpu:2: 2 x cpu, mesh pop 2")
+    crowded = _command(f"--config={file}", "--topology=cpu:2", "--config.mesh.tensor=4")
+    assert crowded.returncode == 2
+    assert "more places than there are devices" in crowded.stderr
+    unknown = _command(f"--config={file}", "--topology=v5e:64x4")
+    assert unknown.returncode == 2
+    assert "unknown topology" in unknown.stderr
+
+
+def _command_r_plus():
+    from configs import command_r_plus
+
+    return command_r_plus.get_config()
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_command_r_plus_on_a_slice_of_v5p():
+    """The figures of the reference: 48.4 GiB of pool, 3.0 GiB a merged model, on 64 chips.
+
+    No chip holds more than its share of the pool, its share of two merged models and one layer.
+    """
+    answer = plan(_command_r_plus(), "v5p:4x4x4")
+    made = answer.plan
+    assert answer.fits
+    assert made is not None
+    need = made.measured.need
+    assert need.pool / 2**30 == pytest.approx(48.4, abs=0.05)
+    assert need.merged / 2 / 2**30 == pytest.approx(3.0, abs=0.05)
+    assert made.measured.programs[0].collectives == {}
+    assert not made.measured.whole
+    layer = made.bytes / 64
+    assert need.working < layer
+    assert need.on_device("device") < made.room.device
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_a_slice_that_is_too_small_is_refused_with_the_smallest_that_suffices():
+    config = _command_r_plus()
+    answer = plan(config, "v5p:2x2x2")
+    assert not answer.fits
+    assert answer.slice == "v5p:4x4x4"
+    refused = plans.refusal(answer, "v5p:2x2x2")
+    assert "v5p:4x4x4, the smallest slice that suffices" in refused.expected
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:8x16", "v6e:8x8", "v6e:16x16", "v5p:4x4x8"])
+def test_no_slice_has_a_collective_in_the_merge(topology):
+    config = _command_r_plus()
+    config.heldout = ()
+    config.objective.tasks = ("arithmetic",)
+    made = plan(config, topology).plan
+    assert made is not None
+    merge = made.measured.programs[0]
+    assert not merge.refused
+    assert merge.collectives == {}
+
+
+def test_refusals_say_what_would_suffice():
+    """The mesh, the change and the slice, each where there is one."""
+    error = plans.refusal(Answer(None, "the mesh has no place", "x = 1", "v5e:2x2"), "v5e:1x1")
+    assert "the mesh has no place" in str(error)
+    assert error.expected == "on this machine x = 1; or v5e:2x2, the smallest slice that suffices"
+    assert "no slice" in plans.refusal(Answer(None, "m", "", ""), "v5e:1x1").expected
