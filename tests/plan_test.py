@@ -146,6 +146,7 @@ def test_the_smallest_change_is_found(config, small):
     assert change(10) is None
 
 
+@pytest.mark.slow
 def test_evaluations_are_those_of_a_run(config, tmp_path):
     """Every candidate that a run scores was planned, split by split."""
     from jaxmerge.run import run
