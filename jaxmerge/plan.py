@@ -241,7 +241,7 @@ def main(_: Sequence[str]) -> None:
 
 def refusal(answer: Answer, topology: str) -> JaxmergeError:
     """What is said of a run that does not fit."""
-    enough = [f"on this machine {answer.change}"] if answer.change else []
+    enough = [f"{answer.change} on {topology}"] if answer.change else []
     enough += [f"{answer.slice}, the smallest slice that suffices"] if answer.slice else []
     return JaxmergeError(
         answer.mesh or "the run does not fit",

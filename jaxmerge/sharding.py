@@ -54,7 +54,15 @@ def make_mesh(
         )
     count = math.prod(sizes)
     # An axis of the mesh may be a part of a slice's axis: tensor=8 on 4x4x4 chips.
-    grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)
+    try:
+        grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as error:
+        raise JaxmergeError(
+            "a mesh of these sizes can't be laid over these devices",
+            where="mesh",
+            expected="sizes that make up the axes of the slice, all of it",
+            found=f"{dict(zip(AXES, sizes))}: {error}",
+        ) from error
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

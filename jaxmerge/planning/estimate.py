@@ -120,7 +120,7 @@ def measure(
         for writes in (False, True)
         if (of_kind := [p for p, c in zip(compiled, largest) if bool(c.new_tokens) == writes])
     )
-    working = max(merge.temporaries, *(each.outputs + each.temporaries for each in compiled))
+    working = max([merge.temporaries, *(each.outputs + each.temporaries for each in compiled)])
     return Measured(
         need._replace(working=working + inputs + code + merge.code),
         max((_cache(model, tree, call, candidates, mesh) for call in largest), default=0),
