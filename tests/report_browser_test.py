@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from jaxmerge import report
 from tests.fabricated import CHECKPOINTS, TASKS, add_analyses, fabricate, interrupt
@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="chromium is not on PATH"),
 ]
 
+UNDRAWN = ".plot:not(:has(.trace))"
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
 
 
@@ -56,9 +57,7 @@ def opened(browser: Browser, path: Path, **context: Any) -> tuple[Page, list[str
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: complaints.append(request.url))
     page.goto(path.as_uri())
-    page.wait_for_function(
-        "[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('.trace'))"
-    )
+    expect(page.locator(UNDRAWN)).to_have_count(0)
     return page, complaints
 
 
@@ -213,22 +212,73 @@ def test_on_paper(browser: Browser, reports: dict[str, Path]) -> None:
     assert ink == "rgb(29, 35, 41)"
 
 
-def test_two_thousand_candidates(browser: Browser, tmp_path: Path) -> None:
-    """Under 10 MB, and drawn in under 2 seconds from an empty tab.
+# What the browser moved after it had shown it, as a share of the screen.
+SHIFTS = """new Promise((done) => new PerformanceObserver((list) =>
+  done(list.getEntries().reduce((sum, entry) => sum + entry.value, 0))
+).observe({type: "layout-shift", buffered: true}) || setTimeout(() => done(0), 200))"""
 
-    The best of three, since other programs on the machine can only make it slower. On two idle
-    cores it takes about 1 second.
+
+def test_plots_out_of_view_wait(browser: Browser, reports: dict[str, Path]) -> None:
+    """For an idle browser, for someone who scrolls there, or for paper; the page does not move."""
+
+    def waiting() -> Page:
+        """The page in a browser that is never idle."""
+        page = browser.new_page(viewport=WIDE)
+        page.add_init_script("window.requestIdleCallback = () => 0")
+        page.goto(reports["finished"].as_uri())
+        page.locator("#tradeoff .trace").first.wait_for(state="attached")
+        return page
+
+    page = waiting()
+    assert page.locator(UNDRAWN).count() > 0
+    assert page.locator("#sizes .trace").count() == 0
+    tall = page.evaluate("document.documentElement.scrollHeight")
+    page.locator("#sizes").scroll_into_view_if_needed()
+    page.locator("#sizes .trace").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollHeight") == tall
+    page = waiting()
+    assert page.locator(UNDRAWN).count() > 0
+    page.pdf(format="A4")
+    assert page.locator(UNDRAWN).count() == 0
+    page, _ = opened(browser, reports["finished"], viewport=WIDE)
+    assert page.evaluate("document.documentElement.scrollHeight") == tall
+    assert page.evaluate(SHIFTS) == 0
+
+
+# Milliseconds from the start of the navigation to the first frame after the first plot, and after
+# all plots, were drawn. A frame is served when the page does nothing else: it is responsive then.
+CLOCK = """window.opened = {};
+(function look(now) {
+  const plots = [...document.querySelectorAll(".plot")];
+  const drawn = plots.filter((plot) => plot.querySelector(".trace"));
+  if (drawn.length) opened.first ??= performance.now();
+  if (drawn.length && drawn.length === plots.length) opened.all ??= performance.now();
+  if (!opened.all) requestAnimationFrame(look);
+})()"""
+
+
+def test_two_thousand_candidates(browser: Browser, tmp_path: Path) -> None:
+    """Under 10 MB, and open in under 2 seconds: a plot drawn, and the page responsive.
+
+    The others follow; how long that takes is printed, and has no bar. The best of three, since
+    other programs on the machine can only make it slower.
     """
     directory = tmp_path / "run"
     fabricate(directory, budget=1000)
+    add_analyses(directory)
     path = report.write(directory)
     assert path.stat().st_size < 10e6
     taken = []
     for _ in range(3):
-        started = time.perf_counter()
-        page, complaints = opened(browser, path, viewport=WIDE)
-        taken.append(time.perf_counter() - started)
-        assert len(complaints) == 1
+        page = browser.new_page(viewport=WIDE)
+        page.add_init_script(CLOCK)
+        page.goto(path.as_uri())
+        expect(page.locator(UNDRAWN)).to_have_count(0)
+        taken.append(
+            page.evaluate("new Promise((done) => requestAnimationFrame(() => done(opened)))")
+        )
         assert page.locator("#tradeoff .points path.point").count() > 2000
         page.close()
-    assert min(taken) < 2
+    first, complete = (min(one[key] for one in taken) / 1000 for key in ("first", "all"))
+    print(f"first plot after {first:.2f} s, all plots after {complete:.2f} s")
+    assert first < 2

@@ -11,6 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from plotly.offline import get_plotlyjs
+
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.report.markup import text
 
@@ -24,7 +26,7 @@ def assemble(title: str, body: str, data: Any, script: str) -> str:
         data: what the script finds as `data`.
         script: name of the file that draws; `plots.js` goes before it.
     """
-    plotly, ours = _file("plotly/plotly-basic.min.js"), _file("plots.js") + _file(script)
+    plotly, ours = get_plotlyjs(), _file("plots.js") + _file(script)
     before, after = _file("page.html").split("<!-- data and scripts -->")
     fields = {
         "policy": " ".join(_hash(source) for source in (plotly, ours)),

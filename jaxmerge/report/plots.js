@@ -48,12 +48,36 @@ function line(name, x, y, ink, more) {
 
 const upTo = (values) => values.map((_, i) => i + 1);
 
-function redraw(draw) {
-  // Draws now, and again whenever the colours or the room for a plot change.
-  const forPaper = (on) => { document.documentElement.classList.toggle("printing", on); draw(); };
-  draw();
-  [dark, narrow].forEach((query) => query.addEventListener("change", draw));
+// Browsers that have no idle callbacks take the plots one after the other all the same.
+const whenIdle = window.requestIdleCallback ?? ((run) => setTimeout(run, 50));
+
+function show(plots) {
+  // Of the plots, {id: function that draws it}, draws at once what is in view, and the others one by
+  // one when the browser is idle, when they are scrolled near, or for paper: the page is usable
+  // meanwhile. Draws again whenever the colours or the room for a plot change.
+  const places = Object.keys(plots).map(element).filter(Boolean);
+  const waiting = new Set(places);
+  const draw = (place) => { waiting.delete(place); near.unobserve(place); plots[place.id](); };
+  const near = new IntersectionObserver((entries) => entries.forEach(({isIntersecting, target}) => {
+    if (isIntersecting && waiting.has(target)) draw(target);
+  }), {rootMargin: "25%"});
+  const inView = (place) => {
+    const {top, bottom} = place.getBoundingClientRect();
+    return top < innerHeight && bottom > 0;
+  };
+  const next = () => {
+    const [place] = waiting;
+    if (place) { draw(place); whenIdle(next); }
+  };
+  const again = () => places.filter((place) => !waiting.has(place)).forEach(draw);
+  const forPaper = (on) => {
+    document.documentElement.classList.toggle("printing", on);
+    places.forEach(draw);
+  };
+  places.filter(inView).forEach(draw);
+  waiting.forEach((place) => near.observe(place));
+  whenIdle(next);
+  [dark, narrow].forEach((query) => query.addEventListener("change", again));
   addEventListener("beforeprint", () => forPaper(true));
   addEventListener("afterprint", () => forPaper(false));
 }
-

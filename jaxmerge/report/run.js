@@ -119,13 +119,11 @@ function tradeoffTraces(split, x, y) {
 }
 
 function drawTradeoff() {
-  if (!element("tradeoff")) return;
   const x = Number(element("x").value), y = Number(element("y").value), split = element("split")?.value ?? "search";
   Plotly.react("tradeoff", tradeoffTraces(split, x, y), layout(titled(x, split), titled(y, split)), config);
 }
 
 function drawCurve() {
-  if (!element("curve")) return;
   const {search, random, single} = data.curves;
   const end = Math.max(search.best.length, random.best.length, 2);
   const traces = [];
@@ -145,7 +143,6 @@ function drawCurve() {
 }
 
 function drawWeights() {
-  if (!element("weights")) return;
   const points = data.analyses.weights, ink = colour("individual");
   const xs = points.map((point) => point.score), ys = points.map((point) => point.weight);
   const labels = labelled("weights", points.map((point, i) => ({x: xs[i], y: ys[i], name: point.name})), xs, ys);
@@ -158,7 +155,6 @@ function drawWeights() {
 }
 
 function drawSizes() {
-  if (!element("sizes")) return;
   const points = data.analyses.sizes, sizes = points.map((point) => point.m);
   const told = points.map(({evaluations, checkpoints}) => evaluations + " evaluations<br>" +
     checkpoints.map((name) => shorten(name, 30)).slice(0, 16).join("<br>"));
@@ -173,5 +169,5 @@ function drawSizes() {
   ], layout("checkpoints in the pool", titled(last)), config);
 }
 
-redraw(() => { drawTradeoff(); drawCurve(); drawWeights(); drawSizes(); });
+show({tradeoff: drawTradeoff, curve: drawCurve, weights: drawWeights, sizes: drawSizes});
 ["x", "y", "split"].forEach((id) => element(id)?.addEventListener("change", drawTradeoff));
