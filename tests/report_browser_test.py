@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
 from jaxmerge import report
 from tests.fabricated import CHECKPOINTS, TASKS, add_analyses, fabricate, interrupt
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 UNDRAWN = ".plot:not(:has(.trace))"
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
+WIDE, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=375, height=812)
 
 
 @pytest.fixture(scope="module")
