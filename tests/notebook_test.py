@@ -42,6 +42,6 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert "sums" in _printed(cells["pool"])
     assert "The searched merge against the best single checkpoint" in _printed(cells["search"])
     (page,) = cells["report"].outputs
-    assert page.data["text/html"].startswith("<iframe srcdoc=")
+    assert page.data["text/html"].startswith("<div><iframe srcdoc=")
     assert (tmp_path / "merged.zip").stat().st_size > 10_000
     assert list((tmp_path / "runs/mine/merged").iterdir()) == [tmp_path / "runs/mine/merged/orbax"]
