@@ -72,7 +72,7 @@ class Evaluator:
         split: str,
         mesh: Mesh,
         *,
-        candidates_per_step: int,
+        candidates_per_step: int = 1,
         limits: Limits = _LIMITS,
         vmap_candidates: int = 0,
     ):

@@ -66,23 +66,23 @@ def check_like(
 
 
 def export(
-    path: Path,
+    path: str | Path,
     abstract: PyTree,
     leaf: Callable[[str], jax.Array],
     *,
-    formats: Sequence[str],
+    formats: Sequence[str] = FORMATS,
     architecture: Mapping[str, Any],
-    like: str,
-    dtype: str,
-    shard_bytes: int,
-    card: Callable[[], str],
+    like: str = "",
+    dtype: str = "",
+    shard_bytes: int = 5_000_000_000,
+    card: Callable[[], str] = str,
 ) -> list[Path]:
     """Writes `path/orbax` and `path/huggingface`; what is there already is left as it is.
 
     Args:
         path: the directory `merged`.
         abstract: tree of the merged model's leaves.
-        leaf: the merged leaf of a name.
+        leaf: the merged leaf of a name, such as `Pool.merged` gives it.
         formats: of `FORMATS`; `huggingface` is left out when `like` is "".
         architecture: what the Orbax checkpoint says of its model.
         like: Hugging Face directory that the configuration and tokenizer are copied from.
@@ -93,6 +93,7 @@ def export(
     Returns:
         The directories of all formats that are there now.
     """
+    path = Path(path)
     wanted = [name for name in formats if name != "huggingface" or like]
     there = processes.from_first(
         lambda: json.dumps([name for name in wanted if (path / name).exists()]).encode()

@@ -43,7 +43,9 @@ CONSTRAINTS = {"softmax": softmax, "abs": absolute, "signed": signed, "free": fr
 
 
 def weights(
-    z_PxK: Float[np.ndarray, "P K"], constraint: str, bounds: tuple[float, float]
+    z_PxK: Float[np.ndarray, "P K"],
+    constraint: str = "softmax",
+    bounds: tuple[float, float] = (-8.0, 8.0),
 ) -> Weights:
     """Merge weights of a population of genotypes, in float32.
 

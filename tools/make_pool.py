@@ -42,6 +42,7 @@ from jaxmerge.tokenizer import Bytes
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "pools/quickstart", "directory to make; it must not exist")
 flags.DEFINE_integer("seed", 0, "of the parameters, the examples and their order")
+flags.DEFINE_bool("small", False, "three branches, hardly trained, in a quarter of a minute")
 
 SEARCH_TASKS = ("arithmetic", "instructions", "programs")
 ARCHITECTURE = DecoderConfig(
@@ -88,6 +89,9 @@ BRANCHES = {
     "words-hot": Stage(100, 8e-3, {"instructions": 1}),
     "counting-hot": Stage(50, 1e-2, {"counting": 1, "programs": 1}),
 }
+# The pool of --small: enough to see every command at work, not to merge anything of use.
+SMALL_TRUNK = TRUNK._replace(steps=CHUNK)
+SMALL_BRANCHES = {name: BRANCHES[name]._replace(steps=CHUNK) for name in ("sums", "words", "code")}
 
 
 class Sequences(NamedTuple):
@@ -234,8 +238,13 @@ def table(scores: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def make_pool(out: str | os.PathLike[str], seed: int) -> None:
+def make_pool(out: str | os.PathLike[str], seed: int, *, small: bool = False) -> None:
     """Trains the pool, writes its branches (not the trunk) to `out` and prints their scores.
+
+    Args:
+        out: directory to make.
+        seed: of the parameters, the examples and their order.
+        small: whether it is the pool of --small.
 
     Raises:
         JaxmergeError: there is something at `out`.
@@ -244,7 +253,8 @@ def make_pool(out: str | os.PathLike[str], seed: int) -> None:
     if out.exists():
         raise JaxmergeError("there is something here already", where=str(out))
     model = decoder(ARCHITECTURE)
-    pool = train_pool(model, TRUNK, BRANCHES, seed)
+    trunk, stages = (SMALL_TRUNK, SMALL_BRANCHES) if small else (TRUNK, BRANCHES)
+    pool = train_pool(model, trunk, stages, seed)
     branches = {name: params for name, params in pool.items() if name != "trunk"}
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -262,7 +272,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it opens
     try:
-        make_pool(FLAGS.out, FLAGS.seed)
+        make_pool(FLAGS.out, FLAGS.seed, small=FLAGS.small)
     except JaxmergeError as error:
         print(f"make_pool: {error}", file=sys.stderr)
         sys.exit(2)

@@ -81,8 +81,11 @@ class Pool(NamedTuple):
             "seconds": round(seconds - before["seconds"], 3),
         }
 
-    def merged(self, weights_K: Float[np.ndarray, " K"]) -> Callable[[str], jax.Array]:
+    def merged(
+        self, weights_K: Float[np.ndarray, " K"] | Sequence[float]
+    ) -> Callable[[str], jax.Array]:
         """One merge, by the names of its leaves; made when they are first asked for."""
+        weights_K = np.asarray(weights_K, np.float32)
         if isinstance(self.merge, LeafwiseMerger):
             return functools.partial(self.merge.leaf, weights_K=weights_K)
         leaves = functools.cache(lambda: named_leaves(linear.linear(self.trees, weights_K)))

@@ -80,7 +80,9 @@ def _product(weight: Array, value: Array) -> Array:
     return jax.lax.bitcast_convert_type(product + zero, value.dtype)
 
 
-def linear(trees: Sequence[PyTree], weights: Float[Array | np.ndarray, "*P K"]) -> PyTree:
+def linear(
+    trees: Sequence[PyTree], weights: Float[Array | np.ndarray, "*P K"] | Sequence[float]
+) -> PyTree:
     """The linear merge of K trees that are alike, on the devices where they lie.
 
     Args:

@@ -12,6 +12,7 @@ Letters in names are the dimensions of the package glossary (`jaxmerge.__doc__`)
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.layers import Block, Where, norm, softcap
 from jaxmerge.models.model import Model
@@ -178,3 +180,23 @@ def decoder(config: DecoderConfig) -> Model:
         vocabulary=config.vocab,
         architecture={"model": "decoder", **config.plain()},
     )
+
+
+def described(architecture: Mapping[str, Any]) -> Model:
+    """The decoder that a checkpoint says it is of.
+
+    Args:
+        architecture: of a checkpoint that `survey` found, or of a `Pool`.
+
+    Raises:
+        JaxmergeError: it says nothing, or that it is of a model that the decoder can't be.
+    """
+    fields = dict(architecture)
+    if fields.pop("model", "") != "decoder":
+        raise JaxmergeError(
+            "the checkpoint does not say that it is of the package's decoder",
+            where="architecture",
+            expected="a Model of your own: from_apply makes one of a causal apply",
+            found=str(dict(architecture)),
+        )
+    return decoder(DecoderConfig.from_plain(fields))

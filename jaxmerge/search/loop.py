@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
-from jaxmerge import processes
+from jaxmerge import processes, space
 from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.errors import JaxmergeError
@@ -28,12 +28,12 @@ ToWeights = Callable[[Float[np.ndarray, "P D"]], Float[np.ndarray, "P K"]]
 def search(
     archive: Archive,
     strategy: Strategy,
-    to_weights: ToWeights,
+    to_weights: ToWeights = space.weights,
     *,
     objective: Objective,
     budget: int,
-    seed: int,
-    states: Path,
+    seed: int = 0,
+    states: Path | None = None,
     save_seconds: float = 60.0,
     origin: str = "search",
     name: str = "search",
@@ -51,7 +51,7 @@ def search(
         objective: what is maximised.
         budget: evaluations at most.
         seed: of the strategy.
-        states: directory for the strategy's state.
+        states: directory for the strategy's state; None: it is not saved.
         save_seconds: least time between two saves; 0 saves every generation.
         origin, name: of its candidates, which tell it from other searches of the run.
 
@@ -69,8 +69,10 @@ def search(
         )
     state = strategy.init(seed)
     first = 0
-    if not processes.several():  # several processes ask again from the start, all from the log
-        first, state = _restore(states, state, archive.recorded(origin, name) // population)
+    # Several processes ask again from the start, all from the log.
+    saving = None if processes.several() else states
+    if saving:
+        first, state = _restore(saving, state, archive.recorded(origin, name) // population)
     archive.skip(origin, name, first * population)
     saved = time.monotonic()
     for generation in range(first, generations):
@@ -84,8 +86,8 @@ def search(
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
         due = time.monotonic() - saved >= save_seconds and generation + 1 < generations
-        if due and not processes.several():
-            _save(states, generation + 1, state)
+        if due and saving:
+            _save(saving, generation + 1, state)
             saved = time.monotonic()
     mine = [past for past in archive.past if (past.origin, past.name) == (origin, name)]
     return best(mine, objective)

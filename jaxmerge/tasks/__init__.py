@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.tasks.arithmetic import arithmetic
 from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
@@ -34,3 +36,22 @@ BUILDERS: dict[str, Callable[..., Task]] = {
     "perplexity": text,
     "reasoning_gym": reasoning_gym,
 }
+
+
+def build(builder: str, **arguments: Any) -> Task:
+    """A task that comes with the package.
+
+    Args:
+        builder: a name in `BUILDERS`: `arithmetic`, `instructions`, `programs`, `sorting` and
+            `counting`, which are generated; or `human_eval`, `ifbench`, `jsonl`, `lm_eval`,
+            `perplexity` and `reasoning_gym`.
+        arguments: of the builder: always `search` and `test`, the numbers of examples.
+
+    Raises:
+        JaxmergeError: there is no such builder; or the builder's own.
+    """
+    if builder not in BUILDERS:
+        raise JaxmergeError(
+            "there is no such task", where="builder", expected=", ".join(BUILDERS), found=builder
+        )
+    return BUILDERS[builder](**arguments)
