@@ -11,7 +11,7 @@ import pytest
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.architecture import AttentionKind, DecoderConfig
-from jaxmerge.models.decoder import decoder
+from jaxmerge.models.decoder import decoder, described
 from jaxmerge.models.rope import Rope
 from jaxmerge.trees import PyTree, named_leaves
 from tests import tiny
@@ -200,5 +200,13 @@ def test_impossible_shapes_are_refused(change, said):
 def test_architecture_describes_the_config():
     """What is written beside a checkpoint gives the same decoder again."""
     architecture = dict(decoder(GROUPED).architecture)
+    assert described(architecture) is decoder(GROUPED)
     assert architecture.pop("model") == "decoder"
     assert DecoderConfig.from_plain(architecture) == GROUPED
+
+
+@pytest.mark.parametrize("architecture", [{}, {"model": "mine:build"}, {"model_type": "gpt2"}])
+def test_what_describes_no_decoder_is_refused(architecture):
+    with pytest.raises(JaxmergeError, match="does not say") as caught:
+        described(architecture)
+    assert caught.value.found == str(architecture)

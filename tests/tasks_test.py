@@ -9,7 +9,7 @@ import pytest
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.requests import Generate, Likelihood, Prompt
-from jaxmerge.tasks import TASKS
+from jaxmerge.tasks import BUILDERS, TASKS, build
 from jaxmerge.tasks.common import Example
 from jaxmerge.tasks.instructions import INSTRUCTIONS, follows
 from jaxmerge.tasks.splits import owner
@@ -158,3 +158,10 @@ def test_another_answer_that_fulfils_the_instruction_is_right():
         if "z" not in example.prompt[-3:]:
             assert other != example.target
             assert follows(example, other) == 1.0
+
+
+def test_tasks_are_built_by_name():
+    assert build("sorting", search=3, test=4).name == "sorting"
+    with pytest.raises(JaxmergeError, match="no such task") as caught:
+        build("sorted", search=3, test=4)
+    assert caught.value.expected == ", ".join(BUILDERS)
