@@ -153,11 +153,16 @@ def test_evaluations_are_those_of_a_run(config, tmp_path):
 
     config = config.copy_and_resolve_references()
     config.search.population, config.search.budget = 4, 14
+    with_analyses = job_of(config).evaluations
+    config.analyses.leave_one_out = config.analyses.transfer = False
     run(config, str(tmp_path))
     lines = (tmp_path / "candidates.jsonl").read_text().splitlines()
     counts = job_of(config).evaluations
     for split in ("search", "test", "heldout"):
         assert sum(f'"split": "{split}"' in line for line in lines) == counts[split]
+    # Analyses may find what they want scored already: the plan has what they need at most.
+    checkpoints, pairs = 3, 1
+    assert with_analyses["test"] - counts["test"] == checkpoints + pairs
 
 
 @pytest.mark.parametrize(("room", "expected"), [(2**40, "device"), (130_000, "disk")])
