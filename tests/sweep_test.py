@@ -109,6 +109,7 @@ def test_what_is_the_same_in_cells_is_scored_once(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "Evaluator", Counting)
     config = _config(pool)
     config.baselines, config.heldout = ("random",), ()
+    config.analyses.leave_one_out = config.analyses.transfer = False
     sweep(config, ["search.sigma=0.5,0.25"], str(tmp_path))
     # By the number of tasks and of examples: 3 individuals, 12 draws, 2 searches of 12; then the
     # individuals and the best draw, which fill two steps, and each winner.
