@@ -13,7 +13,8 @@ import pytest
 from jaxmerge import processes, watch
 from jaxmerge.errors import JaxmergeError
 from tests import tiny
-from tests.run_test import Command, _log
+from tests.command import Command
+from tests.run_test import _log
 
 # Models on four devices each, two at a time: pools, prompts and scores are spread over processes.
 MESH = 'config.mesh = {{"pop": {pop}, "data": {data}, "fsdp": {fsdp}, "tensor": {tensor}, '

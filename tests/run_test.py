@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import random
 import signal
 import subprocess
@@ -25,8 +24,7 @@ from jaxmerge.merge.linear import linear
 from jaxmerge.prepare import prepare
 from jaxmerge.run import run
 from tests import tiny
-
-ROOT = Path(__file__).parents[1]
+from tests.command import ROOT, Command
 
 
 @pytest.fixture(scope="module")
@@ -293,47 +291,6 @@ def test_every_config_runs_in_its_tiny_form(path, pool, tmp_path):
     spec.loader.exec_module(module)
     found = run(_tiny(module.get_config(), pool), str(tmp_path))
     assert found["best"]["test_objective"] > 0
-
-
-CONFIG_FILE = """
-from jaxmerge import config as configs
-from tests.run_test import _tiny
-
-def get_config():
-    config = _tiny(configs.default(), {pool!r})
-    config.mesh.pop = config.mesh.cpu_devices = 2
-    config.compilation_cache = {cache!r}
-    {change}
-    return config
-"""
-
-
-class Command:
-    """The command line on the tiny pool."""
-
-    def __init__(self, directory: Path, pool: Path, change: str = ""):
-        self.workdir = directory / "run"
-        self.config = directory / "config.py"
-        cache = str(directory / "cache")
-        self.config.write_text(CONFIG_FILE.format(pool=str(pool), cache=cache, change=change))
-
-    def start(self, *flags: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "jaxmerge.run"),
-                *(f"--config={self.config}", f"--workdir={self.workdir}", *flags),
-            ],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-
-    def run(self, *flags: str) -> tuple[int, str, str]:
-        process = self.start(*flags)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
 
 
 @pytest.mark.slow

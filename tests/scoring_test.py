@@ -20,7 +20,8 @@ from jaxmerge.models.decoder import decoder
 from jaxmerge.run import run
 from jaxmerge.scoring import evaluate
 from tests import tiny
-from tests.run_test import ROOT, Command, _tiny
+from tests.command import ROOT, Command
+from tests.run_test import _tiny
 
 WIDER = dataclasses.replace(tiny.DECODER, width=24, layers=1)
 

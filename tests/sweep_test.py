@@ -17,7 +17,8 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.run import run
 from jaxmerge.sweep import sweep, table
 from tests import tiny
-from tests.run_test import CONFIG_FILE, ROOT, _log, _tiny
+from tests.command import ROOT, Command
+from tests.run_test import _log, _tiny
 
 AXES = ["search.strategy=CMA_ES,SNES", "seed=0,1"]
 
@@ -207,29 +208,10 @@ def test_the_table_has_a_line_per_cell(swept):
     assert f"{100 * best['test_objective']:.1f}" in lines[2]
 
 
-class Command:
+class Sweep(Command):
     """The command line of a sweep over the tiny pool."""
 
-    def __init__(self, directory: Path, pool: Path, change: str = ""):
-        self.workdir, self.config = directory / "sweep", directory / "config.py"
-        cache = str(directory / "cache")
-        self.config.write_text(CONFIG_FILE.format(pool=str(pool), cache=cache, change=change))
-
-    def start(self, *flags: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "jaxmerge.sweep", f"--config={self.config}"]
-        return subprocess.Popen(
-            [*command, f"--workdir={self.workdir}", *flags],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-
-    def run(self, *flags: str) -> tuple[int, str, str]:
-        process = self.start(*flags)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
+    module = "jaxmerge.sweep"
 
     def lines(self) -> int:
         logs = self.workdir.glob("*/candidates.jsonl")
@@ -241,11 +223,11 @@ def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
     """SIGKILL, then the same command, until it ends; nothing that was in a log is lost."""
     axes = ["--sweep=seed=0,1", "--sweep=search.strategy=CMA_ES,SNES"]
     (tmp_path / "whole").mkdir()
-    whole = Command(tmp_path / "whole", pool)
+    whole = Sweep(tmp_path / "whole", pool)
     code, _, err = whole.run(*axes)
     assert code == 0, err
     (tmp_path / "killed").mkdir()
-    killed = Command(tmp_path / "killed", pool)
+    killed = Sweep(tmp_path / "killed", pool)
     instants, kills = random.Random(0), 0
     for _ in range(4):
         before = killed.lines()
@@ -272,7 +254,7 @@ def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
 @pytest.mark.slow
 def test_the_command_line(pool, tmp_path):
     """A cell that fails: the others are in the table, the message is told, the exit code is 2."""
-    command = Command(tmp_path, pool, "config.baselines, config.heldout = (), ()")
+    command = Sweep(tmp_path, pool, "config.baselines, config.heldout = (), ()")
     flags = ["--config.search.budget=4", "--config.seed=7", "--sweep=search.strategy=CMAES,SNES"]
     code, out, err = command.run(*flags)
     assert code == 2
@@ -292,7 +274,7 @@ def test_the_command_line(pool, tmp_path):
 
 
 def test_a_wrong_field_ends_in_one_message(pool, tmp_path):
-    command = Command(tmp_path, pool)
+    command = Sweep(tmp_path, pool)
     code, out, err = command.run("--sweep=search.sigmo=0.1,0.2")
     assert code == 2
     assert "search.sigmo" in err
