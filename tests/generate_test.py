@@ -154,7 +154,12 @@ def countdown(calls: list[int]) -> Model:
         jax.debug.callback(lambda step: calls.append(int(step)), jnp.max(state))
         return logits(jnp.maximum(state - 1, 0)), state - 1
 
-    return Model(apply=lambda *_: jnp.zeros(()), prefill=prefill, decode=decode)
+    return Model(
+        apply=lambda *_: jnp.zeros(()),
+        prefill=prefill,
+        decode=decode,
+        rows=lambda state, rows_N: state[rows_N],
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmerge.errors import JaxmergeError
@@ -28,10 +28,18 @@ from jaxmerge.models.rope import turns
 
 
 class Cache(NamedTuple):
-    """Keys and values of the S slots seen so far; slot s of every sequence is written at step s."""
+    """Keys and values of S slots, one for each token that has been read."""
 
-    keys_LxBxSxJxC: Float[Array, "L B S J C"]
-    values_LxBxSxJxC: Float[Array, "L B S J C"]
+    keys_LxBxJxSxC: Float[Array, "L B J S C"]
+    values_LxBxJxSxC: Float[Array, "L B J S C"]
+
+
+class Past(NamedTuple):
+    """What was read before a call: the cache, its tokens' positions, and which slots count."""
+
+    cache: Cache
+    positions_BxS: Int[Array, "B S"]
+    mask_BxS: Bool[Array, "B S"]
 
 
 class Decoder(nn.Module):
@@ -44,7 +52,7 @@ class Decoder(nn.Module):
         self.embedding = self.param(
             "embedding", nn.initializers.normal(config.width**-0.5), (config.vocab, config.width)
         )
-        over_layers: Any = (nn.broadcast, nn.broadcast, 0, 0, 0)  # kind, window and cache have L
+        over_layers: Any = (nn.broadcast, 0, 0)  # kinds and cache have L
         scanned = nn.scan(
             Block,
             variable_axes={"params": 0},
@@ -65,38 +73,43 @@ class Decoder(nn.Module):
         self,
         tokens_BxT: Int[Array, "B T"],
         positions_BxT: Int[Array, "B T"],
-        mask_BxTxS: Bool[Array, "B T S"],
-        start: Int[Array, ""] | int = 0,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states after the final norm, and the cache with slots [start, start + T) written.
+        mask_BxTxT: Bool[Array, "B T T"],
+        past: Past | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states after the final norm, and the keys and values of these tokens (S = T).
 
         Args:
             tokens_BxT: token ids.
-            positions_BxT: rotary position of each token; left padding is what sets it off the slot.
-            mask_BxTxS: which slots each token may look at; S = T without a cache.
-            start: first cache slot to write.
-            cache: keys and values so far, or None to attend within `tokens` alone.
+            positions_BxT: how many tokens stand before each.
+            mask_BxTxT: which of these tokens each may look at, as far as windows allow.
+            past: tokens that were read before, all before these.
         """
         config = self.config
         x_BxTxD = self.embedding[tokens_BxT]
         if config.embedding_scale != 1:
             x_BxTxD *= jnp.asarray(config.embedding_scale, x_BxTxD.dtype)
-        where = self._where(positions_BxT, mask_BxTxS, start)
-        kind_L = np.array(config.pattern or (0,) * config.layers, np.int32)
-        windows = np.array([kind.window or 2**30 for kind in config.attention], np.int32)
-        x_BxTxD, written = self.layers(
-            x_BxTxD, where, start, jnp.asarray(kind_L), jnp.asarray(windows[kind_L]), cache
-        )
-        return self.final_norm(x_BxTxD), None if written is None else Cache(*written)
+        where = self._where(positions_BxT, mask_BxTxT, past)
+        kind_L = jnp.asarray(config.pattern or (0,) * config.layers, jnp.int32)
+        x_BxTxD, made = self.layers(x_BxTxD, where, kind_L, past and tuple(past.cache))
+        return self.final_norm(x_BxTxD), Cache(*made)
 
-    def _where(self, positions_BxT: Array, mask_BxTxS: Array, start: Array | int) -> Where:
-        ropes = [kind.rope for kind in self.config.attention]
+    def _where(self, positions_BxT: Array, mask_BxTxT: Array, past: Past | None) -> Where:
+        kinds = self.config.attention
+        ropes = [kind.rope for kind in kinds]
         turning = max((rope.width for rope in ropes if rope), default=0) or self.config.head_width
         angles = [turns(rope, positions_BxT, turning // 2) for rope in ropes]
         cos_RxBxTxW, sin_RxBxTxW = (jnp.stack(each) for each in zip(*angles))
-        slots_T = start + jnp.arange(positions_BxT.shape[1])
-        return Where(slots_T, mask_BxTxS, cos_RxBxTxW, sin_RxBxTxW)
+
+        def near(mask_BxTxS: Array, positions_BxS: Array) -> Array:
+            apart_BxTxS = positions_BxT[:, :, None] - positions_BxS[:, None]
+            windows = [kind.window or 2**30 for kind in kinds]
+            return jnp.stack([mask_BxTxS & (apart_BxTxS < window) for window in windows])
+
+        kin_RxBxTxT = near(mask_BxTxT, positions_BxT)
+        past_RxBxTxS = kin_RxBxTxT[..., :0]
+        if past is not None:
+            past_RxBxTxS = near(past.mask_BxS[:, None], past.positions_BxS)
+        return Where(kin_RxBxTxT, past_RxBxTxS, cos_RxBxTxW, sin_RxBxTxW)
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits in float32."""
@@ -128,53 +141,71 @@ class _Decoding(NamedTuple):
     slot: Int[Array, ""]  # the next slot to write, the same for every row
 
 
+def _causal(T: int) -> Bool[Array, "1 T T"]:
+    return jnp.tril(jnp.ones((T, T), bool))[None]
+
+
 @functools.cache
 def decoder(config: DecoderConfig) -> Model:
     """The decoder of this shape as a `Model`: always the same, so that its programs are shared."""
     module = Decoder(config)
 
-    def run(params, tokens, positions, mask, start=0, cache=None) -> Any:
-        return module.apply({"params": params}, tokens, positions, mask, start, cache)
+    def run(params, tokens_BxT, mask_BxTxT, past=None, positions_BxT=None) -> Any:
+        if positions_BxT is None:  # each token sees those before it, and itself
+            positions_BxT = jnp.maximum(jnp.sum(mask_BxTxT, axis=-1) - 1, 0)
+        return module.apply({"params": params}, tokens_BxT, positions_BxT, mask_BxTxT, past)
 
     def logits(params, hidden) -> Any:
         return module.apply({"params": params}, hidden, method="logits")
 
     def apply(params, tokens_BxT):
         B, T = tokens_BxT.shape
-        positions_BxT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-        mask_BxTxT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool))[None], (B, T, T))
-        hidden, _ = run(params, tokens_BxT, positions_BxT, mask_BxTxT)
-        return logits(params, hidden)
+        return logits(params, run(params, tokens_BxT, jnp.broadcast_to(_causal(T), (B, T, T)))[0])
+
+    def branches(params, tokens_BxT, branch_BxT, asked_BxQ):
+        before_BxTxT, after_BxTxT = branch_BxT[:, None], branch_BxT[:, :, None]
+        kin_BxTxT = (before_BxTxT == 0) | (before_BxTxT == after_BxTxT)
+        hidden, _ = run(params, tokens_BxT, kin_BxTxT & _causal(tokens_BxT.shape[1]))
+        return logits(params, hidden[jnp.arange(len(hidden))[:, None], asked_BxQ])
 
     def prefill(params, tokens_BxT, padding_B, slots):
-        B, T = tokens_BxT.shape
-        slot_T, slot_S = jnp.arange(T), jnp.arange(slots)
-        positions_BxT = jnp.maximum(slot_T[None, :] - padding_B[:, None], 0)
-        causal_1xTxS = slot_S[None, None, :] <= slot_T[None, :, None]
-        mask_BxTxS = causal_1xTxS & (slot_S[None, None, :] >= padding_B[:, None, None])
-        shape = (config.layers, B, slots, config.kv_heads, config.head_width)
-        empty = jnp.zeros(shape, params["embedding"].dtype)
-        hidden, cache = run(params, tokens_BxT, positions_BxT, mask_BxTxS, 0, Cache(empty, empty))
+        T = tokens_BxT.shape[1]
+        text_Bx1xT = (jnp.arange(T)[None] >= padding_B[:, None])[:, None]
+        hidden, made = run(params, tokens_BxT, text_Bx1xT & _causal(T))
+        room = ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))
+        cache = Cache(*(jnp.pad(each, room) for each in made))
         return logits(params, hidden[:, -1]), _Decoding(cache, padding_B, jnp.int32(T))
 
     def decode(params, tokens_B, state):
-        slot_S = jnp.arange(state.cache.keys_LxBxSxJxC.shape[2])
-        seen_BxS = (slot_S[None, :] <= state.slot) & (slot_S[None, :] >= state.padding_B[:, None])
-        positions_Bx1 = (state.slot - state.padding_B)[:, None]
-        hidden, cache = run(
-            params, tokens_B[:, None], positions_Bx1, seen_BxS[:, None], state.slot, state.cache
+        slot_1xS = jnp.arange(state.cache.keys_LxBxJxSxC.shape[3])[None]
+        begins_Bx1 = state.padding_B[:, None]
+        written_BxS = (slot_1xS < state.slot) & (slot_1xS >= begins_Bx1)
+        past = Past(state.cache, slot_1xS - begins_Bx1, written_BxS)
+        itself_Bx1x1 = jnp.ones((len(tokens_B), 1, 1), bool)
+        hidden, made = run(params, tokens_B[:, None], itself_Bx1x1, past, state.slot - begins_Bx1)
+        # Written once for all layers: a cache that went through the scan would be copied each time.
+        cache = Cache(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, new, state.slot, axis=3)
+                for old, new in zip(state.cache, made)
+            )
         )
-        state = _Decoding(cache, state.padding_B, state.slot + 1)
-        return logits(params, hidden[:, 0]), state
+        return logits(params, hidden[:, 0]), _Decoding(cache, state.padding_B, state.slot + 1)
 
     def init(key):
         tokens = jnp.zeros((1, 1), jnp.int32)
         return module.init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
 
+    def rows(state, rows_B):
+        cache = Cache(*(each[:, rows_B] for each in state.cache))
+        return _Decoding(cache, state.padding_B[rows_B], state.slot)
+
     return Model(
         apply=apply,
         prefill=prefill,
         decode=decode,
+        rows=rows,
+        branches=branches,
         init=init,
         sharding_rules=SHARDING_RULES,
         vocabulary=config.vocab,

@@ -8,13 +8,14 @@ Letters in names are the dimensions of the package glossary (`jaxmerge.__doc__`)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.rope import rotate
@@ -28,16 +29,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Where(NamedTuple):
-    """Where the tokens of a call stand, the same for all layers.
+    """Where the tokens of a call stand, the same for all layers; R is kinds of attention.
 
     Attributes:
-        slots_T: the slot of each token; keys and values of slot s are the s-th of S.
-        mask_BxTxS: which slots each token may look at, windows aside.
-        cos_RxBxTxW: of the angles of each kind of attention; `sin_RxBxTxW` alike.
+        kin_RxBxTxT: which tokens of the call each of them looks at.
+        past_RxBxTxS: which slots of the cache each of them looks at; S = 0 without one.
+        cos_RxBxTxW: of the angles of rotary positions; `sin_RxBxTxW` alike.
     """
 
-    slots_T: Int[Array, " T"]
-    mask_BxTxS: Bool[Array, "B T S"]
+    kin_RxBxTxT: Bool[Array, "R B T T"]
+    past_RxBxTxS: Bool[Array, "R B T S"]
     cos_RxBxTxW: Float[Array, "R B T W"]
     sin_RxBxTxW: Float[Array, "R B T W"]
 
@@ -74,26 +75,24 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, where: Where, start, kind, window, cache) -> Any:
-        """The residual after this layer, and the cache with slots [start, start + T) written.
+    def __call__(self, x_BxTxD, where: Where, kind, past) -> Any:
+        """The residual after this layer, and the keys and values of x, each `[B, J, T, C]`.
 
         Args:
-            start: the first slot to write.
             kind: which kind of attention this layer has.
-            window: tokens that it may look at, itself included.
-            cache: this layer's keys and values `[B, S, J, C]`, or None to attend within x alone.
+            past: this layer's keys and values of earlier tokens, each `[B, J, S, C]`, or None.
         """
         block = self.config.block
         before, after = block != "post", block in ("post", "both")
         normed = self._norm("attention_norm", before, x_BxTxD)
-        attended, cache = self._attention(normed, where, start, kind, window, cache)
+        attended, made = self._attention(normed, where, kind, past)
         attended = self._norm("post_attention_norm", after, attended)
         if block == "parallel":
-            return x_BxTxD + attended + self._feed_forward(normed), cache
+            return x_BxTxD + attended + self._feed_forward(normed), made
         x_BxTxD = x_BxTxD + attended
         normed = self._norm("feed_forward_norm", before, x_BxTxD)
         fed = self._norm("post_feed_forward_norm", after, self._feed_forward(normed))
-        return x_BxTxD + fed, cache
+        return x_BxTxD + fed, made
 
     def _norm(self, name: str, wanted: bool, x: Array) -> Array:
         return norm(self.config, name=name)(x) if wanted else x
@@ -130,7 +129,7 @@ class Block(nn.Module):
         cos_BxTxW, sin_BxTxW = where.cos_RxBxTxW[kind], where.sin_RxBxTxW[kind]
         return rotate(x_BxTxHxC, cos_BxTxW, sin_BxTxW, interleaved)
 
-    def _attention(self, x_BxTxD, where: Where, start, kind, window, cache):
+    def _attention(self, x_BxTxD, where: Where, kind, past):
         config = self.config
         D, H, J, C = x_BxTxD.shape[-1], config.heads, config.kv_heads, config.head_width
         q_BxTxHxC = self._query_key_norm("query_norm", self._heads("query", x_BxTxD, H))
@@ -138,23 +137,12 @@ class Block(nn.Module):
         v_BxTxJxC = self._heads("value", x_BxTxD, J)
         q_BxTxHxC = self._rotate(q_BxTxHxC, where, kind)
         k_BxTxJxC = self._rotate(k_BxTxJxC, where, kind)
-        if cache is None:
-            k_BxSxJxC, v_BxSxJxC = k_BxTxJxC, v_BxTxJxC
-        else:
-            k_BxSxJxC = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BxTxJxC, start, axis=1)
-            v_BxSxJxC = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BxTxJxC, start, axis=1)
-            cache = (k_BxSxJxC, v_BxSxJxC)
-        seen_BxTxS = self._seen(where, window)
-        out_BxTxHxC = attend(config, q_BxTxHxC, k_BxSxJxC, v_BxSxJxC, seen_BxTxS)
+        made = jnp.swapaxes(k_BxTxJxC, 1, 2), jnp.swapaxes(v_BxTxJxC, 1, 2)
+        pasts = [(*past, where.past_RxBxTxS[kind])] if past else []
+        seen = [*pasts, (*made, where.kin_RxBxTxT[kind])]
+        out_BxTxHxC = attend(config, q_BxTxHxC, seen)
         out = jnp.einsum("bthc,dhc->btd", out_BxTxHxC, self._matrix("out", D, H, C, inputs=H * C))
-        return self._bias("out_bias", config.out_bias, out), cache
-
-    def _seen(self, where: Where, window) -> Bool[Array, "B T S"]:
-        if not any(kind.window for kind in self.config.attention):
-            return where.mask_BxTxS
-        slot_S = jnp.arange(where.mask_BxTxS.shape[-1])
-        near_TxS = where.slots_T[:, None] - slot_S[None, :] < window
-        return where.mask_BxTxS & near_TxS[None]
+        return self._bias("out_bias", config.out_bias, out), made
 
     def _feed_forward(self, x_BxTxD):
         config = self.config
@@ -203,22 +191,33 @@ class Block(nn.Module):
 def attend(
     config: DecoderConfig,
     q_BxTxHxC: Float[Array, "B T H C"],
-    k_BxSxJxC: Float[Array, "B S J C"],
-    v_BxSxJxC: Float[Array, "B S J C"],
-    seen_BxTxS: Bool[Array, "B T S"],
+    seen: Sequence[tuple[Float[Array, "B J S C"], Float[Array, "B J S C"], Bool[Array, "B T S"]]],
 ) -> Float[Array, "B T H C"]:
-    """softmax(q k * scale) v over the slots that are seen; H / J query heads share a key head."""
-    (B, T, H, C), J = q_BxTxHxC.shape, k_BxSxJxC.shape[2]
-    q_BxTxJxGxC = q_BxTxHxC.reshape(B, T, J, H // J, C)
-    logits_BxJxGxTxS = jnp.einsum(
-        "btjgc,bsjc->bjgts", q_BxTxJxGxC, k_BxSxJxC, preferred_element_type=jnp.float32
-    )
-    logits_BxJxGxTxS = softcap(
-        logits_BxJxGxTxS * (config.attention_scale or C**-0.5), config.attention_softcap
-    )
-    logits_BxJxGxTxS = jnp.where(seen_BxTxS[:, None, None], logits_BxJxGxTxS, jnp.float32(-1e30))
-    attention = jax.nn.softmax(logits_BxJxGxTxS, axis=-1).astype(v_BxSxJxC.dtype)
-    return jnp.einsum("bjgts,bsjc->btjgc", attention, v_BxSxJxC).reshape(B, T, H, C)
+    """softmax(q k * scale) v; H / J query heads share a key head.
+
+    Args:
+        seen: keys, values, and which of them each query looks at; several that lie apart count as
+            one after the other, and are not brought together.
+    """
+    (B, T, H, C), J = q_BxTxHxC.shape, seen[0][0].shape[1]
+    q_BxJxGxTxC = jnp.moveaxis(q_BxTxHxC.reshape(B, T, J, H // J, C), 1, 3)
+
+    def rated(k_BxJxSxC: Array, seen_BxTxS: Array) -> Array:
+        logits = jnp.einsum(
+            "bjgtc,bjsc->bjgts", q_BxJxGxTxC, k_BxJxSxC, preferred_element_type=jnp.float32
+        )
+        logits = softcap(logits * (config.attention_scale or C**-0.5), config.attention_softcap)
+        return jnp.where(seen_BxTxS[:, None, None], logits, jnp.float32(-1e30))
+
+    logits = jnp.concatenate([rated(k, mask) for k, _, mask in seen], axis=-1)
+    attention = jax.nn.softmax(logits, axis=-1).astype(q_BxTxHxC.dtype)
+    ends = np.cumsum([k.shape[2] for k, _, _ in seen])
+    parts = [
+        jnp.einsum("bjgts,bjsc->bjgtc", share, v, preferred_element_type=jnp.float32)
+        for share, (_, v, _) in zip(jnp.split(attention, ends[:-1], axis=-1), seen)
+    ]
+    out_BxJxGxTxC = sum(parts[1:], parts[0]).astype(q_BxTxHxC.dtype)
+    return jnp.moveaxis(out_BxJxGxTxC, 3, 1).reshape(B, T, H, C)
 
 
 def norm(

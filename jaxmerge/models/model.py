@@ -27,6 +27,11 @@ class Model:
             the left by `padding_B` tokens; the state has room for `slots` tokens; the logits are
             those after the last token.
         decode: `(params, tokens_B, state) -> (logits_BxV, state)`; one token on.
+        rows: `(state, rows_N) -> state`; the state of some of its rows, by number.
+        branches: `(params, tokens_BxT, branch_BxT, asked_BxQ) -> logits_BxQxV`, or None where the
+            model can't. A row is a trunk (branch 0) and branches (1, 2, ...) that go on from it,
+            side by side: each token reads the trunk and what stands before it on its own branch, as
+            if there were nothing else. The logits are those after the tokens at `asked_BxQ`.
         init: `key -> params`, or None where the model can't make its own parameters.
         sharding_rules: see `jaxmerge.sharding.shardings`.
         vocabulary: tokens it knows, or 0 where it doesn't say.
@@ -37,6 +42,8 @@ class Model:
     apply: Apply
     prefill: Callable[..., tuple[Float[Array, "B V"], State]]
     decode: Callable[..., tuple[Float[Array, "B V"], State]]
+    rows: Callable[[State, Int[Array, " N"]], State]
+    branches: Callable[..., Float[Array, "B Q V"]] | None = None
     init: Callable[[Array], Params] | None = None
     sharding_rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ((".*", ()),)
     vocabulary: int = 0
@@ -74,4 +81,7 @@ def from_apply(apply: Apply) -> Model:
         written = _Written(tokens_BxS, written.length_B + 1)
         return last_logits(params, written), written
 
-    return Model(apply=apply, prefill=prefill, decode=decode)
+    def rows(written, rows_N):
+        return jax.tree.map(lambda of_B: of_B[rows_N], written)
+
+    return Model(apply=apply, prefill=prefill, decode=decode, rows=rows)
