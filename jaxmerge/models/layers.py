@@ -191,7 +191,7 @@ class Block(nn.Module):
 def attend(
     config: DecoderConfig,
     q_BxTxHxC: Float[Array, "B T H C"],
-    seen: Sequence[tuple[Float[Array, "B J S C"], Float[Array, "B J S C"], Bool[Array, "B T S"]]],
+    seen: Sequence[tuple[Float[Array, "B J _ C"], Float[Array, "B J _ C"], Bool[Array, "B T _"]]],
 ) -> Float[Array, "B T H C"]:
     """softmax(q k * scale) v; H / J query heads share a key head.
 
