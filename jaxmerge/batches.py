@@ -1,7 +1,8 @@
 """Requests to padded token arrays of a few fixed shapes.
 
 Rows are sorted by length and cut into microbatches, so that little is spent on padding and each
-shape is compiled once.
+shape is compiled once. Continuations of the same prompt share a row, as branches of it, so that a
+model reads the question of a multiple choice once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from jaxmerge.requests import Generate, Likelihood, Prompt, Request, Rolling
 from jaxmerge.tokenizer import Tokenizer
 
 _PER_MICROBATCH = 128  # what a microbatch costs besides its tokens, in tokens; and it may compile
+
+# Branches of a row have at most so many times the tokens of its trunk. Each branch spares reading
+# the trunk again, and lengthens what attention masks out for all others.
+_BRANCHING = 8
 
 
 class Limits(NamedTuple):
@@ -51,11 +56,12 @@ class Microbatch(NamedTuple):
     """B rows that go through a model together.
 
     Attributes:
-        requests_B: the place of the request that each row is of; -1 for rows that only fill up.
+        requests: the place of the request that each output is of, `[B]` of texts that are written,
+            `[B, Q]` of tokens that are scored; -1 where something only fills up.
         arrays: what the model's program takes besides parameters; each `[B, ...]`.
     """
 
-    requests_B: Int[np.ndarray, " B"]
+    requests: Int[np.ndarray, " B"] | Int[np.ndarray, "B Q"]
     arrays: tuple[np.ndarray, ...]
 
 
@@ -63,8 +69,9 @@ class Encoded(NamedTuple):
     """Requests as microbatches.
 
     Attributes:
-        scoring: of all likelihoods. `arrays` are tokens `[B, T]`, padded on the right, and which of
-            them are scored `[B, T]`.
+        scoring: of all likelihoods. `arrays` are those of `generate.log_likelihood`: tokens
+            `[B, T]`, padded on the right, their branches `[B, T]`, the places whose next token is
+            scored `[B, Q]`, and these tokens `[B, Q]`.
         writing: of the generations. `arrays` are prompts `[B, T]`, padded on the left, how much
             padding `[B]`, and seeds `[B]`.
         scored: how many tokens are scored for each request.
@@ -77,17 +84,45 @@ class Encoded(NamedTuple):
     read: int
 
 
-class _Row(NamedTuple):
-    """One row of tokens: those that are read only, and those that are scored."""
+class _Prompt(NamedTuple):
+    """A row that is gone on from."""
 
     request: int
-    read: list[int]
-    scored: list[int]
-    seed: int = 0
+    tokens: list[int]
+    seed: int
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+class _Branch(NamedTuple):
+    request: int
+    scored: list[int]  # the last of them is only looked for, never read
+
+
+class _Tree(NamedTuple):
+    """A row with what is scored: a trunk and what goes on from it, side by side."""
+
+    trunk: list[int]
+    branches: list[_Branch]
+
+    @property
+    def length(self) -> int:
+        return len(self.trunk) + sum(len(branch.scored) - 1 for branch in self.branches)
+
+    def has_room(self, branch: _Branch, limits: Limits) -> bool:
+        """Whether another branch is worth having here."""
+        length = self.length + len(branch.scored) - 1
+        return length <= min(limits.tokens, (1 + _BRANCHING) * len(self.trunk))
 
 
 def encode(
-    requests: Sequence[Request], tokenizer: Tokenizer, limits: Limits, where: str = ""
+    requests: Sequence[Request],
+    tokenizer: Tokenizer,
+    limits: Limits,
+    where: str = "",
+    branching: bool = True,
 ) -> Encoded:
     """All requests, tokenised and batched.
 
@@ -96,31 +131,35 @@ def encode(
         tokenizer: text to tokens.
         limits: see `Limits`.
         where: whose requests they are, for error messages.
+        branching: whether the model can read rows with branches (`Model.branches`).
 
     Raises:
         JaxmergeError: a prompt or continuation is empty, or too long for the model.
     """
-    scoring: list[_Row] = []
-    writing: dict[Writing, list[_Row]] = {}
+    trees: list[_Tree] = []
+    growing: dict[tuple[int, ...], _Tree] = {}  # the last one of each trunk
+    writing: dict[Writing, list[_Prompt]] = {}
+    scored = np.zeros(len(requests), np.int64)
     for place, request in enumerate(requests):
         if isinstance(request, Generate):
             kind = _kind(request)
             writing.setdefault(kind, []).append(_prompt(place, request, tokenizer, limits, where))
-        elif isinstance(request, Rolling):
-            scoring += _windows(place, request, tokenizer, limits, where)
-        else:
-            scoring.append(_pair(place, request, tokenizer, limits, where))
-    counted = np.zeros(len(requests), np.int64)
-    for row in scoring:
-        counted[row.request] += len(row.scored)
-    prompts = sum(len(row.read) for rows in writing.values() for row in rows)
-    # The last token of a row is only looked for, never read.
-    pairs = sum(len(row.read) + len(row.scored) - 1 for row in scoring)
+            continue
+        pairs = _windows if isinstance(request, Rolling) else _pair
+        for trunk, tokens in pairs(request, tokenizer, limits, where):
+            scored[place] += len(tokens)
+            branch, tree = _Branch(place, tokens), growing.get(tuple(trunk))
+            if branching and tree and tree.has_room(branch, limits):
+                tree.branches.append(branch)
+                continue
+            growing[tuple(trunk)] = _Tree(trunk, [branch])
+            trees.append(growing[tuple(trunk)])
+    rows = [*trees, *(row for rows in writing.values() for row in rows)]
     return Encoded(
-        _microbatches(scoring, limits, _pad_right),
-        {kind: _microbatches(rows, limits, _pad_left) for kind, rows in writing.items()},
-        counted,
-        prompts + pairs,
+        _microbatches(trees, limits, _pad_right),
+        {kind: _microbatches(prompts, limits, _pad_left) for kind, prompts in writing.items()},
+        scored,
+        sum(row.length for row in rows),
     )
 
 
@@ -133,16 +172,18 @@ def _kind(request: Generate) -> Writing:
 
 def _prompt(
     place: int, request: Generate, tokenizer: Tokenizer, limits: Limits, where: str
-) -> _Row:
+) -> _Prompt:
     read = tokenizer.prompt(request.prompt)
     _check(read, request.prompt.text, where)
     read = _fitted(read, limits.context - request.max_new_tokens, limits, where)
-    return _Row(place, read, [], request.sampling.seed if request.sampling else 0)
+    return _Prompt(place, read, request.sampling.seed if request.sampling else 0)
 
 
-def _pair(
-    place: int, request: Likelihood, tokenizer: Tokenizer, limits: Limits, where: str
-) -> _Row:
+# What is read before, and what is scored after it.
+_Pairs = list[tuple[list[int], list[int]]]
+
+
+def _pair(request: Likelihood, tokenizer: Tokenizer, limits: Limits, where: str) -> _Pairs:
     read, scored = tokenizer.pair(request.prompt, request.continuation)
     if not read and scored[:1] == [tokenizer.prefix]:
         read, scored = scored[:1], scored[1:]
@@ -150,22 +191,20 @@ def _pair(
     _check(scored, request.continuation, where)
     # The last token is only looked for, never read.
     read = _fitted(read or [tokenizer.prefix], limits.context + 1 - len(scored), limits, where)
-    return _Row(place, read, scored)
+    return [(read, scored)]
 
 
-def _windows(
-    place: int, request: Rolling, tokenizer: Tokenizer, limits: Limits, where: str
-) -> list[_Row]:
-    """A text as rows: as many tokens as the context takes, each after one token before them."""
+def _windows(request: Rolling, tokenizer: Tokenizer, limits: Limits, where: str) -> _Pairs:
+    """A text cut up: as many tokens as the context takes, each after one token before them."""
     tokens = tokenizer.prompt(Prompt(request.text, form=request.form))
     _check(tokens, request.text, where)
     width = limits.context or len(tokens)
-    rows = [_Row(place, [tokenizer.prefix], tokens[:width])]
+    pairs = [([tokenizer.prefix], tokens[:width])]
     for start in range(width, len(tokens), width):
         stop = min(start + width, len(tokens))
         # The last window is as wide as the others, and scores what they have not.
-        rows.append(_Row(place, tokens[stop - width - 1 : start], tokens[start:stop]))
-    return rows
+        pairs.append((tokens[stop - width - 1 : start], tokens[start:stop]))
+    return pairs
 
 
 def _check(tokens: Sequence[int], text: str, where: str) -> None:
@@ -189,15 +228,15 @@ def _fitted(tokens: list[int], room: int, limits: Limits, where: str) -> list[in
 
 
 def _microbatches(
-    rows: Sequence[_Row], limits: Limits, pad: Callable[..., tuple[np.ndarray, ...]]
+    rows: Sequence[_Prompt] | Sequence[_Tree], limits: Limits, pad: Callable[..., Microbatch]
 ) -> list[Microbatch]:
     """Rows sorted by length and cut into microbatches, each with the length it is padded to.
 
     Of all cuts into the sizes that are allowed, the one of the fewest tokens, padding and what a
     microbatch costs by itself included.
     """
-    rows = sorted(rows, key=lambda row: -len(row.read) - len(row.scored))
-    widths = [_padded(len(row.read) + len(row.scored)) for row in rows]
+    rows = sorted(rows, key=lambda row: -row.length)
+    widths = [_padded(row.length) for row in rows]
     cost = [0] * (len(rows) + 1)  # of all rows from here on
     size = [0] * len(rows)
     for i in reversed(range(len(rows))):
@@ -207,10 +246,7 @@ def _microbatches(
         )
     microbatches, i = [], 0
     while i < len(rows):
-        batch = rows[i : i + size[i]]
-        requests_B = np.full(size[i], -1)
-        requests_B[: len(batch)] = [row.request for row in batch]
-        microbatches.append(Microbatch(requests_B, pad(batch, size[i], widths[i])))
+        microbatches.append(pad(rows[i : i + size[i]], size[i], widths[i]))
         i += size[i]
     return microbatches[::-1]  # short ones first
 
@@ -230,19 +266,30 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _pad_left(rows: Sequence[_Row], B: int, T: int) -> tuple[np.ndarray, ...]:
-    tokens_BxT = np.zeros((B, T), np.int32)
+def _pad_left(rows: Sequence[_Prompt], B: int, T: int) -> Microbatch:
+    requests_B, tokens_BxT = np.full(B, -1), np.zeros((B, T), np.int32)
     padding_B, seeds_B = np.full(B, T, np.int32), np.zeros(B, np.int32)
     for i, row in enumerate(rows):
-        padding_B[i], seeds_B[i] = T - len(row.read), row.seed
-        tokens_BxT[i, padding_B[i] :] = row.read
-    return tokens_BxT, padding_B, seeds_B
+        requests_B[i], padding_B[i], seeds_B[i] = row.request, T - row.length, row.seed
+        tokens_BxT[i, padding_B[i] :] = row.tokens
+    return Microbatch(requests_B, (tokens_BxT, padding_B, seeds_B))
 
 
-def _pad_right(rows: Sequence[_Row], B: int, T: int) -> tuple[np.ndarray, ...]:
-    tokens_BxT, scored_BxT = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
+def _pad_right(rows: Sequence[_Tree], B: int, T: int) -> Microbatch:
+    most = max(sum(len(branch.scored) for branch in row.branches) for row in rows)
+    # Few numbers, since each is compiled: a power of two, or as many as there are tokens.
+    Q = min(max(4, 1 << (most - 1).bit_length()), -(-most // T) * T)
+    requests_BxQ = np.full((B, Q), -1)
+    tokens_BxT, branch_BxT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
+    asked_BxQ, targets_BxQ = np.zeros((B, Q), np.int32), np.zeros((B, Q), np.int32)
     for i, row in enumerate(rows):
-        end = len(row.read) + len(row.scored)
-        tokens_BxT[i, :end] = [*row.read, *row.scored]
-        scored_BxT[i, len(row.read) : end] = True
-    return tokens_BxT, scored_BxT
+        end, q = len(row.trunk), 0
+        tokens_BxT[i, :end], branch_BxT[i, :end] = row.trunk, 0
+        for number, (request, scored) in enumerate(row.branches, start=1):
+            more, next_q = len(scored) - 1, q + len(scored)
+            tokens_BxT[i, end : end + more], branch_BxT[i, end : end + more] = scored[:-1], number
+            # What follows the trunk's last token, then what follows each of the branch.
+            asked_BxQ[i, q:next_q] = [len(row.trunk) - 1, *range(end, end + more)]
+            targets_BxQ[i, q:next_q], requests_BxQ[i, q:next_q] = scored, request
+            end, q = end + more, next_q
+    return Microbatch(requests_BxQ, (tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ))

@@ -10,44 +10,53 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmerge.models.model import Model, Params
+from jaxmerge.models.model import Model, Params, State
 
 
 class Scored(NamedTuple):
-    """What a model makes of the scored tokens of each row.
+    """What a model makes of tokens that are looked for.
 
     Attributes:
-        nats_B: sum of their log-probabilities.
-        greedy_B: whether each is a token of highest probability.
+        nats_BxQ: their log-probabilities.
+        greedy_BxQ: whether each is a token of highest probability.
     """
 
-    nats_B: Float[Array, " B"]
-    greedy_B: Bool[Array, " B"]
+    nats_BxQ: Float[Array, "B Q"]
+    greedy_BxQ: Bool[Array, "B Q"]
 
 
 def log_likelihood(
     model: Model,
     params: Params,
     tokens_BxT: Int[Array, "B T"],
-    scored_BxT: Bool[Array, "B T"],
+    branch_BxT: Int[Array, "B T"],
+    asked_BxQ: Int[Array, "B Q"],
+    targets_BxQ: Int[Array, "B Q"],
 ) -> Scored:
-    """Sum over the scored positions t >= 1 of log p(token_t | tokens before t), in nats.
+    """log p(target | what the token at its place has read, itself included), in nats.
+
+    Logits are computed where they are asked for only.
 
     Args:
         tokens_BxT: token ids, padded on the right.
-        scored_BxT: which tokens count; position 0 has nothing before it and never counts.
+        branch_BxT: see `Model.branches`; -1 on the padding. A model without has no branches: there
+            what stands before a token is all that it has read.
+        asked_BxQ: places of tokens.
+        targets_BxQ: the token that is looked for after each.
     """
-    logits_BxTxV = model.apply(params, tokens_BxT[:, :-1]).astype(jnp.float32)
-    targets_BxT, counts_BxT = tokens_BxT[:, 1:], scored_BxT[:, 1:]
+    B, Q = asked_BxQ.shape
+    row_Bx1 = jnp.arange(B)[:, None]
+    if model.branches is None:
+        logits_BxQxV = model.apply(params, tokens_BxT)[row_Bx1, asked_BxQ]
+    else:
+        logits_BxQxV = model.branches(params, tokens_BxT, branch_BxT, asked_BxQ)
+    logits_BxQxV = logits_BxQxV.astype(jnp.float32)
     # Not take_along_axis: with V over `tensor` and B over `data` inside a manual `pop`, XLA's
     # partitioner aborts the process on its batched gather (jaxlib 0.10.2).
-    B, T = targets_BxT.shape
-    chosen_BxT = logits_BxTxV[jnp.arange(B)[:, None], jnp.arange(T)[None], targets_BxT]
-    log_p_BxT = chosen_BxT - jax.nn.logsumexp(logits_BxTxV, axis=-1)
-    likeliest_BxT = chosen_BxT >= jnp.max(logits_BxTxV, axis=-1)
+    chosen_BxQ = logits_BxQxV[row_Bx1, jnp.arange(Q)[None], targets_BxQ]
     return Scored(
-        jnp.sum(jnp.where(counts_BxT, log_p_BxT, 0.0), axis=-1),
-        jnp.all(likeliest_BxT | ~counts_BxT, axis=-1),
+        chosen_BxQ - jax.nn.logsumexp(logits_BxQxV, axis=-1),
+        chosen_BxQ >= jnp.max(logits_BxQxV, axis=-1),
     )
 
 
@@ -56,6 +65,53 @@ class Draw(NamedTuple):
 
     temperature: float
     top_p: float
+
+
+class _Choice(NamedTuple):
+    """Which token comes next, and what ends a row; see `generate`."""
+
+    stops: tuple[int, ...]
+    draw: Draw | None
+    following_AxV: Array | None
+
+    def pick(self, step: Array, logits_NxV: Array, over_N: Array, seeds_N: Array | None) -> Array:
+        if self.draw is None:
+            best_N = jnp.argmax(logits_NxV, axis=-1).astype(jnp.int32)
+        else:
+            assert seeds_N is not None
+            best_N = _drawn(self.draw, logits_NxV, seeds_N, step)
+        stop = self.stops[0]
+        for other in self.stops[1:]:
+            best_N = jnp.where(best_N == other, stop, best_N)
+        return jnp.where(over_N, stop, best_N)
+
+    def after(self, matched_N: Array, tokens_N: Array) -> Array:
+        return matched_N if self.following_AxV is None else self.following_AxV[matched_N, tokens_N]
+
+    def is_over(self, last_N: Array, matched_N: Array) -> Array:
+        over_N = last_N == self.stops[0]
+        if self.following_AxV is None:
+            return over_N
+        return over_N | (matched_N == self.following_AxV.shape[0] - 1)
+
+
+class _Written(NamedTuple):
+    """N rows that are being written.
+
+    Attributes:
+        last_N: the last token of each.
+        matched_N: states of `stop_states`.
+        out_NxM: all new tokens; stops where there are none yet.
+        seeds_N: of what is drawn.
+        state: of the model.
+    """
+
+    step: Int[Array, ""]
+    last_N: Int[Array, " N"]
+    matched_N: Int[Array, " N"]
+    out_NxM: Int[Array, "N M"]
+    seeds_N: Int[Array, " N"] | None
+    state: State
 
 
 def generate(
@@ -69,6 +125,7 @@ def generate(
     max_new_tokens: int,
     stops: tuple[int, ...],
     draw: Draw | None = None,
+    rows: Sequence[int] = (),
 ) -> Int[Array, "B M"]:
     """A continuation of each prompt; ends early when every row has ended.
 
@@ -80,49 +137,51 @@ def generate(
         max_new_tokens: M, tokens at most.
         stops: the tokens that end a row.
         draw: None takes the likeliest token.
+        rows: falling numbers below B: as soon as no more rows than that are unfinished, only they
+            go on.
 
     Returns:
         The new tokens; the first stop in a row and everything after it is `stops[0]`.
     """
     B, T = prompts_BxT.shape
-    stop = stops[0]
-    ended = 0 if following_AxV is None else following_AxV.shape[0] - 1
-
-    def pick(step, logits_BxV: Array, over_B: Array) -> Array:
-        if draw is None:
-            best_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-        else:
-            assert seeds_B is not None
-            best_B = _drawn(draw, logits_BxV, seeds_B, step)
-        for other in stops[1:]:
-            best_B = jnp.where(best_B == other, stop, best_B)
-        return jnp.where(over_B, stop, best_B)
-
-    def after(state_B: Array, tokens_B: Array) -> Array:
-        return state_B if following_AxV is None else following_AxV[state_B, tokens_B]
-
-    def is_over(state_B: Array, tokens_B: Array) -> Array:
-        over_B = tokens_B == stop
-        return over_B if following_AxV is None else over_B | (state_B == ended)
-
+    choice = _Choice(stops, draw, following_AxV)
     logits_BxV, state = model.prefill(params, prompts_BxT, padding_B, T + max_new_tokens - 1)
-    first_B = pick(jnp.int32(0), logits_BxV, padding_B >= T)
-    matched_B = after(jnp.zeros(B, jnp.int32), first_B)
-    out_BxM = jnp.full((B, max_new_tokens), stop, jnp.int32).at[:, 0].set(first_B)
+    first_B = choice.pick(jnp.int32(0), logits_BxV, padding_B >= T, seeds_B)
+    matched_B = choice.after(jnp.zeros(B, jnp.int32), first_B)
+    out_BxM = jnp.full((B, max_new_tokens), stops[0], jnp.int32).at[:, 0].set(first_B)
+    written = _Written(jnp.int32(1), first_B, matched_B, out_BxM, seeds_B, state)
+    row_N = jnp.arange(B)
+    for fewer in rows:
+        written = _written_on(model, params, choice, written, fewer)
+        out_BxM = out_BxM.at[row_N].set(written.out_NxM)
+        over_N = choice.is_over(written.last_N, written.matched_N)
+        kept_N = jnp.argsort(over_N, stable=True)[:fewer]  # the unfinished ones are first
+        row_N = row_N[kept_N]
+        step, *of_rows, state = written
+        of_rows = [None if each is None else each[kept_N] for each in of_rows]
+        written = _Written(step, *of_rows, model.rows(state, kept_N))
+    return out_BxM.at[row_N].set(_written_on(model, params, choice, written, 0).out_NxM)
 
-    def unfinished(carry):
-        step, tokens_B, matched_B, _, _ = carry
-        return (step < max_new_tokens) & ~jnp.all(is_over(matched_B, tokens_B))
 
-    def one_token(carry):
-        step, tokens_B, matched_B, out_BxM, state = carry
-        logits_BxV, state = model.decode(params, tokens_B, state)
-        next_B = pick(step, logits_BxV, is_over(matched_B, tokens_B))
-        out_BxM = jax.lax.dynamic_update_slice_in_dim(out_BxM, next_B[:, None], step, axis=1)
-        return step + 1, next_B, after(matched_B, next_B), out_BxM, state
+def _written_on(
+    model: Model, params: Params, choice: _Choice, written: _Written, fewer: int
+) -> _Written:
+    """The rows gone on with, until no more than `fewer` of them are unfinished."""
 
-    carry = (jnp.int32(1), first_B, matched_B, out_BxM, state)
-    return jax.lax.while_loop(unfinished, one_token, carry)[3]
+    def unfinished(written: _Written) -> Array:
+        over_N = choice.is_over(written.last_N, written.matched_N)
+        return (written.step < written.out_NxM.shape[1]) & (jnp.sum(~over_N) > fewer)
+
+    def one_token(written: _Written) -> _Written:
+        step, last_N, matched_N, out_NxM, seeds_N, state = written
+        logits_NxV, state = model.decode(params, last_N, state)
+        over_N = choice.is_over(last_N, matched_N)
+        next_N = choice.pick(step, logits_NxV, over_N, seeds_N)
+        out_NxM = jax.lax.dynamic_update_slice_in_dim(out_NxM, next_N[:, None], step, axis=1)
+        matched_N = choice.after(matched_N, next_N)
+        return _Written(step + 1, next_N, matched_N, out_NxM, seeds_N, state)
+
+    return jax.lax.while_loop(unfinished, one_token, written)
 
 
 def _drawn(

@@ -21,6 +21,8 @@ from jaxmerge.tokenizer import Tokenizer
 
 _WITHIN_A_MODEL = ("data", "fsdp", "tensor")  # mesh axes that need collectives
 
+_COMPACTED = 16  # rows; of fewer, those that are finished are not taken out: it would gain little
+
 _NOT_FINITE = -1e9  # nats that stand for a likelihood that is no number
 
 Outputs = list[tuple[Any, ...]]  # of the microbatches of each group: arrays `[C, B, ...]`
@@ -29,7 +31,7 @@ Outputs = list[tuple[Any, ...]]  # of the microbatches of each group: arrays `[C
 class Placed(NamedTuple):
     """A microbatch on the devices; see `batches.Microbatch`."""
 
-    requests_B: np.ndarray
+    requests: np.ndarray
     arrays: tuple[Array, ...]
 
 
@@ -125,13 +127,16 @@ class Responder:
         Raises:
             JaxmergeError: as `prepare`.
         """
-        encoded = batches.encode(requests, self._tokenizer, self._limits, where)
+        branching = self._model.branches is not None
+        encoded = batches.encode(requests, self._tokenizer, self._limits, where, branching)
         groups = []
         if encoded.scoring:
             program = self._program(_scoring(self._model))
             groups.append(Group(program, encoded.scoring, ()))
         for kind, microbatches in encoded.writing.items():
-            program = self._program(_writing(self._model, kind, self._tokenizer.stops))
+            # Rows that are left of several devices would have to be spread anew.
+            alone = self._mesh.shape["data"] == 1
+            program = self._program(_writing(self._model, kind, self._tokenizer.stops, alone))
             groups.append(Group(program, microbatches, self._stop_states(kind.until), kind))
         return Prepared(requests, encoded.scored, groups, encoded.read)
 
@@ -160,16 +165,17 @@ class Responder:
         for group, of_group in zip(prepared.groups, outputs):
             for microbatch, output in zip(group.microbatches, of_group):
                 arrays = [array[:count] for array in output]
-                if len(arrays) == 1:  # a row is stops after its end, as are all that only fill up
-                    written_C += np.count_nonzero(arrays[0] != self._stop, axis=(1, 2))
-                rows = [(row, i) for row, i in enumerate(microbatch.requests_B) if i >= 0]
-                for row, i in rows:
-                    if len(arrays) == 2:  # a text longer than the context has several rows
-                        nats_CxR[:, i] += arrays[0][:, row]
-                        greedy_CxR[:, i] &= arrays[1][:, row]
-                    else:
-                        for answer, tokens_M in zip(answers, arrays[0][:, row]):
-                            answer[i] = self._text(prepared.requests[i], tokens_M)
+                asked = microbatch.requests >= 0  # the rest only fills up
+                places = microbatch.requests[asked]
+                if group.writing is None:
+                    # In float64, and some texts have several rows.
+                    np.add.at(nats_CxR, (slice(None), places), arrays[0][:, asked])
+                    np.logical_and.at(greedy_CxR, (slice(None), places), arrays[1][:, asked])
+                    continue
+                written_C += np.count_nonzero(arrays[0] != self._stop, axis=(1, 2))
+                for i, tokens_CxM in zip(places, np.moveaxis(arrays[0][:, asked], 1, 0)):
+                    for answer, tokens_M in zip(answers, tokens_CxM):
+                        answer[i] = self._text(prepared.requests[i], tokens_M)
         # Logits that overflow are those of a merge that is no model: it must lose, not end the run.
         nats_CxR = np.where(np.isfinite(nats_CxR), nats_CxR, _NOT_FINITE)
         for i in np.flatnonzero(prepared.scored):
@@ -192,7 +198,7 @@ class Responder:
         return group._replace(
             microbatches=[
                 Placed(
-                    each.requests_B,
+                    each.requests,
                     tuple(processes.place(np.asarray(array), over_data) for array in each.arrays),
                 )
                 for each in group.microbatches
@@ -224,12 +230,21 @@ class Responder:
 
 # Cached, as is the program made of them: splits, tasks and runs share what is compiled.
 @functools.cache
-def _writing(model: Model, kind: Writing, stops: tuple[int, ...]) -> Callable[..., Any]:
+def _writing(
+    model: Model, kind: Writing, stops: tuple[int, ...], compacted: bool
+) -> Callable[..., Any]:
     draw = Draw(kind.temperature, kind.top_p) if kind.temperature else None
 
     def run(params: Params, *arrays_B: Array) -> tuple[Array]:
+        B = len(arrays_B[0])
         made = generate(
-            model, params, *arrays_B, max_new_tokens=kind.max_new_tokens, stops=stops, draw=draw
+            model,
+            params,
+            *arrays_B,
+            max_new_tokens=kind.max_new_tokens,
+            stops=stops,
+            draw=draw,
+            rows=[B // 2, B // 4] if compacted and B >= _COMPACTED else [],
         )
         return (made,)
 

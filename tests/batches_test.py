@@ -25,22 +25,27 @@ def generations(*texts: str, **options) -> list[Request]:
 
 
 def read_back(encoded: Encoded) -> dict[int, list[tuple[str, str]]]:
-    """By request: what is read and what is scored, of each of its rows."""
-    rows: dict[int, list[tuple[str, str]]] = {}
-    for requests_B, (tokens_BxT, scored_BxT) in encoded.scoring:
-        for request, tokens, scored in zip(requests_B, tokens_BxT, scored_BxT):
-            if request < 0:
-                assert not scored.any()
-                continue
-            (places,) = np.nonzero(scored)
-            begin, end = places[0], places[-1] + 1
-            assert scored[begin:end].all()
-            assert (tokens[end:] == 0).all()
-            read = TOKENIZER.decode(tokens[:begin].tolist())
-            rows.setdefault(int(request), []).append(
-                (read, TOKENIZER.decode(tokens[places].tolist()))
-            )
-    return rows
+    """By request: what is read and what is scored, of each of its branches."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for requests_BxQ, (tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ) in encoded.scoring:
+        rows = zip(requests_BxQ, tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ)
+        for requests, tokens, branch, asked, targets in rows:
+            assert (tokens[branch < 0] == 0).all()
+            assert (branch[: int((branch >= 0).sum())] >= 0).all()  # padding is at the end
+            trunk = TOKENIZER.decode(tokens[branch == 0].tolist())
+            for request in dict.fromkeys(requests[requests >= 0].tolist()):
+                (places,) = np.nonzero(requests == request)
+                # What stands before each token that is scored: the trunk's last, then the others.
+                first, *others = asked[places]
+                assert branch[first] == 0
+                assert branch[first + 1 : first + 2] != 0
+                number = set(branch[others].tolist())
+                assert len(number) == (len(others) > 0)
+                assert not number or (branch == number.pop()).sum() == len(others)
+                assert tokens[others].tolist() == targets[places[:-1]].tolist()
+                scored = TOKENIZER.decode(targets[places].tolist())
+                found.setdefault(request, []).append((trunk, scored))
+    return found
 
 
 def test_prompts_are_padded_on_the_left():
@@ -70,6 +75,39 @@ def test_continuations_are_padded_on_the_right():
     pairs[-1] = (pairs[-1][0], "ß!\n")  # a newline ends a text of bytes
     assert read_back(encoded) == {i: [pair] for i, pair in enumerate(pairs)}
     assert encoded.scored.tolist() == [len(other.encode()) for _, other in pairs]
+
+
+def choices(question: str, *options: str) -> list[Request]:
+    return [Likelihood(Prompt(question), option) for option in options]
+
+
+def test_options_share_their_question():
+    """It is read once; and all that is scored comes out as from rows of their own."""
+    requests = [
+        *choices("what is it? ", "a", "bcd", "ef"),
+        *choices("and what is that? ", "gh", "ij", "klm"),
+        *choices("what is it? ", "nop"),
+    ]
+    together = encode(requests, TOKENIZER, Limits())
+    alone = encode(requests, TOKENIZER, Limits(), branching=False)
+    assert read_back(together) == read_back(alone)
+    assert together.scored.tolist() == alone.scored.tolist() == [1, 3, 2, 2, 2, 3, 3]
+    assert together.read == 12 + (0 + 2 + 1 + 2) + 18 + (1 + 1 + 2)
+    assert alone.read == 4 * 12 + (0 + 2 + 1 + 2) + 3 * 18 + (1 + 1 + 2)
+    ((requests_BxQ, _),) = together.scoring
+    assert (requests_BxQ >= 0).any(axis=1).sum() == 2
+
+
+def test_branches_do_not_outgrow_their_trunk():
+    """Many continuations of next to nothing are several rows; so are more than go together."""
+    requests = choices("?", *(f"{i:03}" for i in range(40)))
+    encoded = encode(requests, TOKENIZER, Limits())
+    rows = [row for batch in encoded.scoring for row in batch.requests if (row >= 0).any()]
+    # A trunk of 1 token takes 8 tokens of branches: 4 branches, each read up to its last token.
+    assert [len(set(row[row >= 0])) for row in rows] == [4] * 10
+    long = choices("x" * 20, *("y" * 30 for _ in range(4)))
+    rows = [row for batch in encode(long, TOKENIZER, Limits(tokens=64)).scoring for row in batch[0]]
+    assert [len(set(row[row >= 0])) for row in rows] == [1] * 4
 
 
 def test_generations_that_differ_in_how_they_are_written_are_apart():

@@ -201,7 +201,7 @@ def test_nothing_but_tokens_and_log_likelihoods_leaves_the_device(monkeypatch, s
     assert_equal(scores, expected())
     # 7 prompts are a microbatch of 8, the 18 choices are 8, 8 and 2.
     steps, C = -(-len(WEIGHTS_PxK) // per_step), per_step
-    rows = [len(batch.requests_B) for batch in evaluator._tasks[1].prepared.groups[0].microbatches]
+    rows = [len(batch.requests) for batch in evaluator._tasks[1].prepared.groups[0].microbatches]
     assert sum(rows) == sum(len(example.choices) for example in CHOOSE.splits["search"])
     step = [((C, 8, NEW_TOKENS), "int32")]
     step += [((C, B), dtype) for B in rows for dtype in ("float32", "bool")]

@@ -190,52 +190,88 @@ def test_it_ends_when_every_row_has_stopped(last, max_new_tokens, decodes):
         assert row.tolist() == [max(token - step, 0) for step in range(max_new_tokens)]
 
 
+B, Q = 4, 6
+BRANCHES = {  # two trunks with branches of several lengths, one row without, and one all padding
+    0: ([0, 0, 0, 1, 1, 2, 2, 2, 3, -1], [2, 3, 2, 5, 7, 8]),
+    1: ([0, 1, 2, 2, 2, 2, 2, -1, -1, -1], [0, 1, 0, 6, 4, 0]),
+    2: ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 4, 4, 9, 3]),
+    3: ([-1] * 10, [0] * 6),
+}
+
+
 @functools.cache
-def likelihood_rows() -> tuple[jax.Array, jax.Array]:
-    """Tokens, and which are scored: some, all of a row, none of a row, position 0 too."""
+def likelihood_rows() -> tuple[jax.Array, ...]:
+    """Tokens, their branches, the places that are asked for, and what is looked for there."""
     rng = np.random.default_rng(3)
-    tokens_BxT = rng.integers(256, size=(4, 9)).astype(np.int32)
-    scored_BxT = rng.random((4, 9)) < 0.5
-    scored_BxT[1], scored_BxT[2] = True, False
-    return jnp.asarray(tokens_BxT), jnp.asarray(scored_BxT)
+    tokens_BxT = rng.integers(256, size=(B, 10)).astype(np.int32)
+    branch_BxT, asked_BxQ = (np.array(each, np.int32) for each in zip(*BRANCHES.values()))
+    targets_BxQ = rng.integers(256, size=(B, Q)).astype(np.int32)
+    return tuple(map(jnp.asarray, (tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ)))
 
 
 @each_config
 def test_log_likelihood_equals_float64(name):
-    """The sum of log softmax over the scored tokens, from the model's own logits."""
-    tokens_BxT, scored_BxT = likelihood_rows()
+    """log softmax of what `apply` says when a token's trunk and branch stand there alone."""
+    tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ = map(np.asarray, likelihood_rows())
     params, model = make_params(name), MODELS[name]
-    scored = jax.jit(functools.partial(log_likelihood, model))(params, tokens_BxT, scored_BxT)
-    found_B = scored.nats_B
-    logits = np.asarray(jax.jit(model.apply)(params, tokens_BxT[:, :-1]), np.float64)
-    peak = logits.max(axis=-1, keepdims=True)
-    log_p = logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
-    exact_B = [
-        sum(log_p[b, t - 1, tokens_BxT[b, t]] for t in range(1, 9) if scored_BxT[b, t])
-        for b in range(4)
-    ]
-    # 8 terms, each a difference of two numbers as large as the logits, rounded a few times in
-    # float32; and the logits of two programs, which differ by some 10 roundings.
-    atol = 8 * 16 * 2**-24 * np.abs(logits).max()
-    np.testing.assert_allclose(found_B, exact_B, rtol=0, atol=atol)
-    assert found_B[2] == 0
-    assert found_B.dtype == jnp.float32
+    found = jax.jit(functools.partial(log_likelihood, model))(params, *likelihood_rows())
+    apply = jax.jit(model.apply)
+    for b in range(3):
+        for q, (place, target) in enumerate(zip(asked_BxQ[b], targets_BxQ[b])):
+            line = [t for t in range(place + 1) if branch_BxT[b, t] in (0, branch_BxT[b, place])]
+            alone = np.zeros((1, 10), np.int32)  # padded on the right, which it does not see
+            alone[0, : len(line)] = tokens_BxT[b, line]
+            logits_V = np.asarray(apply(params, alone)[0, len(line) - 1], np.float64)
+            peak = logits_V.max()
+            expected = logits_V[target] - peak - np.log(np.exp(logits_V - peak).sum())
+            # The logits of two programs differ by at most 1e-5 of the largest (decoder_test), and
+            # the difference of two is rounded a few times in float32.
+            atol = 3e-5 * np.abs(logits_V).max()
+            np.testing.assert_allclose(found.nats_BxQ[b, q], expected, rtol=0, atol=atol)
+            assert found.greedy_BxQ[b, q] == (target == logits_V.argmax())
+    assert found.nats_BxQ.dtype == jnp.float32
 
 
-def test_what_is_not_scored_does_not_count():
-    """Position 0, which nothing comes before; and right padding, whatever it holds."""
+def test_greedy_is_the_likeliest_token():
+    """Looked for in the place of each, the likeliest tokens are greedy, all of them."""
+    model, params = MODELS["grouped, tied"], make_params("grouped, tied")
+    tokens_BxT, branch_BxT, asked_BxQ, _ = likelihood_rows()
+    best_BxQ = jnp.argmax(model.branches(params, tokens_BxT, branch_BxT, asked_BxQ), axis=-1)
+    scored = functools.partial(log_likelihood, model, params, tokens_BxT, branch_BxT, asked_BxQ)
+    assert scored(best_BxQ).greedy_BxQ.all()
+    assert not scored((best_BxQ + 1) % 256).greedy_BxQ.any()
+
+
+def test_a_model_made_of_apply_gives_the_same_log_likelihoods():
+    """Of rows without branches: it reads whatever stands before."""
+    model = MODELS["grouped, tied"]
+    tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ = likelihood_rows()
+    rows = (tokens_BxT, jnp.zeros_like(branch_BxT), asked_BxQ, targets_BxQ)
+    params = make_params("grouped, tied")
+    found, expected = (
+        log_likelihood(each, params, *rows).nats_BxQ for each in (from_apply(model.apply), model)
+    )
+    # Two programs, as above; logits are up to 60.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "apply"])
+@pytest.mark.parametrize("rows", [(3,), (3, 1), (2, 0), (0,)], ids=str)
+def test_rows_that_are_finished_leave_the_batch(cache, rows):
+    """The texts are the same, wherever the rows stand that go on."""
     name = "grouped, tied"
-    scored = jax.jit(functools.partial(log_likelihood, MODELS[name]))
-
-    def program(*arguments):
-        return scored(*arguments).nats_B
-
-    tokens_BxT, scored_BxT = likelihood_rows()
-    found_B = program(make_params(name), tokens_BxT, scored_BxT)
-    first = scored_BxT.at[:, 0].set(~scored_BxT[:, 0])
-    np.testing.assert_array_equal(program(make_params(name), tokens_BxT, first), found_B)
-    ends = scored_BxT.at[:, 6:].set(False)
-    short_B = program(make_params(name), tokens_BxT, ends)
-    other = tokens_BxT.at[:, 6:].add(1) % 256
-    np.testing.assert_array_equal(program(make_params(name), other, ends), short_B)
-    assert (short_B[:2] != found_B[:2]).all()
+    model = MODELS[name] if cache else from_apply(MODELS[name].apply)
+    prompts_BxT, padding_B = prompts()
+    # The stop makes rows of different lengths, see test_rows_stop_at_the_stop_token.
+    free = expected(name)
+    for stop in dict.fromkeys(free[:, 1:].ravel().tolist()):
+        lengths = [list(row).index(stop) if stop in row else M for row in free]
+        if len(set(lengths)) > 2:
+            break
+    else:
+        pytest.fail("no token ends rows at different times")
+    options = {"max_new_tokens": M, "stops": (stop,)}
+    whole = jax.jit(functools.partial(generate, model, **options))
+    shrinking = jax.jit(functools.partial(generate, model, **options, rows=rows))
+    arguments = make_params(name), prompts_BxT, padding_B
+    np.testing.assert_array_equal(shrinking(*arguments), whole(*arguments))

@@ -33,26 +33,35 @@ def products(jaxpr: core.Jaxpr, steps: int) -> Iterator[Product]:
 
     Args:
         jaxpr: of the program.
-        steps: how often a loop runs whose end depends on data: at most, so that it is an upper
-            bound.
+        steps: how often loops run whose end depends on data: at most, so that it is an upper bound.
+            Of those that follow each other only the largest is counted: together they make so many
+            steps, the later ones with fewer rows.
     """
     yield from _within(jaxpr, steps, 1, False)
 
 
 def _within(jaxpr: core.Jaxpr, steps: int, times: int, decoding: bool) -> Iterator[Product]:
+    loops = []
     for equation in jaxpr.eqns:
-        name, inner = equation.primitive.name, times
+        name = equation.primitive.name
         if name == "dot_general":
             yield _product(equation, times, decoding)
-        if name == "scan":
-            inner *= equation.params["length"]
         elif name == "while":
-            inner *= steps
-        for value in equation.params.values():
-            for each in value if isinstance(value, tuple | list) else (value,):
-                each = each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
-                if isinstance(each, core.Jaxpr):
-                    yield from _within(each, steps, inner, decoding or name == "while")
+            loops.append(list(_inside(equation, steps, times * steps, True)))
+        else:
+            length = equation.params["length"] if name == "scan" else 1
+            yield from _inside(equation, steps, times * length, decoding)
+    yield from max(
+        loops, key=lambda loop: sum(each.times * each.flops for each in loop), default=[]
+    )
+
+
+def _inside(equation: Any, steps: int, times: int, decoding: bool) -> Iterator[Product]:
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            each = each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
+            if isinstance(each, core.Jaxpr):
+                yield from _within(each, steps, times, decoding)
 
 
 def _product(equation: Any, times: int, decoding: bool) -> Product:
