@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxmerge.models.architecture import DecoderConfig
@@ -108,9 +107,10 @@ class Block(nn.Module):
         return x + jax.lax.expand_dims(bias, range(x.ndim - axes))
 
     def _heads(self, name: str, x_BxTxD: Array, heads: int) -> Float[Array, "B T H C"]:
-        D, C = x_BxTxD.shape[-1], self.config.head_width
-        matrix_HxCxD = self._matrix(name, heads, C, D, inputs=D)
-        projected = jnp.einsum("btd,hcd->bthc", x_BxTxD, matrix_HxCxD)
+        (B, T, D), C = x_BxTxD.shape, self.config.head_width
+        # As one matrix [H C, D]: of two output axes the CPU's compiler makes a transposed copy.
+        matrix_HCxD = self._matrix(name, heads, C, D, inputs=D).reshape(heads * C, D)
+        projected = jnp.einsum("btd,fd->btf", x_BxTxD, matrix_HCxD).reshape(B, T, heads, C)
         return self._bias(f"{name}_bias", self.config.query_key_value_bias, projected, axes=2)
 
     def _query_key_norm(self, name: str, x_BxTxHxC: Array) -> Float[Array, "B T H C"]:
@@ -140,8 +140,9 @@ class Block(nn.Module):
         made = jnp.swapaxes(k_BxTxJxC, 1, 2), jnp.swapaxes(v_BxTxJxC, 1, 2)
         pasts = [(*past, where.past_RxBxTxS[kind])] if past else []
         seen = [*pasts, (*made, where.kin_RxBxTxT[kind])]
-        out_BxTxHxC = attend(config, q_BxTxHxC, seen)
-        out = jnp.einsum("bthc,dhc->btd", out_BxTxHxC, self._matrix("out", D, H, C, inputs=H * C))
+        out_BxTxHC = attend(config, q_BxTxHxC, seen).reshape(*x_BxTxD.shape[:2], H * C)
+        matrix_DxHC = self._matrix("out", D, H, C, inputs=H * C).reshape(D, H * C)
+        out = jnp.einsum("btf,df->btd", out_BxTxHC, matrix_DxHC)
         return self._bias("out_bias", config.out_bias, out), made
 
     def _feed_forward(self, x_BxTxD):
@@ -209,14 +210,17 @@ def attend(
         logits = softcap(logits * (config.attention_scale or C**-0.5), config.attention_softcap)
         return jnp.where(seen_BxTxS[:, None, None], logits, jnp.float32(-1e30))
 
-    logits = jnp.concatenate([rated(k, mask) for k, _, mask in seen], axis=-1)
-    attention = jax.nn.softmax(logits, axis=-1).astype(q_BxTxHxC.dtype)
-    ends = np.cumsum([k.shape[2] for k, _, _ in seen])
+    logits = [rated(k, mask) for k, _, mask in seen]
+    top = functools.reduce(jnp.maximum, [jnp.max(each, -1, keepdims=True) for each in logits])
+    shares = [jnp.exp(each - top) for each in logits]
+    # Divided by their sum at the end: C numbers of each query, and not S.
+    total_BxJxGxT = sum(jnp.sum(share, axis=-1) for share in shares)
+    dtype = q_BxTxHxC.dtype
     parts = [
-        jnp.einsum("bjgts,bjsc->bjgtc", share, v, preferred_element_type=jnp.float32)
-        for share, (_, v, _) in zip(jnp.split(attention, ends[:-1], axis=-1), seen)
+        jnp.einsum("bjgts,bjsc->bjgtc", share.astype(dtype), v, preferred_element_type=jnp.float32)
+        for share, (_, v, _) in zip(shares, seen)
     ]
-    out_BxJxGxTxC = sum(parts[1:], parts[0]).astype(q_BxTxHxC.dtype)
+    out_BxJxGxTxC = (sum(parts) / total_BxJxGxT[..., None]).astype(dtype)
     return jnp.moveaxis(out_BxJxGxTxC, 3, 1).reshape(B, T, H, C)
 
 
