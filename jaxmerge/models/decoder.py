@@ -166,8 +166,8 @@ def decoder(config: DecoderConfig) -> Model:
         before_BxTxT, after_BxTxT = branch_BxT[:, None], branch_BxT[:, :, None]
         kin_BxTxT = (before_BxTxT == 0) | (before_BxTxT == after_BxTxT)
         hidden, _ = run(params, tokens_BxT, kin_BxTxT & _causal(tokens_BxT.shape[1]))
-        # A product with one-hot rows, which is exact: on a gather from B over `data` inside a manual
-        # `pop`, XLA's partitioner aborts the process (jaxlib 0.10.2).
+        # A product with one-hot rows, which is exact: on a gather from B over `data` inside a
+        # manual `pop`, XLA's partitioner aborts the process (jaxlib 0.10.2).
         asked_BxQxT = jax.nn.one_hot(asked_BxQ, hidden.shape[1], dtype=hidden.dtype)
         taken = jnp.einsum("bqt,btd->bqd", asked_BxQxT, hidden, precision="highest")
         return logits(params, taken)
