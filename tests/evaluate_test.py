@@ -199,12 +199,13 @@ def test_nothing_but_tokens_and_log_likelihoods_leaves_the_device(monkeypatch, s
         with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
             jnp.asarray(WEIGHTS_PxK)
     assert_equal(scores, expected())
-    # 7 prompts are a microbatch of 8, the 18 choices are 8, 8 and 2.
+    # 7 prompts are a microbatch of 8; the 18 choices are branches of as many rows as questions.
     steps, C = -(-len(WEIGHTS_PxK) // per_step), per_step
-    rows = [len(batch.requests) for batch in evaluator._tasks[1].prepared.groups[0].microbatches]
-    assert sum(rows) == sum(len(example.choices) for example in CHOOSE.splits["search"])
+    (group,) = evaluator._tasks[1].prepared.groups
+    asked = [batch.requests for batch in group.microbatches]
+    assert sum((each >= 0).any(axis=1).sum() for each in asked) == len(CHOOSE.splits["search"])
     step = [((C, 8, NEW_TOKENS), "int32")]
-    step += [((C, B), dtype) for B in rows for dtype in ("float32", "bool")]
+    step += [((C, *each.shape), dtype) for each in asked for dtype in ("float32", "bool")]
     assert [(x.shape, str(x.dtype)) for x in jax.tree.leaves(fetched)] == steps * step
     assert [(x.shape, str(x.dtype)) for x in sent] == steps * [((C, 3), "float32")]
 
