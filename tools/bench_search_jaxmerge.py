@@ -247,10 +247,10 @@ class _Clock:
             until = max(until, end)
         return total
 
-    def _heard(self, event: str, duration: float, **_: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
-            self.compiled.append((now - duration, now))
+            self.compiled.append((now - duration_secs, now))
 
 
 def seconds(run: Callable[..., Any], *arguments: Any) -> float:

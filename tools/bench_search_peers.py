@@ -8,6 +8,7 @@ JOB.json is a `Job`; what was measured is written to its `out`, as of `bench_sea
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
@@ -58,11 +59,10 @@ def merge_with_mergekit(job: Job, model: Any) -> Callable[[Sequence[float]], Non
     Its own plan for merges in memory can't be made by 0.1.5 as pip installs it: pydantic refuses a
     field. So what its plan for the disk would write is computed, and not written.
     """
-    from mergekit.config import MergeConfiguration
-    from mergekit.graph import Executor
-    from mergekit.merge import get_architecture_info
-    from mergekit.options import MergeOptions
-    from mergekit.plan import MergePlanner
+    config_of, options_of, plan, graph, merging = (
+        importlib.import_module(f"mergekit.{name}")
+        for name in ("config", "options", "plan", "graph", "merge")
+    )
 
     def merge(weights: Sequence[float]) -> None:
         models = [
@@ -70,14 +70,14 @@ def merge_with_mergekit(job: Job, model: Any) -> Callable[[Sequence[float]], Non
             for path, weight in zip(job.pool, weights)
         ]
         recipe = {"merge_method": "linear", "dtype": job.dtype, "models": models}
-        config = MergeConfiguration.model_validate(recipe)
-        options = MergeOptions(quiet=True)
-        architecture = get_architecture_info(config, options)
-        planner = MergePlanner(config, architecture, options, model.config)
+        config = config_of.MergeConfiguration.model_validate(recipe)
+        options = options_of.MergeOptions(quiet=True)
+        architecture = merging.get_architecture_info(config, options)
+        planner = plan.MergePlanner(config, architecture, options, model.config)
         found = model.state_dict()
         saved = [task for task in planner.plan_to_disk(job.out) if hasattr(task, "tensor_task")]
         names = {task.tensor_task: task.tensor_name for task in saved}
-        for task, tensor in Executor(list(names)).run(quiet=True):
+        for task, tensor in graph.Executor(list(names)).run(quiet=True):
             found[names[task]].copy_(tensor)
 
     return merge
@@ -101,18 +101,20 @@ def merge_by_hand(job: Job, model: Any) -> Callable[[Sequence[float]], None]:
 
 
 def ask_lm_eval(job: Job, model: Any, tokenizer: Any) -> Callable[[str], list]:
-    """lm-eval's Hugging Face model, on one of the tasks."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=False)
-    asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=job.batch, device="cpu")
+    """lm-eval's Hugging Face model on one of the tasks; they are loaded here, untimed."""
+    lm_eval, models, tasks = (
+        importlib.import_module(f"lm_eval.{name}")
+        for name in ("evaluator", "models.huggingface", "tasks")
+    )
+    manager = tasks.TaskManager(include_defaults=False)
+    loaded = {
+        kind: manager.load([str(Path(job.questions) / f"{kind}.yaml")])["tasks"]
+        for kind in ("choice", "writing")
+    }
+    asked = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=job.batch, device="cpu")
 
     def answer(kind: str) -> list:
-        task = manager.load([str(Path(job.questions) / f"{kind}.yaml")])["tasks"]
-        found = lm_eval.simple_evaluate(asked, tasks=list(task.values()), bootstrap_iters=0)
-        assert found
+        found = lm_eval.evaluate(asked, loaded[kind], bootstrap_iters=0)
         (samples,) = found["samples"].values()
         samples = sorted(samples, key=lambda sample: sample["doc_id"])
         if kind == "writing":

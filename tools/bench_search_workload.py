@@ -43,12 +43,12 @@ class Counts(NamedTuple):
 
 
 def make_pool(directory: Path, size: Size, checkpoints: int = 4) -> list[str]:
-    """Checkpoints in float32 with a tokenizer; those that are there are left as they are."""
+    """Checkpoints in float32 with a tokenizer; left as they are where all are there."""
     paths = [directory / f"model{k}" for k in range(checkpoints)]
-    missing = [k for k, path in enumerate(paths) if not (path / "config.json").exists()]
-    tokenizer = _tokenizer(size.vocabulary) if missing else None
-    for k in missing:
-        path = paths[k]
+    if all((path / "config.json").exists() for path in paths):
+        return [str(path) for path in paths]
+    tokenizer = _tokenizer(size.vocabulary)
+    for k, path in enumerate(paths):
         tokenizer.save_pretrained(path)
         shared, own = np.random.default_rng(0), np.random.default_rng(k + 1)
         tensors = {
@@ -56,6 +56,15 @@ def make_pool(directory: Path, size: Size, checkpoints: int = 4) -> list[str]:
         }
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
         (path / "config.json").write_text(json.dumps(_config(size)))
+    return [str(path) for path in paths]
+
+
+def twice(model: Path, directory: Path) -> list[str]:
+    """A pool of the same model two times, since one checkpoint is no pool."""
+    paths = [directory / f"{model.name}-{name}" for name in ("one", "two")]
+    for path in paths:
+        path.unlink(missing_ok=True)
+        path.symlink_to(model)
     return [str(path) for path in paths]
 
 
