@@ -206,8 +206,7 @@ class ByHand:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Seconds of each round, and the answers of the first candidate."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    """Seconds of each round, and what the first candidate answered."""
     dtype = getattr(torch, job.dtype)
     model = AutoModelForCausalLM.from_pretrained(job.pool[0], dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(job.pool[0])
@@ -228,11 +227,13 @@ def measure(job: Job) -> dict[str, Any]:
                     answers[kind] = found
             if number >= 0:
                 rounds.append(taken)
-    packages = ("torch", "transformers", "lm_eval", "mergekit")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"rounds": rounds, "answers": answers, "versions": versions}
+    return {"rounds": rounds, "answers": answers}
 
 
 if __name__ == "__main__":
     the_job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-    Path(the_job.out).write_text(json.dumps(measure(the_job)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    result = measure(the_job)
+    packages = ("torch", "transformers", "lm_eval", "mergekit")
+    result["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    Path(the_job.out).write_text(json.dumps(result))
