@@ -15,7 +15,7 @@ from jaxmerge.progress import Plan, Progress
 from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.tensorboard import Board
 
-_REPORT_SHARE = 0.05  # of the time, at most, goes into refreshing the report
+_REPORT_SHARE = 0.01  # of the time, at most, goes into refreshing the report
 
 
 class Live:
