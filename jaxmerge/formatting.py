@@ -55,11 +55,15 @@ def of_objective(objective: Objective, bounds: Mapping[str, Bounds]) -> Format:
     return Format(shares and not objective.how.relative)
 
 
+def of_bounds(objective: Objective, bounds: Mapping[str, Bounds]) -> dict[str, Format]:
+    """The formats of all tasks that have bounds here, and that of `objective`."""
+    formats = {task: of_task(bounds[task]) for task in bounds}
+    return {**formats, "objective": of_objective(objective, bounds)}
+
+
 def of_results(results: Mapping[str, Any]) -> dict[str, Format]:
     """The formats of all tasks, held-out ones too, and that of `objective`."""
-    bounds = results["bounds"]
-    formats = {task: of_task(bounds[task]) for task in bounds}
-    return {**formats, "objective": of_objective(from_plain(results["objective"]), bounds)}
+    return of_bounds(from_plain(results["objective"]), results["bounds"])
 
 
 def headings(title: str, names: Sequence[str], formats: Sequence[Format]) -> tuple[str, list[str]]:

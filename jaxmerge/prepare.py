@@ -220,7 +220,8 @@ def _moved(directory: RunDirectory) -> list[str]:
 def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
     """Writes tasks.json; refuses a directory whose candidates were scored on other examples."""
     records = {
-        task.name: {
+        task.name: {"bounds": plain_bounds(task.bounds)}
+        | {
             split: {"examples": len(examples), "digest": _digest(examples)}
             for split, examples in task.splits.items()
             if split != "train"
@@ -228,9 +229,14 @@ def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
         for task in tasks
     }
     processes.agree("the tasks' examples", json.dumps(records).encode())
-    known = directory.read_json("tasks.json")
-    if known not in (None, records):
-        changed = [name for name in records if known.get(name) != records[name]]
+    known = directory.read_json("tasks.json") or records
+    changed = [
+        name
+        for name, record in records.items()
+        # Directories of before have no bounds, which are for the report.
+        if {"bounds": record["bounds"], **known.get(name, {})} != record
+    ]
+    if changed:
         raise JaxmergeError(
             "the examples are not those that this run directory was started with",
             where=f"task {', '.join(changed)}",

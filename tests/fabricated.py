@@ -177,7 +177,8 @@ def fabricate(
     (directory / "candidates.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (directory / "results.json").write_text(json.dumps(results))
     digests = {"search": {"examples": N, "digest": "0a"}, "test": {"examples": N, "digest": "0b"}}
-    (directory / "tasks.json").write_text(json.dumps(dict.fromkeys(TASKS, digests)))
+    of_task = {"bounds": [0.0, 1.0], **digests}
+    (directory / "tasks.json").write_text(json.dumps(dict.fromkeys(TASKS, of_task)))
     for task, scores_N in best_samples.items():
         file = directory / "examples" / "test" / f"{task}.f32"
         file.parent.mkdir(parents=True, exist_ok=True)

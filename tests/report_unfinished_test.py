@@ -41,8 +41,10 @@ def test_it_says_how_far_it_is_and_what_is_best(tmp_path: Path) -> None:
     assert page.text["title"][0].startswith("jaxmerge: This run is not finished")
     lead = source[source.index('<p class="lead">') : source.index("Written ")]
     assert "Generation <strong>4</strong> of the search, 31 of at most 180 evaluations" in lead
-    assert f"<strong>{max(objectives(directory, 'search')):.3f}</strong>" in lead
-    assert f"{max(objectives(directory, 'individual')):.3f}" in lead
+    best, single = (max(objectives(directory, origin)) for origin in ("search", "individual"))
+    assert f"<strong>{100 * best:.1f}%</strong>" in lead
+    assert f"{100 * single:.1f}%" in lead
+    assert f"<td>{100 * best:.1f}</td>" in section(source, "Search scores so far, %")
     assert "search split" in lead
     assert re.search(r"Written \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", source)
     assert "All scores are search scores" in source
@@ -50,6 +52,9 @@ def test_it_says_how_far_it_is_and_what_is_best(tmp_path: Path) -> None:
     assert "6 of 6" in section(source, "Progress")
     for absent in ("Paired tests", "Test scores", "Held-out", "Cost"):
         assert f"<h2>{absent}" not in source
+    # Plain numbers as long as nothing says that they are shares.
+    (directory / "tasks.json").unlink()
+    assert f"<strong>{best:.3f}</strong>" in report.write(directory).read_text()
 
 
 def test_what_there_is_is_drawn(tmp_path: Path) -> None:
@@ -59,7 +64,7 @@ def test_what_there_is_is_drawn(tmp_path: Path) -> None:
     assert kinds == ["search", "baseline", "baseline", *["individual"] * len(CHECKPOINTS)]
     assert not any("test" in model for model in data["models"])
     assert len(data["models"]) + len(data["points"]) == BEFORE_SEARCH + 31
-    best = np.maximum.accumulate(objectives(directory, "search"))
+    best = 100 * np.maximum.accumulate(objectives(directory, "search"))
     np.testing.assert_allclose(data["curves"]["search"]["best"], best, atol=1e-5)
     assert data["curves"]["search"]["at"] == [9, 18, 27, 31]
     lines = (directory / "candidates.jsonl").read_text().split("\n")[:-1]

@@ -19,7 +19,7 @@ function faint(ink, opacity) {
 }
 
 function layout(xTitle, yTitle, more) {
-  const axis = (title) => ({title: {text: shorten(title, 44), standoff: 10}, automargin: true,
+  const axis = (title) => ({title: {text: shorten(title, 44), standoff: 10}, automargin: true, ticklabeloverflow: "allow",
     gridcolor: colour("line"), linecolor: colour("line"), zeroline: false});
   return Object.assign({
     font: {family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("ink")},

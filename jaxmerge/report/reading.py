@@ -16,6 +16,7 @@ from jaxmerge.objective import Objective, define, from_plain
 Json = dict[str, Any]
 
 _CANDIDATE_FIELDS = ("id", "generation", "origin", "name", "split", "weights", "scores")
+_UNKNOWN = (None, None)  # the bounds of scores where tasks.json does not have them
 _POOL_FIELDS = ("name", "source", "format", "bytes", "parameters", "dtype", "fingerprint")
 
 
@@ -84,16 +85,21 @@ def read(directory: Path) -> Run:
     alone = [one["scores"] for one in candidates if one["origin"] == "individual"]
     if not results and alone:
         objective = objective.measured_by(alone)
-    examples = directory / "tasks.json"
+    path = directory / "tasks.json"
+    tasks = _parsed(_read_text(path), str(path)) if path.exists() else {}
+    bounds = {task: tasks.get(task, {}).get("bounds", _UNKNOWN) for task in objective.tasks}
     return Run(
         directory,
         config,
-        _parsed(_read_text(examples), str(examples)) if examples.exists() else {},
+        {
+            task: {split: of[split] for split in of.keys() - {"bounds"}}
+            for task, of in tasks.items()
+        },
         pool["checkpoints"],
         candidates,
         results,
         objective,
-        formatting.of_results(results) if results else _plain_formats(objective),
+        formatting.of_results(results) if results else formatting.of_bounds(objective, bounds),
     )
 
 
@@ -170,11 +176,6 @@ def _defined(config: Json, where: str) -> Objective:
     # Before there were aggregates weights were all it took.
     aggregate = fields.get("aggregate", "weighted" if weights else "mean")
     return define(fields["tasks"], weights, aggregate)
-
-
-def _plain_formats(objective: Objective) -> dict[str, Format]:
-    """Plain numbers: which scores are shares is known when results.json is there."""
-    return dict.fromkeys([*objective.tasks, "objective"], Format(percent=False))
 
 
 def _read_text(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxmerge import pareto
+from jaxmerge import formatting, pareto
 from jaxmerge.report import markup
 from jaxmerge.report.markup import text
 from jaxmerge.report.reading import Json, Run
@@ -45,10 +45,12 @@ def headline(run: Run) -> tuple[str, str]:
         for origin in ("search", "individual")
     }
     if best["search"] is not None:
-        lead += f"Best merge so far <strong>{markup.score(form, best['search'])}</strong>"
+        lead += (
+            f"Best merge so far <strong>{markup.score(form, best['search'], unit=True)}</strong>"
+        )
     if best["individual"] is not None:
         lead += "; best" if best["search"] is not None else "Best"
-        lead += f" single checkpoint {markup.score(form, best['individual'])}"
+        lead += f" single checkpoint {markup.score(form, best['individual'], unit=True)}"
     return "This run is not finished", f"{lead.rstrip()} (search split)." if run.searched else lead
 
 
@@ -86,10 +88,12 @@ def scores_section(run: Run, so_far: list[tuple[str, Json]]) -> str:
         )
         for (kind, entry), of_one in zip(so_far, scores)
     ]
+    forms = [run.formats[choice] for choice in choices]
+    title, columns = formatting.headings("Search scores so far", choices, forms)
     return markup.section(
-        "Search scores so far",
+        title,
         markup.note("Of each baseline its best candidate so far. The best of each column is bold."),
-        markup.table(("model", *map(text, choices)), rows, css="numbers"),
+        markup.table(("model", *map(text, columns)), rows, css="numbers"),
     )
 
 
