@@ -73,7 +73,10 @@ def _parse(required: Sequence[str], argv: Sequence[str]) -> list[str]:
 
 
 def _quiet() -> None:
-    """Orbax tells of each file it opens, and of each read that it gives up on a damaged one."""
+    """Orbax tells of each file it opens, and of each read that it gives up on a damaged one;
+    transformers of PyTorch, which nothing here needs.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.set_verbosity(logging.WARNING)
     python_logging.getLogger("asyncio").disabled = True
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
