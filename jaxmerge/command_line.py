@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import logging as python_logging
 import os
@@ -64,6 +66,8 @@ def _parse(required: Sequence[str], argv: Sequence[str]) -> list[str]:
         flags.FLAGS.config.to_dict()  # a config file that can't be loaded says so when it is used
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         said = str(error.args[0] if error.args else error)
+        with contextlib.suppress(SyntaxError, ValueError):
+            said = str(ast.literal_eval(said))  # a KeyError has its message in quotation marks
         raise JaxmergeError(said, where="command line or config file") from error
     if len(rest) > 1:
         raise JaxmergeError("these arguments are no flags", found=" ".join(rest[1:]))

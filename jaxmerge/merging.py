@@ -143,10 +143,7 @@ def _in_blocks(
         dtype=config.export.dtype,
         shard_bytes=config.export.shard_bytes,
     )
-    outputs = [
-        Output(directory.path.absolute() / each.path / "huggingface", each.weights)
-        for each in merges
-    ]
+    outputs = [Output(directory.path / each.path / "huggingface", each.weights) for each in merges]
     with tqdm(total=plan.bytes_read(), unit="B", unit_scale=True, disable=None) as bar:
         records = streaming.merge(
             plan,
