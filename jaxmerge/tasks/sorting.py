@@ -15,7 +15,7 @@ def _draw(rng: np.random.Generator) -> Example:
 
 
 def sorting(*, seed: int = 0, train: int = 1000, search: int = 192, test: int = 1000) -> Task:
-    """`Sort 7 2 9 2: ` -> `2 2 7 9`: four or five digits.
+    """`Sort 7 2 9 2: ` -> `2 2 7 9`: three or four digits.
 
     Args:
         seed: which examples are drawn.
