@@ -3,15 +3,19 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import jax
+import jsonschema
 import numpy as np
 import pytest
 
 from jaxmerge import config as configs
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator, Step
+from jaxmerge.held import Held
 from jaxmerge.objective import define
+from jaxmerge.run import run
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive, Request
@@ -20,6 +24,8 @@ from jaxmerge.search.racing import Race
 from jaxmerge.search.slices import slices
 from jaxmerge.search.strategies import BY_RANK, evosax
 from jaxmerge.search.subset import informative
+from tests import tiny
+from tests.run_test import ROOT, _log, _tiny
 
 TASKS = ("sums", "words")
 OBJECTIVE = define(TASKS)
@@ -265,3 +271,30 @@ def test_a_race_needs_ranks():
     config.search.racing, config.search.strategy = 0.95, "Open_ES"
     with pytest.raises(JaxmergeError, match=r"search\.racing"):
         configs.check(config)
+
+
+def test_a_run_with_both(tmp_path):
+    """Its winner is scored in full, the report marks estimates, and a cut log gives the same."""
+    config = _tiny(configs.default(), tiny.pool(tmp_path / "pool"))
+    config.baselines, config.heldout, config.search.budget = ("uniform",), (), 8
+    config.search.subset, config.search.racing, config.search.finalists = 0.5, 0.6, 2
+    config.analyses.leave_one_out = config.analyses.transfer = False
+    held = Held()  # what is compiled
+    found = run(config, str(tmp_path / "run"), held=held)
+    jsonschema.validate(found, json.loads((ROOT / "jaxmerge/results.schema.json").read_text()))
+    log = _log(tmp_path / "run")
+    origins = [line["origin"] for line in log]
+    assert origins.count("search:decision") == 2
+    assert found["best"]["evaluations"] == 8 + 2
+    assert log[found["best"]["id"]]["origin"] == "search:decision"
+    assert not any(log[i]["out_of"] for i in found["pareto"])
+    estimates = [line for line in log if line["origin"] == "search"]
+    assert {sum(line["n"].values()) for line in estimates if not line["dropped"]} == {10}
+    assert "estimate from 10 of 20 examples" in (tmp_path / "run" / "report.html").read_text()
+    lines = (tmp_path / "run" / "candidates.jsonl").read_text().splitlines(keepends=True)
+    for kept in (origins.index("search") + 6, origins.index("search:decision") + 1):
+        shutil.rmtree(tmp_path / "run" / "state", ignore_errors=True)
+        (tmp_path / "run" / "candidates.jsonl").write_text("".join(lines[:kept]) + lines[kept][:9])
+        again = run(config, str(tmp_path / "run"), held=held)
+        assert _log(tmp_path / "run") == log
+        assert again["best"] == found["best"]
