@@ -107,9 +107,10 @@ def default() -> Config:
     config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
     config.search.sigma = 0.5  # standard deviation of the first generation, in genotype units
     config.search.params = ml_collections.ConfigDict()  # fields of the strategy's evosax Params
-    # Fewer tokens, both off by default. subset: share of each task's search examples, chosen by the
-    # single checkpoints' scores, that the search sees; 1: all. racing: confidence, such as 0.95,
-    # with which candidates are dropped before they have seen all of these; 0: none are.
+    # Fewer tokens, both off by default. subset: share of each task's search examples that a
+    # generation sees, such as 0.125: each sees another part, and parts are alike in difficulty, as
+    # the single checkpoints' scores have it; 1: all. racing: confidence, such as 0.9, with which
+    # candidates are dropped before they have seen all of these; 0: none are.
     config.search.subset = 1.0
     config.search.racing = 0.0
     config.search.finalists = 5  # with a subset: the best, scored on all examples to choose from

@@ -96,7 +96,7 @@ class Archive:
             JaxmergeError: the log holds other candidates here than those asked for.
         """
         done, groups = self._recorded(split, requests), []
-        known = self._known(split, whole=True)
+        known = self._known(split)
         if len(done) < len(requests):
             keys = [*(one.weights for one in done), *(one.key for one in requests[len(done) :])]
             groups = _groups(keys, known, self._evaluators[split].candidates_per_step)
@@ -113,7 +113,11 @@ class Archive:
         return done
 
     def race(
-        self, requests: Sequence[Request], slices: Slices, count: int, keep: Keep | None = None
+        self,
+        requests: Sequence[Request],
+        slices: Slices,
+        chosen: Sequence[int],
+        keep: Keep | None = None,
     ) -> list[Candidate]:
         """The requests as candidates scored on slices of the search split, in order.
 
@@ -122,7 +126,7 @@ class Archive:
         Args:
             requests: they compete with each other.
             slices: of the search examples.
-            count: so many of the slices are scored.
+            chosen: which of the slices.
             keep: which go on to the next slice; None: all do.
 
         Raises:
@@ -131,7 +135,7 @@ class Archive:
         done = self._recorded("search", requests)
         if len(done) < len(requests):
             self._directory.cut(self._next)
-            return self._race(requests, slices, count, keep)
+            return self._race(requests, slices, chosen, keep)
         self._next += len(done)
         self._tell(done)
         return done
@@ -163,10 +167,10 @@ class Archive:
             _check_same(candidate, request, split)
         return recorded
 
-    def _known(self, split: str, *, whole: bool) -> dict[Weights, Candidate]:
-        """By weights, the last that was scored on the split; `whole`: on all of its examples."""
+    def _known(self, split: str) -> dict[Weights, Candidate]:
+        """By weights, those that were scored on all examples of the split."""
         past = [one for one in self.past if one.split == split]
-        return {one.weights: one for one in past if one.out_of is None or not whole}
+        return {one.weights: one for one in past if one.out_of is None}
 
     def _evaluate(
         self,
@@ -186,7 +190,7 @@ class Archive:
                 seconds, started = (now - started) / len(group.fresh), now
                 for place, i in enumerate(group.fresh):
                     row = {task: of_task[place] for task, of_task in step.scores.items()}
-                    means = {task: float(np.mean(s, dtype=np.float64)) for task, s in row.items()}
+                    means = {task: _mean(s) for task, s in row.items()}
                     written = int(step.written_C[place])
                     new[requests[i].key] = _Scored(row, means, seconds, evaluator.read, written)
             asked, scored = requests[group.start : group.stop], []
@@ -202,24 +206,28 @@ class Archive:
         return done
 
     def _race(
-        self, requests: Sequence[Request], slices: Slices, count: int, keep: Keep | None
+        self,
+        requests: Sequence[Request],
+        slices: Slices,
+        chosen: Sequence[int],
+        keep: Keep | None,
     ) -> list[Candidate]:
-        evaluator, earlier = self._evaluators["search"], self._known("search", whole=False)
+        evaluator = self._evaluators["search"]
         known = {
             task: np.full((len(requests), N), np.nan, np.float32)
             for task, N in evaluator.examples.items()
         }
-        for p, request in enumerate(requests):
-            if request.key in earlier:
-                for task, row in self._directory.examples(earlier[request.key]).items():
-                    known[task][p] = row
+        asked = {request.key for request in requests}
+        for earlier in [one for one in self.past if one.split == "search" and one.weights in asked]:
+            same = [p for p, request in enumerate(requests) if request.key == earlier.weights]
+            for task, row in self._directory.examples(earlier).items():
+                known[task][same] = np.where(np.isnan(row), known[task][same], row)
         weights_PxK = np.array([request.key for request in requests], np.float32)
-        raced = score(evaluator, slices, count, weights_PxK, known, keep)
-        means = slices.means(raced.rows)
+        raced = score(evaluator, slices, chosen, weights_PxK, known, keep)
         scored = [
             _Scored(
-                {task: rows[p] for task, rows in raced.rows.items()},
-                {task: float(means_P[p]) for task, means_P in means.items()},
+                {task: scores[p] for task, scores in raced.rows.items()},
+                {task: _mean(scores[p]) for task, scores in raced.rows.items()},
                 *(float(raced.seconds_P[p]), int(raced.read_P[p]), int(raced.written_P[p])),
                 dropped=bool(raced.dropped_P[p]),
             )
@@ -272,6 +280,11 @@ def _groups(keys: Sequence[Weights], known: Mapping[Weights, Any], step: int) ->
             groups[-1].fresh.append(i)
         groups[-1] = groups[-1]._replace(stop=i + 1)
     return groups
+
+
+def _mean(scores_N: Float[np.ndarray, " N"]) -> float:
+    """Of those that there are."""
+    return float(np.mean(scores_N[np.isfinite(scores_N)], dtype=np.float64))
 
 
 def _check_same(candidate: Candidate, request: Request, split: str) -> None:

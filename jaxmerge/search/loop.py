@@ -30,10 +30,11 @@ class Economy(NamedTuple):
     """How a search scores fewer examples; its final decision is made on all of them.
 
     Attributes:
-        slices: of the search examples: what generations are scored on, and the rest.
+        slices: of the search examples; each generation is scored on those of a part.
         confidence: of the race in each generation; 0: there is none. See `racing.Race`.
         selected: of a generation, how many the strategy selects.
-        finalists: candidates of the best estimates, which are scored on all examples at the end.
+        finalists: candidates that are scored on all examples at the end, those of the best
+            estimates in the later half of the generations.
     """
 
     slices: Slices
@@ -132,11 +133,11 @@ def _raced(
     seed: int,
 ) -> list[Candidate]:
     """A generation, scored on its slices."""
-    count = economy.slices.generation
-    tests = len(requests) * (count - 1)
+    chosen = economy.slices.of_generation(requests[0].generation)
+    tests = len(requests) * (len(chosen) - 1)
     race = Race(objective, economy.selected, economy.confidence, tests, seed)
     keep = race.kept if economy.confidence else None
-    return archive.race(requests, economy.slices, count, keep)
+    return archive.race(requests, economy.slices, chosen, keep)
 
 
 def _fitness(
@@ -157,17 +158,19 @@ def _fitness(
 def _decided(
     archive: Archive, economy: Economy, mine: Sequence[Candidate], objective: Objective
 ) -> list[Candidate]:
-    """Those of the best estimates, scored on all examples."""
+    """The finalists, scored on all examples; or who has been already."""
     standing = [one for one in mine if not one.dropped]
-    if economy.slices.generation == len(economy.slices.places):
+    if economy.slices.parts == 1:
         return standing
+    # Early ones are worse, and may owe a high estimate to the part that they were scored on.
+    standing = [one for one in standing if one.generation >= (mine[-1].generation + 1) // 2]
     standing.sort(key=lambda one: (-objective.of(one.scores), one.id))
     chosen = list({one.weights: one for one in standing}.values())[: economy.finalists]
     requests = [
         Request(decision(one.origin), one.name, np.array(one.weights, np.float32), one.generation)
         for one in chosen
     ]
-    return archive.race(requests, economy.slices, len(economy.slices.places))
+    return archive.race(requests, economy.slices, range(len(economy.slices.places)))
 
 
 def _save(states: Path, generation: int, state: State) -> None:

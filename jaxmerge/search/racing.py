@@ -44,25 +44,19 @@ class Race(NamedTuple):
     seed: int = 0
 
     def kept(
-        self,
-        rows: Mapping[str, Float[np.ndarray, "A _"]],
-        weights: Mapping[str, Float[np.ndarray, " _"]],
-        share: float,
+        self, rows: Mapping[str, Float[np.ndarray, "A _"]], share: float
     ) -> Bool[np.ndarray, " A"]:
         """Which of the A candidates that are left go on.
 
         Args:
             rows: per task, their scores on the examples that they have been scored on.
-            weights: of these examples, in estimates.
             share: n/N; the least of all tasks.
         """
-        # The plain mean of these is the weighted mean of the scores.
-        scaled = {task: row * (weights[task] / weights[task].mean()) for task, row in rows.items()}
-        value_A = self.objective({task: row.mean(axis=1) for task, row in scaled.items()})
+        value_A = self.objective({task: scores.mean(axis=1) for task, scores in rows.items()})
         order = np.argsort(-value_A, kind="stable").tolist()
         kept_A = np.ones(len(value_A), bool)
         for i in order[self.selected :]:
-            kept_A[i] = not self._beaten(scaled, order[self.selected - 1], i, share)
+            kept_A[i] = not self._beaten(rows, order[self.selected - 1], i, share)
         return kept_A
 
     def _beaten(self, rows: Mapping[str, np.ndarray], boundary: int, i: int, share: float) -> bool:

@@ -1,10 +1,11 @@
-"""The search examples in the order in which candidates are scored on them, slice by slice."""
+"""The search examples in slices: what a generation is scored on, one slice after the other."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from jaxmerge import processes
 from jaxmerge.evaluate import Evaluator
 from jaxmerge.remember import Remembering
-from jaxmerge.search.subset import Subset, informative
 
 Places = Mapping[str, Int[np.ndarray, " _"]]  # of each task, which of its examples
 Rows = Mapping[str, Float[np.ndarray, "P _"]]  # of each task, scores; NaN where there is none
@@ -22,39 +22,32 @@ Rows = Mapping[str, Float[np.ndarray, "P _"]]  # of each task, scores; NaN where
 # A slice merges its candidates again, so there are few.
 _LOOKS = (1 / 4, 1 / 2)
 
-
-# Of those that are left, from their scores so far, the examples' weights, and the share of all
-# examples that these are: which go on.
-Keep = Callable[[Rows, Mapping[str, Float[np.ndarray, " _"]], float], Bool[np.ndarray, " P"]]
+# Of those that are left, from their scores so far and the share of all examples that these are:
+# which go on.
+Keep = Callable[[Rows, float], Bool[np.ndarray, " P"]]
 
 
 class Slices(NamedTuple):
-    """A partition of the search examples; every candidate sees the slices in this order.
+    """A partition of the search examples into parts, and of these into slices.
 
     Attributes:
-        places: of each slice.
-        weights: of each example, how many it stands for in an estimate; `[N]` for each task.
-        generation: so many slices are for whole generations; one that comes after these is for the
-            final decision.
+        places: of each slice; those of a part follow each other.
+        parts: each generation sees one, in turn.
     """
 
     places: tuple[Places, ...]
-    weights: Mapping[str, Float[np.ndarray, " _"]]
-    generation: int
+    parts: int
 
-    def up_to(self, count: int) -> Places:
-        """The examples of the first `count` slices."""
-        return {
-            task: np.concatenate([places[task] for places in self.places[:count]])
-            for task in self.weights
-        }
+    def of_generation(self, generation: int) -> range:
+        """The slices of the part that is its turn."""
+        each = len(self.places) // self.parts
+        first = generation % self.parts * each
+        return range(first, first + each)
 
-    def means(self, rows: Rows) -> dict[str, Float[np.ndarray, " P"]]:
-        """sum_i u_i s_i / sum_i u_i over the examples that each row has a score of.
-
-        With u the weights; the plain mean where all examples have one.
-        """
-        return {task: _means(scores_PxN, self.weights[task]) for task, scores_PxN in rows.items()}
+    def examples(self, chosen: Sequence[int]) -> Places:
+        """The examples of some slices."""
+        tasks = self.places[0]
+        return {task: np.concatenate([self.places[i][task] for i in chosen]) for task in tasks}
 
 
 class Scored(NamedTuple):
@@ -68,93 +61,90 @@ class Scored(NamedTuple):
 
 
 def slices(individuals: Rows, *, subset: float, racing: bool, seed: int) -> Slices:
-    """Which examples the search scores, and in which order.
+    """Deals the search examples out to parts that are alike.
+
+    The examples of a task are put in the order of the single checkpoints' mean score, equal ones
+    at random, and each run of R examples is dealt to the R parts at random. So each part is a
+    sample stratified by difficulty, with proportional allocation (Cochran, Sampling Techniques,
+    1977, chapter 5): it has easy and hard examples in their shares, also those on which all
+    checkpoints agree, and the mean over a part is an unbiased estimate of the mean over all,
+    whatever the model.
 
     Args:
         individuals: scores of the single checkpoints on all search examples, `[K, N]` per task.
-        subset: share of each task's examples that generations are scored on, at least one of each;
-            1: all.
-        racing: whether these are slices of a race, drawn at random; else they are one slice.
+        subset: share of the examples that a generation sees; there are R = round(1 / subset)
+            parts, but no more than the smallest task has examples.
+        racing: whether a part is cut into slices of a race, at random; else it is one slice.
         seed: of all draws.
     """
     rng = np.random.default_rng(seed)
-    chosen = {task: _chosen(scores_KxN, subset, rng) for task, scores_KxN in individuals.items()}
-    mixed = {task: rng.permutation(each.places_n) for task, each in chosen.items()}
-    ends = [*(_LOOKS if racing else ()), 1.0]
-    parts: list[Places] = []
-    for start, end in zip([0.0, *ends], ends):
-        part = {
-            task: np.sort(n[math.ceil(start * len(n)) : math.ceil(end * len(n))])
-            for task, n in mixed.items()
+    parts = min(round(1 / subset), *(rows.shape[1] for rows in individuals.values()))
+    dealt = {task: _dealt(rows.mean(axis=0), parts, rng) for task, rows in individuals.items()}
+    ends = [0.0, *(_LOOKS if racing else ()), 1.0]
+    places: list[Places] = []
+    for part in range(parts):
+        mixed = {
+            task: rng.permutation(np.flatnonzero(to_N == part)) for task, to_N in dealt.items()
         }
-        if any(map(len, part.values())):
-            parts.append(part)
-    rest = {
-        task: np.setdiff1d(np.arange(individuals[task].shape[1]), each.places_n)
-        for task, each in chosen.items()
-    }
-    weights = {}
-    for task, each in chosen.items():
-        weights[task] = np.zeros(individuals[task].shape[1])
-        weights[task][each.places_n] = each.weights_n
-    return Slices((*parts, *([rest] if any(map(len, rest.values())) else [])), weights, len(parts))
+        places += [
+            {
+                task: np.sort(at[math.ceil(start * len(at)) : math.ceil(end * len(at))])
+                for task, at in mixed.items()
+            }
+            for start, end in pairwise(ends)
+        ]
+    return Slices(tuple(places), parts)
 
 
-def _chosen(
-    scores_KxN: Float[np.ndarray, "K N"], subset: float, rng: np.random.Generator
-) -> Subset:
-    N = scores_KxN.shape[1]
-    size = max(1, round(subset * N))
-    return informative(scores_KxN, size, rng) if size < N else Subset(np.arange(N), np.ones(N))
-
-
-def _means(
-    scores_PxN: Float[np.ndarray, "P N"], weights_N: Float[np.ndarray, " N"]
-) -> Float[np.ndarray, " P"]:
-    known_PxN = np.isfinite(scores_PxN)
-    # A row of all examples needs no weights, though some examples have weight 0.
-    weights_PxN = np.where(known_PxN.all(axis=1, keepdims=True), 1.0, known_PxN * weights_N)
-    total_P = np.where(known_PxN, weights_PxN * scores_PxN, 0.0).sum(axis=1, dtype=np.float64)
-    return total_P / weights_PxN.sum(axis=1)
+def _dealt(
+    ease_N: Float[np.ndarray, " N"], parts: int, rng: np.random.Generator
+) -> Int[np.ndarray, " N"]:
+    """The part of each example."""
+    mixed_N = rng.permutation(len(ease_N))
+    order_N = mixed_N[np.argsort(ease_N[mixed_N], kind="stable")]
+    runs = math.ceil(len(ease_N) / parts)
+    to_N = np.empty(len(ease_N), np.int64)
+    to_N[order_N] = np.concatenate([rng.permutation(parts) for _ in range(runs)])[: len(ease_N)]
+    return to_N
 
 
 def score(
     evaluator: Evaluator | Remembering,
     slices: Slices,
-    count: int,
+    chosen: Sequence[int],
     weights_PxK: Float[np.ndarray, "P K"],
     known: Mapping[str, Float[np.ndarray, "P _"]],
     keep: Keep | None,
 ) -> Scored:
-    """Scores a population on the first `count` slices, one after the other.
+    """Scores a population on slices, one after the other.
 
     Args:
         evaluator: of the split.
         slices: of its examples.
-        count: of slices.
+        chosen: which of them, in this order.
         weights_PxK: of the candidates; equal ones are scored once.
         known: scores that need not be found out again; they are filled in here.
         keep: which candidates go on to the next slice; None: all do.
     """
-    P, all_of = len(weights_PxK), slices.up_to(count)
-    first: dict[bytes, int] = {}
+    P, first = len(weights_PxK), dict[bytes, int]()
     same_P = np.array([first.setdefault(row.tobytes(), p) for p, row in enumerate(weights_PxK)])
     rows = {task: np.full_like(scores, np.nan) for task, scores in known.items()}
     left_P, took = np.ones(P, bool), (np.zeros(P), np.zeros(P, np.int64), np.zeros(P, np.int64))
-    for number, places in enumerate(slices.places[:count]):
+    total = {task: len(at) for task, at in slices.examples(chosen).items()}
+    for number, i in enumerate(chosen, 1):
+        places = slices.places[i]
         lacking = [p for p in np.unique(same_P[left_P]).tolist() if _lacks(known, places, p)]
         if lacking:
             _fill(evaluator.part(places), weights_PxK, lacking, places, known, took)
         for task, at in places.items():
             rows[task][np.ix_(left_P, at)] = known[task][np.ix_(same_P[left_P], at)]
-        if keep and number + 1 < count:
-            seen = slices.up_to(number + 1)
+        if keep and number < len(chosen):
+            seen = slices.examples(chosen[:number])
             kept = keep(
                 {task: rows[task][np.ix_(left_P, at)] for task, at in seen.items()},
-                {task: slices.weights[task][at] for task, at in seen.items()},
-                min(len(seen[task]) / len(all_of[task]) for task in seen),
+                min(len(at) / total[task] for task, at in seen.items()),
             )
-            processes.agree(f"slice {number}", kept.tobytes())
+            processes.agree(f"the race after slice {i}", kept.tobytes())
             left_P[left_P] = kept
     return Scored(rows, ~left_P, *took)
 
