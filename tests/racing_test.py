@@ -28,7 +28,7 @@ from tests.run_test import ROOT, _log, _tiny
 
 TASKS = ("sums", "words")
 OBJECTIVE = define(TASKS)
-N = {"sums": 40, "words": 24}
+N = {"sums": 160, "words": 128}
 NAMES = ("north", "east", "south", "west")
 EASE = {task: np.random.default_rng(i).uniform(size=(4, N[task])) for i, task in enumerate(TASKS)}
 
@@ -204,11 +204,13 @@ def test_slices_are_a_partition():
     known = {task: (rng.uniform(size=(4, n)) < 0.5).astype(np.float32) for task, n in N.items()}
     made = slices(known, subset=0.5, racing=True, seed=3)
     assert (len(made.places), made.parts) == (6, 2)
-    assert [len(each["sums"]) for each in made.places] == [5, 5, 10] * 2
+    assert [len(each["sums"]) for each in made.places] == [20, 20, 40] * 2
     assert [*made.of_generation(3)] == [3, 4, 5]
     for task, n in N.items():
         assert sorted(made.examples(range(6))[task]) == list(range(n))
-    assert slices(known, subset=0.01, racing=False, seed=3).parts == N["words"]
+    small = slices(known, subset=0.2, racing=True, seed=3)  # the first look would be at 6 words
+    assert len(small.places) == small.parts == 5
+    assert slices(known, subset=0.001, racing=False, seed=3).parts == N["words"]
 
 
 def _rows(chances_P, examples, rng):

@@ -98,8 +98,16 @@ class Archive:
         done, groups = self._recorded(split, requests), []
         known = self._known(split)
         if len(done) < len(requests):
-            keys = [*(one.weights for one in done), *(one.key for one in requests[len(done) :])]
-            groups = _groups(keys, known, self._evaluators[split].candidates_per_step)
+            requests = [  # with the weights that recorded scores belong to
+                *(
+                    asked._replace(weights=np.array(one.weights, np.float32))
+                    for one, asked in zip(done, requests)
+                ),
+                *requests[len(done) :],
+            ]
+            groups = _groups(
+                [one.key for one in requests], known, self._evaluators[split].candidates_per_step
+            )
             # Steps are evaluated whole, so that each has the same candidates.
             groups = [group for group in groups if group.stop > len(done)]
             done = done[: groups[0].start]

@@ -21,6 +21,7 @@ Rows = Mapping[str, Float[np.ndarray, "P _"]]  # of each task, scores; NaN where
 # Shares of a generation's examples that a race has scored when it looks who can still be selected.
 # A slice merges its candidates again, so there are few.
 _LOOKS = (1 / 4, 1 / 2)
+_LEAST = 16  # examples of each task before a look: a bootstrap of fewer knows too little
 
 # Of those that are left, from their scores so far and the share of all examples that these are:
 # which go on.
@@ -74,13 +75,16 @@ def slices(individuals: Rows, *, subset: float, racing: bool, seed: int) -> Slic
         individuals: scores of the single checkpoints on all search examples, `[K, N]` per task.
         subset: share of the examples that a generation sees; there are R = round(1 / subset)
             parts, but no more than the smallest task has examples.
-        racing: whether a part is cut into slices of a race, at random; else it is one slice.
+        racing: whether a part is cut into slices of a race, at random. It is one slice else, and
+            where it has too few examples to drop anything before all are scored.
         seed: of all draws.
     """
     rng = np.random.default_rng(seed)
     parts = min(round(1 / subset), *(rows.shape[1] for rows in individuals.values()))
     dealt = {task: _dealt(rows.mean(axis=0), parts, rng) for task, rows in individuals.items()}
-    ends = [0.0, *(_LOOKS if racing else ()), 1.0]
+    fewest = min(rows.shape[1] for rows in individuals.values()) // parts
+    looks = [look for look in _LOOKS if racing and look * fewest >= _LEAST]
+    ends = [0.0, *looks, 1.0]
     places: list[Places] = []
     for part in range(parts):
         mixed = {
