@@ -177,7 +177,7 @@ def transfer(study: Study) -> list[Plain]:
     scored = [
         line
         for line in study.archive.past
-        if line.split == "search" and not line.origin.startswith(ANALYSIS)
+        if line.split == "search" and not line.origin.startswith(ANALYSIS) and not line.out_of
     ]
     pairs = list(combinations(study.objective.tasks, 2))
     chosen = [best(scored, study.objective.over(pair)) for pair in pairs]

@@ -19,6 +19,7 @@ from jaxmerge.checkpoints.pool import RESIDENCIES
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.objective import Objective, define
 from jaxmerge.search.baselines import BASELINES
+from jaxmerge.search.strategies import BY_RANK
 from jaxmerge.tasks import TASKS
 
 # A locked ml_collections.ConfigDict; its fields, made at run time, are unknown to type checkers.
@@ -106,6 +107,13 @@ def default() -> Config:
     config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
     config.search.sigma = 0.5  # standard deviation of the first generation, in genotype units
     config.search.params = ml_collections.ConfigDict()  # fields of the strategy's evosax Params
+    # Fewer tokens, both off by default. subset: share of each task's search examples that a
+    # generation sees, such as 0.125: each sees another part, and parts are alike in difficulty, as
+    # the single checkpoints' scores have it; 1: all. racing: confidence, such as 0.9, with which
+    # candidates are dropped before they have seen all of these; 0: none are.
+    config.search.subset = 1.0
+    config.search.racing = 0.0
+    config.search.finalists = 5  # with a subset: the best, scored on all examples to choose from
     config.search.save_seconds = 60.0  # between saves of the strategy's state
 
     config.baselines = tuple(BASELINES)  # names of jaxmerge.search.baselines.BASELINES
@@ -167,10 +175,34 @@ def check(config: Config) -> None:
     if config.tensorboard:
         tensorboard.package()
     space.check(config.space.constraint, config.space.bounds)
+    _check_economy(config)
     unknown = [name for name in config.baselines if name not in BASELINES]
     if unknown:
         raise JaxmergeError(
             "unknown baseline", where="baselines", expected=", ".join(BASELINES), found=unknown[0]
+        )
+
+
+def _check_economy(config: Config) -> None:
+    search = config.search
+    for name, right, expected in (
+        ("subset", 0 < search.subset <= 1, "above 0, at most 1"),
+        ("racing", 0 <= search.racing < 1, "at least 0, below 1"),
+        ("finalists", search.finalists >= 1, "at least 1"),
+    ):
+        if not right:
+            raise JaxmergeError(
+                "out of range",
+                where=f"search.{name}",
+                expected=expected,
+                found=str(search[name]),
+            )
+    if search.racing and search.strategy not in BY_RANK:
+        raise JaxmergeError(
+            "a race needs a strategy that moves by the ranks of the better half of a generation",
+            where="search.racing",
+            expected=f"0, or search.strategy one of {', '.join(BY_RANK)}",
+            found=search.strategy,
         )
 
 

@@ -7,8 +7,10 @@ back to the host, where they are judged while the device works on the next step.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -78,7 +80,7 @@ class Evaluator:
     ):
         pop = mesh.shape["pop"]
         self.candidates_per_step = -(-candidates_per_step // pop) * pop
-        self._merge = merge
+        self._merge, self._split = merge, split
         self._responder = Responder(model, tokenizer, mesh, limits, vmap_candidates=vmap_candidates)
         self._tasks = [_Asked(task, split, self._responder) for task in tasks]
 
@@ -91,6 +93,20 @@ class Evaluator:
     def read(self) -> int:
         """Tokens that each candidate reads: prompts, and what is scored; without padding."""
         return sum(asked.prepared.read for asked in self._tasks)
+
+    def part(self, places: Mapping[str, Int[np.ndarray, " _"]]) -> Evaluator:
+        """Scores on some examples alone; what is compiled for the whole split is shared.
+
+        Args:
+            places: of each task, which of its examples; a task that has none is left out.
+        """
+        made, split, responder = copy.copy(self), self._split, self._responder
+        made._tasks = [
+            _Asked(_only(asked.task, places[asked.task.name], split), split, responder)
+            for asked in self._tasks
+            if len(places[asked.task.name])
+        ]
+        return made
 
     def __call__(self, weights_PxK: Float[np.ndarray, "P K"]) -> Scores:
         """Per-example scores of all candidates, `[P, N]` for each task."""
@@ -122,6 +138,12 @@ class Evaluator:
             scores[asked.task.name] = asked.scores(answers.responses)
             written_C += answers.written_C
         return Step(scores, written_C)
+
+
+def _only(task: Task, places: Int[np.ndarray, " n"], split: str) -> Task:
+    """The task with these examples of the split."""
+    examples = task.splits[split]
+    return dataclasses.replace(task, splits={split: [examples[place] for place in places.tolist()]})
 
 
 class _Answered(NamedTuple):

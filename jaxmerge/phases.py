@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxmerge import analyses, processes, space
 from jaxmerge.analyses import Study
 from jaxmerge.config import Config
@@ -12,11 +14,12 @@ from jaxmerge.live import Live
 from jaxmerge.objective import Objective
 from jaxmerge.prepare import Prepared
 from jaxmerge.progress import Plan
-from jaxmerge.rundir import Candidate
+from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.search import loop
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found
-from jaxmerge.searches import build_strategy, evaluations, pool_size_budget, spent
+from jaxmerge.search.strategies import Strategy
+from jaxmerge.searches import build_strategy, economy, evaluations, pool_size_budget, spent
 
 
 def live(config: Config, prepared: Prepared) -> Live:
@@ -40,7 +43,13 @@ def plan(config: Config, prepared: Prepared) -> Plan:
     )
 
 
-def search(config: Config, prepared: Prepared, archive: Archive, objective: Objective) -> Found:
+def search(
+    config: Config,
+    prepared: Prepared,
+    archive: Archive,
+    objective: Objective,
+    individuals: Sequence[Candidate],
+) -> Found:
     """The search over all checkpoints."""
     best = loop.search(
         archive,
@@ -51,8 +60,10 @@ def search(config: Config, prepared: Prepared, archive: Archive, objective: Obje
         seed=config.seed,
         states=prepared.directory.path / "state",
         save_seconds=config.search.save_seconds,
+        economy=_economy(config, prepared.directory, individuals, prepared.strategy),
     )
-    return Found("search", best, spent(config.search.budget, prepared.strategy))
+    decided = _decided(archive, "search", "search")
+    return Found("search", best, spent(config.search.budget, prepared.strategy) + decided)
 
 
 def analyse(
@@ -82,8 +93,10 @@ def analyse(
             save_seconds=config.search.save_seconds,
             origin=analyses.POOL_SIZE,
             name=name,
+            economy=_economy(config, directory, individuals, strategy),
         )
-        return Found(name, best, spent(budget, strategy))
+        decided = _decided(archive, analyses.POOL_SIZE, name)
+        return Found(name, best, spent(budget, strategy) + decided)
 
     study = Study(
         *(archive, directory, names, objective, individuals, winner),
@@ -97,3 +110,20 @@ def analyse(
         "transfer": config.analyses.transfer,
     }
     return analyses.analyse(study, [name for name in analyses.ANALYSES if wanted.get(name, True)])
+
+
+def _economy(
+    config: Config,
+    directory: RunDirectory,
+    individuals: Sequence[Candidate],
+    strategy: Strategy,
+) -> loop.Economy | None:
+    rows = [directory.examples(one) for one in individuals]
+    scores = {task: np.stack([row[task] for row in rows]) for task in rows[0]}
+    return economy(config, scores, strategy.population)
+
+
+def _decided(archive: Archive, origin: str, name: str) -> int:
+    """Evaluations of the final decision of a search."""
+    sought = (loop.decision(origin), name)
+    return sum((one.origin, one.name) == sought for one in archive.past)

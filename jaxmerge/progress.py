@@ -75,10 +75,10 @@ class Progress:
         """Shows that these have been evaluated."""
         for candidate in candidates:
             self._done[candidate.split] += 1
-            if self._objective and candidate.origin == "search":
+            if self._objective and candidate.origin == "search" and not candidate.dropped:
                 self._best_value = max(self._best_value, self._objective.of(candidate.scores))
                 self._best = self._format.score(self._best_value)
-        self._recent.extend(candidates)
+        self._recent.extend(one for one in candidates if one.seconds)  # the others are copies
         line = self._line(candidates[-1])
         self._bar.set_description_str(line, refresh=False)
         self._bar.update(len(candidates))

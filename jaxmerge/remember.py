@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxmerge.evaluate import Evaluator, Step
 
@@ -27,6 +27,7 @@ class Remembering:
     def __init__(self, evaluator: Evaluator, most_bytes: int = _MOST_BYTES):
         self._evaluator, self._most, self._bytes = evaluator, most_bytes, 0
         self._known: dict[bytes, Step] = {}  # by the weights of a step; last asked for, last here
+        self._parts: dict[bytes, Remembering] = {}
 
     @property
     def candidates_per_step(self) -> int:
@@ -42,6 +43,13 @@ class Remembering:
     def read(self) -> int:
         """As of the evaluator."""
         return self._evaluator.read
+
+    def part(self, places: Mapping[str, Int[np.ndarray, " _"]]) -> Remembering:
+        """As of the evaluator; it remembers too, and is the same for the same examples."""
+        key = b"".join(np.array([len(each), *each]).tobytes() for each in places.values())
+        if key not in self._parts:
+            self._parts[key] = Remembering(self._evaluator.part(places), self._most)
+        return self._parts[key]
 
     def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Step]:
         """As of the evaluator: `candidates_per_step` rows at a time, as soon as they are known."""

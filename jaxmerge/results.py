@@ -156,6 +156,7 @@ def _front(
 
     A task without a least score is measured from the worst single checkpoint.
     """
+    searched = [line for line in searched if line.out_of is None]  # an estimate may be too high
     scores_PxM = np.array([[line.scores[task] for task in objective.tasks] for line in searched])
     front = pareto.front(scores_PxM)
     least = {task: bounds[task][0] for task in objective.tasks}

@@ -101,7 +101,7 @@ def run(
             setting = Setting(archive, individuals, objective, budget, config.seed)
             found = [baselines.BASELINES[name].find(setting) for name in config.baselines]
         with _timed(seconds, "search"):
-            winner = phases.search(config, prepared, archive, objective)
+            winner = phases.search(config, prepared, archive, objective, individuals)
         with _timed(seconds, "test"):
             alone = [Found(candidate.name, candidate, 1) for candidate in individuals]
             tested = results.score_on_test(archive, [*alone, *found, winner])

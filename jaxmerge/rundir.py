@@ -46,7 +46,11 @@ class Candidate:
         n: number of examples of each task.
         seconds: of wall time it took, its share of the step it was part of.
         tokens: that it `read` (prompts, and what is scored; without padding) and `written` (up to
-            the ones that ended its texts); None in logs of before they were counted.
+            the ones that ended its texts); None in logs of before they were counted. It took no
+            time and no tokens when its scores are those of an earlier candidate of equal weights.
+        out_of: number of examples of each task in the split, where fewer were scored: `scores` are
+            estimates then. None: all were scored.
+        dropped: whether it was dropped from a race, as one that can't be among the selected.
     """
 
     id: int
@@ -60,6 +64,8 @@ class Candidate:
     n: dict[str, int]
     seconds: float
     tokens: dict[str, int] | None = None
+    out_of: dict[str, int] | None = None
+    dropped: bool = False
 
 
 class RunDirectory:
@@ -157,9 +163,9 @@ class RunDirectory:
             temporary.write_bytes(b"".join(lines))
 
     def examples(self, candidate: Candidate) -> dict[str, Float[np.ndarray, " N"]]:
-        """The per-example scores of a candidate, by task."""
+        """The per-example scores of a candidate, by task; NaN where it was not scored."""
         rows = {}
-        for task, count in candidate.n.items():
+        for task, count in (candidate.out_of or candidate.n).items():
             offset = candidate.row * count * 4
             file = self._examples(candidate.split, task)
             read = functools.partial(np.fromfile, file, "<f4", count=count, offset=offset)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.search import strategies
 from jaxmerge.search.baselines import BASELINES
+from jaxmerge.search.loop import Economy
+from jaxmerge.search.slices import slices
 
 
 def check_pool_sizes(config: Config, checkpoints: int) -> None:
@@ -82,6 +85,24 @@ def spent(budget: int, strategy: strategies.Strategy) -> int:
     return budget // strategy.population * strategy.population
 
 
+def economy(
+    config: Config, individuals: Mapping[str, Float[np.ndarray, "K _"]], population: int
+) -> Economy | None:
+    """How the search of a config scores fewer examples; None: it does not.
+
+    Args:
+        config: whose `search` says it.
+        individuals: scores of the single checkpoints on all search examples, by task.
+        population: candidates of a generation.
+    """
+    search = config.search
+    if search.subset == 1 and not search.racing:
+        return None
+    racing = bool(search.racing)
+    parts = slices(individuals, subset=search.subset, racing=racing, seed=config.seed)
+    return Economy(parts, search.racing, population // 2, search.finalists)
+
+
 def evaluations(config: Config, checkpoints: int) -> dict[str, int]:
     """Candidates that a run of K checkpoints will have scored at its end, by split, at most."""
     wanted, K = config.analyses, checkpoints
@@ -90,11 +111,12 @@ def evaluations(config: Config, checkpoints: int) -> dict[str, int]:
         spent(pool_size_budget(config), build_strategy(config, K, range(m)))
         for m in wanted.pool_sizes
     ]
+    decided = config.search.finalists * (1 + len(over)) if config.search.subset < 1 else 0
     dropped = K if wanted.leave_one_out else 0
     pairs = math.comb(len(config.objective.tasks), 2) if wanted.transfer else 0
     found = sum(BASELINES[name].evaluations(K, budget) for name in config.baselines)
     return {
-        "search": K + found + budget + sum(over),
+        "search": K + found + budget + sum(over) + decided,
         "test": K + len(config.baselines) + 1 + dropped + len(over) + pairs,
         "heldout": 2 + ("uniform" in config.baselines) + pairs if config.heldout else 0,
     }

@@ -81,9 +81,10 @@ class Board:
     def _write(self, generation: int) -> None:
         assert self._objective is not None
         values_P = [self._objective.of(one.scores) for one in self._generation]
-        reached = {"objective/best": max(values_P)}
+        standing = [one for one in self._generation if not one.dropped]
+        reached = {"objective/best": max(self._objective.of(one.scores) for one in standing)}
         for task in self._objective.tasks:
-            reached[f"best/{task}"] = max(one.scores[task] for one in self._generation)
+            reached[f"best/{task}"] = max(one.scores[task] for one in standing)
         for name, value in reached.items():
             self._best[name] = max(self._best.get(name, value), value)
         points = {

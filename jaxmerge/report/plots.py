@@ -29,7 +29,7 @@ def of_run(run: Run, models: Sequence[tuple[str, Json]], pareto: Sequence[int]) 
     points = [
         {
             "id": candidate["id"],
-            "name": label(candidate["name"]),
+            "name": label(candidate["name"]) + _scored(candidate),
             "origin": label(candidate["origin"]),
             "weights": [round(weight, 4) for weight in candidate["weights"]],
             "search": _choices(run, candidate["scores"]),
@@ -90,7 +90,10 @@ def curve(run: Run, origin: str) -> Json:
     ends = [int(np.flatnonzero(generation_P == g)[-1]) + 1 for g in generations]
     spread = [np.quantile(objective_P[generation_P == g], _SPREAD) for g in generations]
     low, median, high = ([scaled(form, q) for q in column] for column in zip(*spread))
-    best = [scaled(form, value) for value in np.maximum.accumulate(objective_P)]
+    # Estimates of candidates that were dropped from a race may be above what is surely better.
+    dropped_P = np.array([bool(line.get("dropped")) for line in lines])
+    standing_P = np.where(dropped_P, objective_P.min(), objective_P)
+    best = [scaled(form, value) for value in np.maximum.accumulate(standing_P)]
     return {"best": best, "at": ends, "low": low, "median": median, "high": high}
 
 
@@ -102,6 +105,14 @@ def scaled(form: Format, value: float) -> float:
 def label(value: object) -> str:
     """Escaped for plotly's own markup, which does not know quotation marks as entities."""
     return html.escape(str(value), quote=False)
+
+
+def _scored(candidate: Json) -> str:
+    """What of the examples the scores are estimates from; nothing where it is all of them."""
+    if not candidate.get("out_of"):
+        return ""
+    n, of = sum(candidate["n"].values()), sum(candidate["out_of"].values())
+    return f" ({'dropped, ' if candidate['dropped'] else ''}estimate from {n:,} of {of:,} examples)"
 
 
 def _titles(run: Run) -> Json:

@@ -41,7 +41,7 @@ def headline(run: Run) -> tuple[str, str]:
         else "The search has not begun. "
     )
     best = {
-        origin: max((objective.of(one["scores"]) for one in run.of_origin(origin)), default=None)
+        origin: max((objective.of(one["scores"]) for one in run.standing(origin)), default=None)
         for origin in ("search", "individual")
     }
     if best["search"] is not None:
@@ -98,12 +98,13 @@ def scores_section(run: Run, so_far: list[tuple[str, Json]]) -> str:
 
 
 def front(run: Run) -> list[int]:
-    """Ids of the candidates that no other dominates."""
-    if not run.searched:
+    """Ids of the candidates that no other dominates, of those scored on all search examples."""
+    whole = [one for one in run.searched if not one.get("out_of")]
+    if not whole:
         return []
     tasks = run.objective.tasks
-    scores_PxM = np.array([[one["scores"][task] for task in tasks] for one in run.searched])
-    return [run.searched[i]["id"] for i in pareto.front(scores_PxM)]
+    scores_PxM = np.array([[one["scores"][task] for task in tasks] for one in whole])
+    return [whole[i]["id"] for i in pareto.front(scores_PxM)]
 
 
 def _search(run: Run) -> tuple[int, int, int]:
@@ -114,7 +115,7 @@ def _search(run: Run) -> tuple[int, int, int]:
 
 def _best_of(run: Run, origin: str, name: str) -> Json:
     objective = run.objective
-    best = max(run.of_origin(origin), key=lambda candidate: objective.of(candidate["scores"]))
+    best = max(run.standing(origin), key=lambda candidate: objective.of(candidate["scores"]))
     return _entry(run, best, name)
 
 

@@ -2,7 +2,8 @@
 
 A run asks for its candidates in an order that follows from its config and its scores alone. So a
 run that was killed simply asks again, from the start: the log answers for as long as it can, and
-the evaluator goes on from there.
+the evaluator goes on from there. Nor are the same weights scored twice on the same examples: a
+candidate with an earlier one's weights gets its scores, at no cost.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
 from jaxmerge.remember import Remembering
 from jaxmerge.rundir import Candidate, RunDirectory
+from jaxmerge.search.slices import Keep, Slices, score
 
 # Weights asked for again may differ in their last bits when the strategy now runs on another kind
 # of CPU; the recorded ones, which the scores belong to, stand. Anything more is another run.
 _SAME_WEIGHTS = 1e-4
+
+
+Weights = tuple[float, ...]
 
 
 class Request(NamedTuple):
@@ -31,6 +37,33 @@ class Request(NamedTuple):
     name: str
     weights: np.ndarray  # [K], float32
     generation: int = 0
+
+    @property
+    def key(self) -> Weights:
+        """The weights as a candidate has them."""
+        return tuple(map(float, np.asarray(self.weights, np.float32)))
+
+
+class _Group(NamedTuple):
+    """Requests from `start` to `stop` that are recorded together.
+
+    Those at `fresh` are a step of the evaluator; the others have the weights of earlier ones.
+    """
+
+    start: int
+    stop: int
+    fresh: list[int]
+
+
+class _Scored(NamedTuple):
+    """What is known of a request; what it took is 0 for a copy."""
+
+    row: Mapping[str, Float[np.ndarray, " _"]]  # per task; NaN where it was not scored
+    scores: dict[str, float]
+    seconds: float = 0.0
+    read: int = 0
+    written: int = 0
+    dropped: bool = False
 
 
 class Archive:
@@ -62,21 +95,57 @@ class Archive:
         Raises:
             JaxmergeError: the log holds other candidates here than those asked for.
         """
-        evaluator = self._evaluators[split]
-        recorded = self._directory.candidates[self._next : self._next + len(requests)]
-        for candidate, request in zip(recorded, requests):
-            _check_same(candidate, request, split)
-        known = len(recorded)
-        if known < len(requests):  # steps are evaluated whole, so that each has the same candidates
-            known -= known % evaluator.candidates_per_step
-            self._directory.cut(self._next + known)
-        done = recorded[:known]
-        self._next += known
+        done, groups = self._recorded(split, requests), []
+        known = self._known(split)
+        if len(done) < len(requests):
+            requests = [  # with the weights that recorded scores belong to
+                *(
+                    asked._replace(weights=np.array(one.weights, np.float32))
+                    for one, asked in zip(done, requests)
+                ),
+                *requests[len(done) :],
+            ]
+            groups = _groups(
+                [one.key for one in requests], known, self._evaluators[split].candidates_per_step
+            )
+            # Steps are evaluated whole, so that each has the same candidates.
+            groups = [group for group in groups if group.stop > len(done)]
+            done = done[: groups[0].start]
+            self._directory.cut(self._next + len(done))
+        self._next += len(done)
         if done:
             self._tell(done)
-        rest = requests[known:]
-        if rest:
-            done += self._evaluate(split, rest, evaluator)
+        if groups:
+            known |= {one.weights: one for one in done}
+            done += self._evaluate(split, requests, groups, known)
+        return done
+
+    def race(
+        self,
+        requests: Sequence[Request],
+        slices: Slices,
+        chosen: Sequence[int],
+        keep: Keep | None = None,
+    ) -> list[Candidate]:
+        """The requests as candidates scored on slices of the search split, in order.
+
+        They are recorded at once: a race that is interrupted starts again.
+
+        Args:
+            requests: they compete with each other.
+            slices: of the search examples.
+            chosen: which of the slices.
+            keep: which go on to the next slice; None: all do.
+
+        Raises:
+            JaxmergeError: the log holds other candidates here than those asked for.
+        """
+        done = self._recorded("search", requests)
+        if len(done) < len(requests):
+            self._directory.cut(self._next)
+            return self._race(requests, slices, chosen, keep)
+        self._next += len(done)
+        self._tell(done)
         return done
 
     def skip(self, origin: str, name: str, count: int) -> None:
@@ -99,40 +168,131 @@ class Archive:
             for _ in itertools.takewhile(lambda one: (one.origin, one.name) == (origin, name), rest)
         )
 
+    def _recorded(self, split: str, requests: Sequence[Request]) -> list[Candidate]:
+        """What the log has of the requests."""
+        recorded = self._directory.candidates[self._next : self._next + len(requests)]
+        for candidate, request in zip(recorded, requests):
+            _check_same(candidate, request, split)
+        return recorded
+
+    def _known(self, split: str) -> dict[Weights, Candidate]:
+        """By weights, those that were scored on all examples of the split."""
+        past = [one for one in self.past if one.split == split]
+        return {one.weights: one for one in past if one.out_of is None}
+
     def _evaluate(
-        self, split: str, requests: Sequence[Request], evaluator: Evaluator | Remembering
+        self,
+        split: str,
+        requests: Sequence[Request],
+        groups: Sequence[_Group],
+        known: dict[Weights, Candidate],
     ) -> list[Candidate]:
-        row = sum(candidate.split == split for candidate in self._directory.candidates)
-        weights_PxK = np.stack([request.weights for request in requests]).astype(np.float32)
-        done: list[Candidate] = []
+        evaluator, done = self._evaluators[split], []
+        fresh = [requests[i].key for group in groups for i in group.fresh]
+        steps = evaluator.steps(np.array(fresh, np.float32)) if fresh else iter(())
         started = time.perf_counter()
-        for scores, written_C in evaluator.steps(weights_PxK):
-            count = len(written_C)
-            now = time.perf_counter()
-            candidates = [
+        for group in groups:
+            new: dict[Weights, _Scored] = {}
+            if group.fresh:
+                step, now = next(steps), time.perf_counter()
+                seconds, started = (now - started) / len(group.fresh), now
+                for place, i in enumerate(group.fresh):
+                    row = {task: of_task[place] for task, of_task in step.scores.items()}
+                    means = {task: _mean(s) for task, s in row.items()}
+                    written = int(step.written_C[place])
+                    new[requests[i].key] = _Scored(row, means, seconds, evaluator.read, written)
+            asked, scored = requests[group.start : group.stop], []
+            for i, request in enumerate(asked, group.start):
+                one = new.get(request.key)
+                if one is None:
+                    earlier = known[request.key]
+                    one = _Scored(self._directory.examples(earlier), earlier.scores)
+                scored.append(one if i in group.fresh else _Scored(one.row, one.scores))
+            recorded = self._record(split, asked, scored)
+            known |= {one.weights: one for one in recorded}
+            done += recorded
+        return done
+
+    def _race(
+        self,
+        requests: Sequence[Request],
+        slices: Slices,
+        chosen: Sequence[int],
+        keep: Keep | None,
+    ) -> list[Candidate]:
+        evaluator = self._evaluators["search"]
+        known = {
+            task: np.full((len(requests), N), np.nan, np.float32)
+            for task, N in evaluator.examples.items()
+        }
+        asked = {request.key for request in requests}
+        for earlier in [one for one in self.past if one.split == "search" and one.weights in asked]:
+            same = [p for p, request in enumerate(requests) if request.key == earlier.weights]
+            for task, row in self._directory.examples(earlier).items():
+                known[task][same] = np.where(np.isnan(row), known[task][same], row)
+        weights_PxK = np.array([request.key for request in requests], np.float32)
+        raced = score(evaluator, slices, chosen, weights_PxK, known, keep)
+        scored = [
+            _Scored(
+                {task: scores[p] for task, scores in raced.rows.items()},
+                {task: _mean(scores[p]) for task, scores in raced.rows.items()},
+                *(float(raced.seconds_P[p]), int(raced.read_P[p]), int(raced.written_P[p])),
+                dropped=bool(raced.dropped_P[p]),
+            )
+            for p in range(len(requests))
+        ]
+        return self._record("search", requests, scored)
+
+    def _record(
+        self, split: str, requests: Sequence[Request], scored: Sequence[_Scored]
+    ) -> list[Candidate]:
+        """Writes candidates to the log, and tells of them."""
+        row = sum(candidate.split == split for candidate in self._directory.candidates)
+        candidates = []
+        for i, (request, one) in enumerate(zip(requests, scored)):
+            out_of = {task: len(s) for task, s in one.row.items()}
+            n = {task: int(np.count_nonzero(np.isfinite(s))) for task, s in one.row.items()}
+            candidates.append(
                 Candidate(
                     id=self._next + i,
                     generation=request.generation,
                     origin=request.origin,
                     name=request.name,
                     split=split,
-                    row=row + len(done) + i,
-                    weights=tuple(map(float, weights_PxK[len(done) + i])),
-                    scores={
-                        task: float(np.mean(s[i], dtype=np.float64)) for task, s in scores.items()
-                    },
-                    n=evaluator.examples,
-                    seconds=round((now - started) / count, 6),
-                    tokens={"read": evaluator.read, "written": int(written_C[i])},
+                    row=row + i,
+                    weights=request.key,
+                    scores=one.scores,
+                    n=n,
+                    seconds=round(one.seconds, 6),
+                    tokens={"read": one.read, "written": one.written},
+                    out_of=None if n == out_of else out_of,
+                    dropped=one.dropped,
                 )
-                for i, request in enumerate(requests[len(done) : len(done) + count])
-            ]
-            self._directory.append(candidates, scores)
-            self._next += count
-            done += candidates
-            self._tell(candidates)
-            started = now
-        return done
+            )
+        tasks = scored[0].row
+        rows = {task: np.stack([one.row[task] for one in scored]) for task in tasks}
+        self._directory.append(candidates, rows)
+        self._next += len(candidates)
+        self._tell(candidates)
+        return candidates
+
+
+def _groups(keys: Sequence[Weights], known: Mapping[Weights, Any], step: int) -> list[_Group]:
+    """Requests of these weights in groups of `step` that have to be evaluated, and their copies."""
+    groups, seen = [_Group(0, 0, [])], {*known}
+    for i, key in enumerate(keys):
+        if key not in seen:
+            seen.add(key)
+            if len(groups[-1].fresh) == step:
+                groups.append(_Group(i, i, []))
+            groups[-1].fresh.append(i)
+        groups[-1] = groups[-1]._replace(stop=i + 1)
+    return groups
+
+
+def _mean(scores_N: Float[np.ndarray, " N"]) -> float:
+    """Of those that there are."""
+    return float(np.mean(scores_N[np.isfinite(scores_N)], dtype=np.float64))
 
 
 def _check_same(candidate: Candidate, request: Request, split: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +21,27 @@ from jaxmerge.objective import Objective
 from jaxmerge.rundir import Candidate
 from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import best
+from jaxmerge.search.racing import Race
+from jaxmerge.search.slices import Slices
 from jaxmerge.search.strategies import State, Strategy
+
+
+class Economy(NamedTuple):
+    """How a search scores fewer examples; its final decision is made on all of them.
+
+    Attributes:
+        slices: of the search examples; each generation is scored on those of a part.
+        confidence: of the race in each generation; 0: there is none. See `racing.Race`.
+        selected: of a generation, how many the strategy selects.
+        finalists: candidates that are scored on all examples at the end, those of the best
+            estimates in the later half of the generations.
+    """
+
+    slices: Slices
+    confidence: float
+    selected: int
+    finalists: int
+
 
 ToWeights = Callable[[Float[np.ndarray, "P D"]], Float[np.ndarray, "P K"]]
 
@@ -37,6 +58,7 @@ def search(
     save_seconds: float = 60.0,
     origin: str = "search",
     name: str = "search",
+    economy: Economy | None = None,
 ) -> Candidate:
     """Runs `budget // population` generations; returns the best candidate of all of them.
 
@@ -54,6 +76,9 @@ def search(
         states: directory for the strategy's state; None: it is not saved.
         save_seconds: least time between two saves; 0 saves every generation.
         origin, name: of its candidates, which tell it from other searches of the run.
+        economy: how fewer examples are scored. The candidates that are scored in full for the
+            decision have the origin `ORIGIN:decision`; they are not of the budget. None: all
+            candidates are scored on all examples.
 
     Raises:
         JaxmergeError: the budget is less than one generation.
@@ -77,11 +102,13 @@ def search(
     saved = time.monotonic()
     for generation in range(first, generations):
         z_PxD, state = strategy.ask(seed, generation, state)
-        candidates = archive.evaluate(
-            "search",
-            [Request(origin, name, row, generation) for row in to_weights(z_PxD)],
-        )
-        fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
+        requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
+        if economy:
+            candidates = _raced(archive, economy, requests, objective, seed)
+            fitness_P = _fitness(candidates, objective, economy)
+        else:
+            candidates = archive.evaluate("search", requests)
+            fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
         # A process that went astray must not go on: its collectives would match nobody's.
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
@@ -90,7 +117,60 @@ def search(
             _save(saving, generation + 1, state)
             saved = time.monotonic()
     mine = [past for past in archive.past if (past.origin, past.name) == (origin, name)]
-    return best(mine, objective)
+    return best(_decided(archive, economy, mine, objective) if economy else mine, objective)
+
+
+def decision(origin: str) -> str:
+    """The origin of the candidates that the search of an origin decides between."""
+    return f"{origin}:decision"
+
+
+def _raced(
+    archive: Archive,
+    economy: Economy,
+    requests: Sequence[Request],
+    objective: Objective,
+    seed: int,
+) -> list[Candidate]:
+    """A generation, scored on its slices."""
+    chosen = economy.slices.of_generation(requests[0].generation)
+    tests = len(requests) * (len(chosen) - 1)
+    race = Race(objective, economy.selected, economy.confidence, tests, seed)
+    keep = race.kept if economy.confidence else None
+    return archive.race(requests, economy.slices, chosen, keep)
+
+
+def _fitness(
+    candidates: Sequence[Candidate], objective: Objective, economy: Economy
+) -> Float[np.ndarray, " P"]:
+    """The objective; in a race ranks, where who was dropped earlier is below who was dropped later.
+
+    An estimate from fewer examples may be above that of a candidate that is surely better.
+    """
+    value_P = np.array([objective.of(candidate.scores) for candidate in candidates])
+    if not economy.confidence:
+        return value_P
+    seen_P = np.array([sum(candidate.n.values()) for candidate in candidates])
+    _, rank_P = np.unique(np.stack([seen_P, value_P]), axis=1, return_inverse=True)
+    return rank_P.astype(np.float64)
+
+
+def _decided(
+    archive: Archive, economy: Economy, mine: Sequence[Candidate], objective: Objective
+) -> list[Candidate]:
+    """The finalists, scored on all examples; or who has been already."""
+    standing = [one for one in mine if not one.dropped]
+    if economy.slices.parts == 1:
+        return standing
+    # Early ones are worse, and may owe a high estimate to the part that they were scored on.
+    standing = [one for one in standing if one.generation >= (mine[-1].generation + 1) // 2]
+    standing.sort(key=lambda one: (-objective.of(one.scores), one.id))
+    chosen = list({one.weights: one for one in standing}.values())[: economy.finalists]
+    requests = [
+        Request(decision(one.origin), one.name, np.array(one.weights, np.float32), one.generation)
+        for one in chosen
+    ]
+    return archive.race(requests, economy.slices, range(len(economy.slices.places)))
 
 
 def _save(states: Path, generation: int, state: State) -> None:
