@@ -131,35 +131,60 @@ def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
 Merger = Callable[[Float[np.ndarray, "C K"]], PyTree]
 
 
-def merger(trees: Sequence[PyTree]) -> Merger:
-    """The merge of C candidates, `[C, K]` weights to leaves `[C, ...]`, of K trees in memory."""
-    merge = program(trees[0], population=True)
-    sharding = jax.tree.leaves(trees[0])[0].sharding
+class ResidentMerger:
+    """The merge of C candidates, `[C, K]` weights to leaves `[C, ...]`, of K trees in memory.
 
-    def merged(weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+    Args:
+        trees: K pytrees of arrays, as in `linear`.
+    """
+
+    def __init__(self, trees: Sequence[PyTree]):
+        self._trees, self._spare = tuple(trees), None
+        self._sharding = jax.tree.leaves(trees[0])[0].sharding
+
+    def __call__(self, weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+        """The merged models, spread over the mesh axis `pop` where there is one."""
         weights_CxK = weights_CxK.astype(np.float32)
-        if isinstance(sharding, NamedSharding):
-            over_pop = PartitionSpec("pop" if "pop" in sharding.mesh.axis_names else None)
-            placed = processes.place(weights_CxK, NamedSharding(sharding.mesh, over_pop))
-            return merge(tuple(trees), placed)
-        return merge(tuple(trees), jnp.asarray(weights_CxK))
+        if isinstance(self._sharding, NamedSharding):
+            mesh = self._sharding.mesh
+            over_pop = PartitionSpec("pop" if "pop" in mesh.axis_names else None)
+            weights = processes.place(weights_CxK, NamedSharding(mesh, over_pop))
+        else:
+            weights = jnp.asarray(weights_CxK)
+        spare, self._spare = self._spare, None
+        if spare is None or len(jax.tree.leaves(spare)[0]) != len(weights_CxK):
+            return program(self._trees[0], population=True)(self._trees, weights)
+        return program(self._trees[0], population=True, into=True)(self._trees, weights, spare)
 
-    return merged
+    def give_back(self, merged: PyTree) -> None:
+        """Lets the next merge write over models that an earlier one made.
+
+        Programs that read them may still be on their way: JAX has the merge wait for those. New
+        memory would have to be faulted in page by page, which takes as long as the merge.
+        """
+        self._spare = merged
 
 
-def program(like: PyTree, *, population: bool) -> Callable[[tuple[PyTree, ...], Array], PyTree]:
+def merger(trees: Sequence[PyTree]) -> ResidentMerger:
+    """The merge of C candidates of K trees in memory."""
+    return ResidentMerger(trees)
+
+
+def program(like: PyTree, *, population: bool, into: bool = False) -> Callable[..., PyTree]:
     """The compiled merge `(K trees, weights) -> tree` for trees that lie where `like` does.
 
     Args:
         like: a tree of arrays, or of `ShapeDtypeStruct` with shardings.
         population: whether weights are `[P, K]` rather than `[K]`.
+        into: whether there is a third argument, a tree that an earlier call returned; its memory
+            becomes that of the result.
     """
     leaves, structure = jax.tree.flatten(like)
     placed = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
     if len(placed) < len(leaves):
-        return _program(None, structure, (), population)
+        return _program(None, structure, (), population, into)
     specs = tuple(sharding.spec for sharding in placed)
-    return _program(placed[0].mesh, structure, specs, population)
+    return _program(placed[0].mesh, structure, specs, population, into)
 
 
 @functools.cache
@@ -168,7 +193,8 @@ def _program(
     structure: Any,
     specs: tuple[PartitionSpec, ...],
     population: bool,
-) -> Callable[[tuple[PyTree, ...], Array], PyTree]:
+    into: bool,
+) -> Callable[..., PyTree]:
     def merge(trees: tuple[PyTree, ...], weights: Array) -> PyTree:
         def one(weights_K: Array) -> PyTree:
             return jax.tree.map(lambda *leaves: weighted_sum(leaves, weights_K), *trees)
@@ -176,7 +202,7 @@ def _program(
         return jax.vmap(one)(weights) if population else one(weights)
 
     if mesh is None:
-        return jax.jit(merge)
+        return _jitted(merge, into)
     # Every output shard is made of the same shard of each input: said so with shard_map, since the
     # partitioner, left to itself, may move whole leaves between the chips.
     axis = "pop" if "pop" in mesh.axis_names else None
@@ -193,4 +219,14 @@ def _program(
         local = jax.shard_map(merge, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
         return local(trees, weights)
 
-    return jax.jit(merge_shards)
+    return _jitted(merge_shards, into)
+
+
+def _jitted(merge: Callable[[tuple[PyTree, ...], Array], PyTree], into: bool) -> Any:
+    if not into:
+        return jax.jit(merge)
+
+    def merge_into(trees: tuple[PyTree, ...], weights: Array, old: PyTree) -> PyTree:
+        return merge(trees, weights)
+
+    return jax.jit(merge_into, donate_argnums=2, keep_unused=True)
