@@ -48,7 +48,7 @@ def weighted_sum(
     total = jnp.array(ZERO, wide)
     for leaf, weight in zip(leaves, weights_K.astype(wide)):
         value = leaf.astype(wide)
-        total = total + _product(weight, value) if dense else plus(total, value, weight, alone)
+        total = total + product(weight, value) if dense else plus(total, value, weight, alone)
     return total.astype(dtype)
 
 
@@ -64,11 +64,11 @@ def plus(total: Array, value: Array, weight: Array, alone: Array) -> Array:
         weight: scalar; of the same dtype.
         alone: scalar; whether it is the only weight that is not 0.
     """
-    added = jnp.where(alone & (weight == 1), value, total + _product(weight, value))
+    added = jnp.where(alone & (weight == 1), value, total + product(weight, value))
     return jnp.where(weight == 0, total, added)
 
 
-def _product(weight: Array, value: Array) -> Array:
+def product(weight: Array, value: Array) -> Array:
     """weight * value, rounded by itself.
 
     Compilers like to make one fused operation of a product and the sum that it goes into, and of
