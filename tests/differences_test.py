@@ -1,14 +1,20 @@
 """Pools stored as a base and quantised differences: values, bits, shardings, what a run says."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import pytest
-from linear_test import COLLECTIVE, assert_same_bits, bits, make_trees, make_weights, place
 
-from jaxmerge.checkpoints import pool as pools
+from jaxmerge import config as configs
+from jaxmerge import results
+from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints.pool import load, survey
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.differences import (
     BITS,
     Difference,
@@ -19,7 +25,15 @@ from jaxmerge.merge.differences import (
     stored_bytes,
     stored_sum,
 )
+from jaxmerge.planning.estimate import arithmetic
+from jaxmerge.planning.work import placed
+from jaxmerge.run import run
+from jaxmerge.sharding import make_mesh
 from jaxmerge.trees import named_leaves
+from tests import tiny
+from tests.linear_test import COLLECTIVE, assert_same_bits, bits, make_trees, make_weights, place
+from tests.pool_test import SHARDING_RULES, make_tree
+from tests.run_test import _tiny
 
 each_storage = pytest.mark.parametrize("storage", BITS)
 SHAPE = (3, 4, 256)  # blocks of 64, also where the last axis is cut in four
@@ -67,7 +81,7 @@ def test_equals_the_float64_sum_of_what_is_stored(storage, dtype):
     rng = np.random.default_rng(1)
     base, *rest = (jnp.asarray(rng.normal(size=SHAPE), dtype) for _ in range(3))
     kept = [quantised(leaf, base, storage) for leaf in rest]
-    parts = [np.asarray(dequantised(each), np.float64) for each in kept]
+    parts = [np.asarray(dequantised(e), np.float64) for e in kept if isinstance(e, Difference)]
     for weights_K in np.asarray(make_weights()):
         terms = [weights_K.astype(np.float64).sum() * np.asarray(base, np.float64)]
         terms += [w * part for w, part in zip(weights_K[1:].astype(np.float64), parts)]
@@ -130,4 +144,69 @@ def test_what_is_kept_exact():
         assert quantised(leaf, leaf, "int8") is leaf
         assert stored_bytes(leaf, 3, "int4") == 3 * leaf.nbytes
     assert stored_bytes(jnp.zeros((2, 64)), 3, "exact") == 3 * 2 * 64 * 4
-    assert pools.STORAGES == ("exact", *BITS)
+
+
+@each_storage
+def test_a_loaded_pool(tmp_path, storage):
+    """Holds what is planned and no checkpoint; records and single merges are of the exact ones."""
+    for k in range(3):
+        gate = np.random.default_rng(k).normal(size=(8, 256))
+        orbax.save(tmp_path / str(k), make_tree(k, gate=jnp.asarray(gate, jnp.bfloat16)))
+    sources, mesh = survey([f"{tmp_path}/*"]), make_mesh(pop=2, fsdp=2, tensor=2)
+    exact = load(sources, mesh, SHARDING_RULES)
+    pool = load(sources, mesh, SHARDING_RULES, storage=storage)
+    assert pool.records == exact.records
+    assert isinstance(pool.merge, QuantisedMerger)
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(pool.trees))
+    device = mesh.devices.flat[0]
+    held = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(pool.merge.stored)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+    # The base stands in for what is kept exact of the others: integers and leaves without blocks.
+    tree = placed(sources[0].abstract, SHARDING_RULES, mesh)
+    assert held == arithmetic(tree, 3, 2, mesh, storage=storage).pool
+    assert held < arithmetic(tree, 3, 2, mesh).pool
+
+    weights_K = np.array([0.25, -0.5, 1.25], np.float32)
+    merged, expected = pool.merged(weights_K), exact.merged(weights_K)
+    for name in named_leaves(exact.trees[0]):
+        assert_same_bits(jax.device_get(merged(name)), jax.device_get(expected(name)))
+    found = pool.merge(np.stack([weights_K] * 2))
+    off = np.asarray(found["gate"][0], np.float64) - np.asarray(expected("gate"), np.float64)
+    norm = np.linalg.norm(off) / np.linalg.norm(np.asarray(expected("gate"), np.float64))
+    error = pool.stored_error(weights_K)
+    assert error is not None
+    assert (error["kind"], error["leaf"]) == (storage, "gate")
+    np.testing.assert_allclose(error["worst"], norm, rtol=1e-5)  # sums of squares in float32
+    assert 0 < error["mean"] < error["worst"]
+    assert exact.stored_error(weights_K) is None
+
+
+def test_a_run(tmp_path):
+    """Scores merges of what is stored, exports the exact one, and says how far they are apart."""
+    config = _tiny(configs.default(), tiny.pool(tmp_path / "models"))
+    config.pool.storage = "int8"
+    found = run(config, str(tmp_path / "run"))
+    schema = json.loads((Path(results.__file__).parent / "results.schema.json").read_text())
+    jsonschema.validate(found, schema)
+    assert found["storage"]["kind"] == "int8"
+    # Differences of leaves of random models are of the size of the leaves; so are half steps.
+    assert 0 < found["storage"]["worst"] < 0.05
+    assert "int8" in (tmp_path / "run" / "report.html").read_text()
+    sources = survey([f"{tmp_path}/models/*"])
+    exact = load(sources, make_mesh(), ()).merged(list(found["best"]["weights"].values()))
+    written = load(survey([f"{tmp_path}/run/merged/orbax", sources[0].path]), make_mesh(), ())
+    for name, leaf in named_leaves(written.trees[0]).items():
+        assert np.asarray(leaf).tobytes() == np.asarray(exact(name)).tobytes()
+
+
+def test_elsewhere_than_on_the_devices_is_refused():
+    """Before anything is loaded."""
+    config = configs.default()
+    config.pool.checkpoints, config.objective.tasks = ("a", "b"), ("sorting",)
+    config.pool.storage, config.pool.residency = "int4", "disk"
+    with pytest.raises(JaxmergeError, match="merged on the devices"):
+        configs.check(config)

@@ -35,8 +35,8 @@ class Difference(NamedTuple):
         scales: of the blocks, float32.
     """
 
-    values: Array
-    scales: Array
+    values: Any
+    scales: Any
 
 
 Stored = Array | Difference
@@ -140,7 +140,7 @@ class QuantisedMerger:
     ):
         self._like, self._base = base, named_leaves(base)
         self._others, self.leaf = tuple(map(dict, others)), leaf
-        self.program = _program(self._base, self._others)
+        self.program = program(self._base, self._others)
 
     @property
     def stored(self) -> tuple[dict[str, Array], tuple[dict[str, Stored], ...]]:
@@ -176,7 +176,37 @@ def _distance(merged_C: Array, exact: Array) -> Array:
     return jnp.where(error == 0, 0, error / norm)
 
 
-def _program(base: dict[str, Array], others: Sequence[Mapping[str, Stored]]) -> Any:
+def abstract(like: PyTree, checkpoints: int, storage: str) -> tuple[dict[str, Any], Any]:
+    """The arguments of `program` as `ShapeDtypeStruct`, for a pool that lies where `like` does."""
+
+    def kept(leaf: Any) -> Any:
+        block = block_size(leaf)
+        if not block:
+            return leaf
+        *rest, last = leaf.shape
+        per_byte = 8 // BITS[storage]
+        values, scales = (
+            jax.ShapeDtypeStruct((*rest, size), dtype, sharding=leaf.sharding)
+            for size, dtype in (
+                (last // per_byte, jnp.int8 if per_byte == 1 else jnp.uint8),
+                (last // block, jnp.float32),
+            )
+        )
+        return Difference(values, scales)
+
+    base = named_leaves(like)
+    other = {name: kept(leaf) for name, leaf in base.items()}
+    return base, (other,) * (checkpoints - 1)
+
+
+def program(base: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Any:
+    """The compiled merge `(base, others, weights_CxK) -> leaves [C, ...] by name`.
+
+    Args:
+        base: leaves of the first checkpoint, or what they are like, by name.
+        others: what is kept of those of the others.
+    """
+
     def merge(base: Any, others: Any, weights_CxK: Array) -> dict[str, Array]:
         def one(weights_K: Array) -> dict[str, Array]:
             return {
