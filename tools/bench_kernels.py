@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxmerge.merge.linear import merger
 from jaxmerge.streaming.block import Kind, pages, program
 
 _CORES = len(os.sched_getaffinity(0))
@@ -99,6 +100,34 @@ class Kernels:
     def _all_blocks(self, one: Callable[[int], None]) -> float:
         with ThreadPoolExecutor(_CORES) as threads:
             return seconds(lambda: list(threads.map(one, range(len(self._rows)))))
+
+
+class Population:
+    """The merge of candidates of a pool in memory, as an evaluation makes it step after step.
+
+    Args:
+        checkpoints: K.
+    """
+
+    def __init__(self, checkpoints: int):
+        rng, shape = np.random.default_rng(0), (_KERNEL_VALUES // 2**12, 2**10)
+        self._merge = merger(
+            [
+                {"x": jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)}
+                for _ in range(checkpoints)
+            ]
+        )
+        self._weights = rng.random((16, checkpoints), np.float32)
+
+    def __call__(self, candidates: int) -> float:
+        """Seconds of a step that writes over the models of the last one."""
+        weights = self._weights[:candidates]
+
+        def step() -> None:
+            self._merge.give_back(jax.block_until_ready(self._merge(weights)))
+
+        step()
+        return seconds(step)
 
 
 def _compiled(directory: Path) -> ctypes.CDLL | None:

@@ -12,6 +12,7 @@ environment with mergekit beside them. What is measured, from a warm page cache:
   output through plain writes and fsync.
 - `kernel`: the merge of eight checkpoints in memory, block after block by all cores, and the same
   by a loop in C, where there is a gcc. `kernel P=16`: sixteen merges at a time.
+- `population`: what a search's step does with a pool in memory, by one thread.
 
 Peak memory is the kernel's high-water mark of the command's process, also with twice as many
 checkpoints: the second half are links to the first. Takes 0.6 GB of disk for each checkpoint of
@@ -40,8 +41,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-
-from bench_kernels import Kernels, seconds
+from bench_kernels import Kernels, Population, seconds
 
 from jaxmerge import config as configs
 from jaxmerge import merging
@@ -278,12 +278,15 @@ def main() -> None:
     }
     merging.set_up_host(jaxmerge_config(models))
     kernels = Kernels(directory, args.checkpoints)
+    population = Population(args.checkpoints)
     timed: dict[str, Callable[[], float]] = {
         "limit": lambda: limit(models, directory),
         "jaxmerge": lambda: run_jaxmerge(models, directory),
         "jaxmerge work": lambda: work(models, directory),
         "kernel": lambda: kernels.xla(1),
         "kernel P=16": lambda: kernels.xla(16),
+        "population P=1": lambda: population(1),
+        "population P=16": lambda: population(16),
     }
     if kernels.library:
         timed["kernel in C"] = kernels.c
@@ -322,6 +325,7 @@ def report(
         "jaxmerge work / limit": ("jaxmerge work", "limit"),
         "C / kernel": ("kernel in C", "kernel"),
         "kernel P=16 / P=1": ("kernel P=16", "kernel"),
+        "population P=16 / P=1": ("population P=16", "population P=1"),
     }
     for name, (one, other) in ratios.items():
         if one in found and other in found:
