@@ -188,7 +188,8 @@ def test_a_loaded_pool(tmp_path, storage):
 def test_a_run(tmp_path):
     """Scores merges of what is stored, exports the exact one, and says how far they are apart."""
     config = _tiny(configs.default(), tiny.pool(tmp_path / "models"))
-    config.pool.storage = "int8"
+    config.pool.storage, config.search.budget, config.baselines, config.heldout = "int8", 4, (), ()
+    config.objective.test_examples = 4
     found = run(config, str(tmp_path / "run"))
     schema = json.loads((Path(results.__file__).parent / "results.schema.json").read_text())
     jsonschema.validate(found, schema)

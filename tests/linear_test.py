@@ -322,8 +322,9 @@ def test_models_given_back_are_written_over(sizes, compilations):
     """The next merge has their memory, none is left of them, and the values are its own."""
     trees = place(make_trees("bfloat16"), **sizes) if sizes else make_trees("bfloat16")
     merge, weights = linear.merger(trees), np.asarray(make_weights())
-    expected = jax.device_get(merge(weights[::-1]))
     first = merge(weights)
+    expected = jax.device_get(merge(weights[::-1]))
+    before = compilations()
     places = [_addresses(leaf) for leaf in jax.tree.leaves(first)]
     merge.give_back(first)
     second = merge(weights[::-1])
@@ -331,7 +332,6 @@ def test_models_given_back_are_written_over(sizes, compilations):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
     assert_same_bits(jax.device_get(second), expected)
     merge.give_back(second)
-    before = compilations()
     third = merge(weights)
     assert compilations() == before
     merge.give_back(third)

@@ -139,7 +139,7 @@ class ResidentMerger:
     """
 
     def __init__(self, trees: Sequence[PyTree]):
-        self._trees, self._spare = tuple(trees), None
+        self._trees, self._spare, self._started = tuple(trees), None, False
         self._sharding = jax.tree.leaves(trees[0])[0].sharding
 
     def __call__(self, weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
@@ -152,6 +152,9 @@ class ResidentMerger:
         else:
             weights = jnp.asarray(weights_CxK)
         spare, self._spare = self._spare, None
+        if not self._started:
+            # Something to write over too: nothing is to be compiled after the first merge.
+            spare, self._started = _zeros(self._trees[0], len(weights_CxK)), True
         if spare is None or len(jax.tree.leaves(spare)[0]) != len(weights_CxK):
             return program(self._trees[0], population=True)(self._trees, weights)
         return program(self._trees[0], population=True, into=True)(self._trees, weights, spare)
@@ -163,6 +166,21 @@ class ResidentMerger:
         memory would have to be faulted in page by page, which takes as long as the merge.
         """
         self._spare = merged
+
+
+def _zeros(like: PyTree, count: int) -> PyTree:
+    """A leading axis of `count` on leaves that lie where those of `like` do."""
+
+    def lifted(sharding: Any) -> Any:
+        if not isinstance(sharding, NamedSharding):
+            return sharding
+        axis = "pop" if "pop" in sharding.mesh.axis_names else None
+        return NamedSharding(sharding.mesh, PartitionSpec(axis, *sharding.spec))
+
+    def make() -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), like)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: lifted(leaf.sharding), like))()
 
 
 def merger(trees: Sequence[PyTree]) -> ResidentMerger:
