@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from jaxmerge import export, space, tensorboard
-from jaxmerge.checkpoints.pool import RESIDENCIES
+from jaxmerge.checkpoints.pool import RESIDENCIES, STORAGES
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.objective import Objective, define
 from jaxmerge.search.baselines import BASELINES
@@ -54,6 +54,10 @@ def default() -> Config:
     # evaluate.candidates_per_step says how often; "auto", the first of them that fits. The scores
     # are the same.
     config.pool.residency = "device"
+    # How it is held on the device: "exact"; or "int8" or "int4": the first checkpoint exact, of the
+    # others the differences from it in so many bits. Scores are then of merges of what is held,
+    # and what is exported is merged from the exact checkpoints on disk.
+    config.pool.storage = "exact"
     config.pool.dtype = ""  # cast on load, such as "bfloat16"; "": as stored
 
     config.mesh = ml_collections.ConfigDict()
@@ -226,6 +230,7 @@ def check_tasks(config: Config) -> None:
             )
     for section, name, choices in (
         ("pool", "residency", ("auto", *RESIDENCIES)),
+        ("pool", "storage", STORAGES),
         ("evaluate", "too_long", ("refuse", "truncate")),
     ):
         if config[section][name] not in choices:
@@ -235,6 +240,13 @@ def check_tasks(config: Config) -> None:
                 expected=", ".join(choices),
                 found=str(config[section][name]),
             )
+    if config.pool.storage != "exact" and config.pool.residency != "device":
+        raise JaxmergeError(
+            "differences in a few bits are merged on the devices",
+            where="pool.storage",
+            expected='"exact", or pool.residency = "device"',
+            found=f"{config.pool.storage} with pool.residency = {config.pool.residency}",
+        )
     for section, name, least in (
         ("evaluate", "batch_size", 1),
         ("evaluate", "batch_tokens", 1),

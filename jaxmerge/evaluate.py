@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from jaxmerge import processes
 from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.merge.linear import Merger
+from jaxmerge.merge.linear import Merger, ResidentMerger
 from jaxmerge.models.model import Model
 from jaxmerge.requests import Response
 from jaxmerge.respond import Outputs, Prepared, Responder
@@ -129,7 +129,10 @@ class Evaluator:
         # The last step is filled up with a candidate it has: every step has the same shape.
         filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - count, axis=0)
         merged = self._merge(np.concatenate([weights_CxK, filling]))
-        return count, [self._responder.launch(asked.prepared, merged) for asked in self._tasks]
+        outputs = [self._responder.launch(asked.prepared, merged) for asked in self._tasks]
+        if isinstance(self._merge, ResidentMerger):
+            self._merge.give_back(merged)
+        return count, outputs
 
     def _collect(self, count: int, outputs: list[Outputs]) -> Step:
         scores, written_C = {}, np.zeros(count, np.int64)

@@ -200,6 +200,7 @@ def job_of(config: Config) -> Job:
         evaluations(config, checkpoints),
         population,
         config.evaluate.vmap_candidates,
+        config.pool.storage,
     )
 
 

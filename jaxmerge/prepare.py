@@ -149,6 +149,7 @@ def _load(config: Config, sources: Sequence[Source], mesh: Mesh, model: Model) -
         checkpoints=len(sources),
         candidates=config.evaluate.candidates_per_step or mesh.shape["pop"],
         asked=config.pool.residency,
+        storage=config.pool.storage,
     )
     # The memory that is left differs between hosts.
     residency = processes.from_first(residency.encode).decode()
@@ -158,6 +159,7 @@ def _load(config: Config, sources: Sequence[Source], mesh: Mesh, model: Model) -
         model.sharding_rules,
         dtype=config.pool.dtype,
         residency=residency,
+        storage=config.pool.storage,
     )
 
 

@@ -43,7 +43,6 @@ from jaxmerge import (
     processes,
     report,
     results,
-    scoring,
     searches,
     watch,
 )
@@ -53,7 +52,6 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export
 from jaxmerge.held import Held
 from jaxmerge.merging import merge, set_up_host
-from jaxmerge.scoring import evaluate
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found, Setting
@@ -125,6 +123,9 @@ def run(
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
         findings["residency"] = pool.traffic(since=read_before)
+        error = pool.stored_error(np.array(list(findings["best"]["weights"].values()), np.float32))
+        if error:
+            findings["storage"] = error
         directory.write_json("results.json", findings)
         if processes.first():
             report.write(directory.path)
@@ -173,7 +174,9 @@ def main(_: Sequence[str]) -> None:
         return
     processes.connect(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
     if flags.FLAGS.mode == "evaluate":
-        table = scoring.table(evaluate(config, workdir, command))
+        from jaxmerge import scoring  # late, as in `run`
+
+        table = scoring.table(scoring.evaluate(config, workdir, command))
     else:
         table = results.table(run(config, workdir, command))
         table += f"\n\nReport: {Path(workdir) / 'report.html'}"

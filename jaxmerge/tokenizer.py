@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import jinja2
-
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.requests import Prompt
 
@@ -180,6 +178,8 @@ class Pretrained:
             JaxmergeError: there is no chat template, or it refuses the messages.
         """
         self._is_chat(Prompt("", form="chat"))
+        import jinja2  # late: a merge of files starts sooner without it
+
         without = [message for message in messages if message["role"] != "system"]
         for kept in (messages, without):
             try:

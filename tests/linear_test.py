@@ -315,3 +315,29 @@ def test_wrong_number_of_weights_is_refused(method, shape):
     with pytest.raises(JaxmergeError, match="one weight per checkpoint") as caught:
         method.merge(make_trees(), jnp.ones(shape))
     assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pop": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_models_given_back_are_written_over(sizes, compilations):
+    """The next merge has their memory, none is left of them, and the values are its own."""
+    trees = place(make_trees("bfloat16"), **sizes) if sizes else make_trees("bfloat16")
+    merge, weights = linear.merger(trees), np.asarray(make_weights())
+    first = merge(weights)
+    expected = jax.device_get(merge(weights[::-1]))
+    before = compilations()
+    places = [_addresses(leaf) for leaf in jax.tree.leaves(first)]
+    merge.give_back(first)
+    second = merge(weights[::-1])
+    assert [_addresses(leaf) for leaf in jax.tree.leaves(second)] == places
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+    assert_same_bits(jax.device_get(second), expected)
+    merge.give_back(second)
+    third = merge(weights)
+    assert compilations() == before
+    merge.give_back(third)
+    assert len(jax.tree.leaves(merge(weights[:2]))[0]) == 2  # of another size: memory of its own
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(third))
+
+
+def _addresses(leaf: jax.Array) -> list[int]:
+    return [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]

@@ -7,11 +7,16 @@ environment with mergekit beside them. What is measured, from a warm page cache:
 
 - `jaxmerge`: the command, start-up included; `jaxmerge work`: the merge in a process that has
   started and compiled.
-- `mergekit`: its command; `mergekit start`: the same command on models of a single small layer.
+- `mergekit`: its command; `mergekit work`: the merge in a process that has made a small one before.
 - `limit`: the inputs through plain reads, by as many threads as there are cores, and then the
   output through plain writes and fsync.
 - `kernel`: the merge of eight checkpoints in memory, block after block by all cores, and the same
   by a loop in C, where there is a gcc. `kernel P=16`: sixteen merges at a time.
+- `population`: what a search's step does with a pool in memory, by one thread.
+
+Peak memory is the kernel's high-water mark of the command's process, also with twice as many
+checkpoints: the second half are links to the first. Takes 0.6 GB of disk for each checkpoint of
+254M parameters, 1.4 GB for mergekit, and 0.6 GB for what is written and removed again.
 
 Prints medians, and ratios between what was measured in the same run.
 """
@@ -19,12 +24,11 @@ Prints medians, and ratios between what was measured in the same run.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import json
 import os
 import platform
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -35,40 +39,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from bench_kernels import Kernels, Population, seconds
 
 from jaxmerge import config as configs
 from jaxmerge import merging
 from jaxmerge.checkpoints.safetensors import make_header
-from jaxmerge.streaming.block import Kind, pages, program
 
-_MERGEKIT = "0.1.5"
-_CORES = len(os.sched_getaffinity(0))
-_KERNEL_VALUES = 2**24  # of each checkpoint: more than any cache holds
-_BLOCK = 2**18
-_C = """
-#include <stdint.h>
-#include <immintrin.h>
-/* out = sum_k w_k x_k in float32, one product and one sum after the other, rounded to even */
-void merge(const uint16_t **x, const float *w, int count, uint16_t *out, long begin, long end) {
-  for (long i = begin; i < end; i += 16) {
-    __m512 total = _mm512_set1_ps(-0.0f);
-    for (int k = 0; k < count; k++) {
-      __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x[k] + i)));
-      __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-      __m512 product = _mm512_mul_ps(_mm512_set1_ps(w[k]), value);
-      total = _mm512_add_round_ps(total, product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    }
-    __m512i bits = _mm512_castps_si512(total);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    _mm256_storeu_si256((__m256i *)(out + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-  }
-}
+_MERGEKIT, _TORCH = "0.1.5", "2.13.0"
+# In mergekit's environment: merges by the recipes that are named, one after the other, and prints
+# how long each took.
+_PEER = """
+import json, shutil, sys, time
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for recipe in sys.argv[1:]:
+    with open(recipe) as stream:
+        config = MergeConfiguration.model_validate(json.load(stream))
+    start = time.perf_counter()
+    run_merge(config, recipe + "-out", options=MergeOptions(copy_tokenizer=False, quiet=True))
+    print(time.perf_counter() - start)
+    shutil.rmtree(recipe + "-out")
 """
+_CORES = len(os.sched_getaffinity(0))
 
 
 class Size(NamedTuple):
@@ -133,30 +128,43 @@ def _config(size: Size) -> dict[str, object]:
     }
 
 
-def mergekit_command(directory: Path) -> Path:
-    """mergekit's command, in an environment of its own that is made when it is missing."""
-    command = directory / "mergekit" / "bin" / "mergekit-yaml"
-    if not command.exists():
+def install_mergekit(directory: Path) -> Path:
+    """Where the commands of mergekit's own environment are; it is made when it is missing."""
+    commands = directory / "mergekit" / "bin"
+    if not (commands / "mergekit-yaml").exists():
         subprocess.run([sys.executable, "-m", "venv", directory / "mergekit"], check=True)
-        pip = [directory / "mergekit" / "bin" / "pip", "install", "--quiet"]
-        subprocess.run([*pip, f"mergekit=={_MERGEKIT}"], check=True)
-    return command
+        for wanted in (f"torch=={_TORCH}", f"mergekit=={_MERGEKIT}"):
+            subprocess.run([commands / "pip", "install", "--quiet", wanted], check=True)
+    return commands
 
 
-def run_mergekit(command: Path, models: list[Path], directory: Path) -> float:
-    """Seconds of mergekit's linear merge, as a command."""
-    recipe = {
-        "merge_method": "linear",
-        "dtype": "bfloat16",
-        "models": [
-            {"model": str(path), "parameters": {"weight": 1 / len(models)}} for path in models
-        ],
-    }
-    file, out = directory / "recipe.yaml", directory / "mergekit-out"
+def write_recipe(models: list[Path], file: Path) -> Path:
+    """mergekit's uniform merge."""
+    weight = {"weight": 1 / len(models)}
+    members = [{"model": str(path), "parameters": weight} for path in models]
+    recipe = {"merge_method": "linear", "dtype": "bfloat16", "models": members}
     file.write_text(json.dumps(recipe))  # JSON is YAML
-    shutil.rmtree(out, ignore_errors=True)
-    arguments = [command, file, out, "--no-copy-tokenizer", "--quiet"]
-    return seconds(lambda: subprocess.run(arguments, check=True, capture_output=True))
+    return file
+
+
+def run_mergekit(commands: Path, models: list[Path], directory: Path) -> float:
+    """Seconds of mergekit's linear merge, as a command."""
+    file, out = write_recipe(models, directory / "recipe.yaml"), directory / "mergekit-out"
+    arguments = [commands / "mergekit-yaml", file, out, "--no-copy-tokenizer", "--quiet"]
+    took = seconds(lambda: subprocess.run(arguments, check=True, capture_output=True))
+    shutil.rmtree(out)
+    return took
+
+
+def mergekit_work(commands: Path, models: list[Path], small: list[Path], directory: Path) -> float:
+    """Seconds of the merge alone, in a process of mergekit's that has merged small models."""
+    recipes = [
+        write_recipe(small, directory / "small.yaml"),
+        write_recipe(models, directory / "recipe.yaml"),
+    ]
+    arguments = [commands / "python", "-c", _PEER, *recipes]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
 
 
 def jaxmerge_config(models: list[Path]) -> configs.Config:
@@ -168,24 +176,60 @@ def jaxmerge_config(models: list[Path]) -> configs.Config:
     return config
 
 
-def run_jaxmerge(models: list[Path], directory: Path) -> float:
-    """Seconds of the same merge with jaxmerge's command."""
-    out = directory / "jaxmerge-out"
-    shutil.rmtree(out, ignore_errors=True)
+def jaxmerge_command(models: list[Path], out: Path) -> list[str]:
+    """The command of the same merge with jaxmerge."""
     config = jaxmerge_config(models)
-    arguments = [sys.executable, "-m", "jaxmerge.run", "--mode=merge", f"--workdir={out}"]
-    arguments += [f"--config={Path(__file__).parents[1] / 'configs' / 'default.py'}"]
-    arguments += [f"--config.pool.checkpoints={config.pool.checkpoints}"]
-    arguments += [f"--config.merge.weights={config.merge.weights}"]
-    arguments += ["--config.export.formats=('huggingface',)"]
-    return seconds(lambda: subprocess.run(arguments, check=True, capture_output=True))
+    return [
+        *(sys.executable, "-m", "jaxmerge.run", "--mode=merge", f"--workdir={out}"),
+        f"--config={Path(__file__).parents[1] / 'configs' / 'default.py'}",
+        f"--config.pool.checkpoints={config.pool.checkpoints}",
+        f"--config.merge.weights={config.merge.weights}",
+        "--config.export.formats=('huggingface',)",
+    ]
+
+
+def run_jaxmerge(models: list[Path], directory: Path) -> float:
+    """Seconds of jaxmerge's command."""
+    out = directory / "jaxmerge-out"
+    arguments = jaxmerge_command(models, out)
+    took = seconds(lambda: subprocess.run(arguments, check=True, capture_output=True))
+    shutil.rmtree(out)
+    return took
+
+
+def peak_memory(models: list[Path], directory: Path) -> int:
+    """Bytes resident at the peak of the command's process, mapped files included."""
+    out, peak = directory / "jaxmerge-out", 0
+    # Its own high-water mark: ru_maxrss of a child begins with that of the process it came from.
+    with subprocess.Popen(jaxmerge_command(models, out), stdout=subprocess.DEVNULL) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+            peak = max(peak, int(found[1]) * 1024 if found else 0)
+            time.sleep(0.005)
+    if process.returncode:
+        raise SystemExit(f"the merge of {len(models)} checkpoints failed")
+    shutil.rmtree(out)
+    return peak
+
+
+def linked_twice(models: list[Path], directory: Path) -> list[Path]:
+    """Twice as many checkpoints, the others links to these."""
+    links = [directory / "links" / path.name for path in models]
+    for path, link in zip(models, links):
+        link.mkdir(parents=True, exist_ok=True)
+        for file in path.iterdir():
+            if not (link / file.name).exists():
+                os.link(file, link / file.name)
+    return models + links
 
 
 def work(models: list[Path], directory: Path) -> float:
     """Seconds of the merge alone, in this process."""
     out = directory / "work-out"
-    shutil.rmtree(out, ignore_errors=True)
-    return seconds(lambda: merging.merge(jaxmerge_config(models), str(out)))
+    took = seconds(lambda: merging.merge(jaxmerge_config(models), str(out)))
+    shutil.rmtree(out)
+    return took
 
 
 def limit(models: list[Path], directory: Path) -> float:
@@ -213,87 +257,6 @@ def limit(models: list[Path], directory: Path) -> float:
     return took
 
 
-class Kernels:
-    """The merge of arrays in memory: by XLA in blocks, and by a loop in C.
-
-    Args:
-        directory: where the C code is compiled.
-        checkpoints: how many arrays.
-    """
-
-    def __init__(self, directory: Path, checkpoints: int):
-        rng, dtype = np.random.default_rng(0), np.dtype(ml_dtypes.bfloat16)
-        shape = (_KERNEL_VALUES // _BLOCK, checkpoints, _BLOCK)
-        self._rows = pages(2 * int(np.prod(shape))).view(dtype).reshape(shape)
-        for block in self._rows:
-            block[:] = rng.standard_normal(block.shape, np.float32).astype(dtype)
-        self._weights = rng.random((16, checkpoints), np.float32)
-        self._out = np.zeros((16, shape[0], _BLOCK), dtype)
-        kind = Kind((dtype,) * checkpoints, dtype, dtype)
-        self._program = program(
-            kind, tuple(("bfloat16", k) for k in range(checkpoints)), dense=True
-        )
-        self.library = _compiled(directory)
-
-    def xla(self, merges: int) -> float:
-        """Seconds of so many merges at a time, results copied out as the writer does."""
-        weights = jnp.asarray(self._weights[:merges])
-
-        def one(number: int) -> None:
-            found = self._program({"bfloat16": jax.device_put(self._rows[number])}, weights)
-            self._out[:merges, number] = np.asarray(found)
-
-        return self._all_blocks(one)
-
-    def c(self) -> float:
-        """Seconds of the loop in C, where there is one."""
-        library = self.library
-        assert library
-        weights = self._weights[0].ctypes.data_as(ctypes.c_void_p)
-        K = self._rows.shape[1]
-
-        def one(number: int) -> None:
-            rows = (ctypes.c_void_p * K)(*(row.ctypes.data for row in self._rows[number]))
-            out = self._out[1, number].ctypes.data_as(ctypes.c_void_p)
-            library.merge(rows, weights, K, out, ctypes.c_long(0), ctypes.c_long(_BLOCK))
-
-        return self._all_blocks(one)
-
-    def agree(self) -> bool:
-        """Whether both give the same bits."""
-        self.c()
-        expected = self._out[1].tobytes()
-        self.xla(1)
-        return self._out[0].tobytes() == expected
-
-    def _all_blocks(self, one: Callable[[int], None]) -> float:
-        with ThreadPoolExecutor(_CORES) as threads:
-            return seconds(lambda: list(threads.map(one, range(len(self._rows)))))
-
-
-def _compiled(directory: Path) -> ctypes.CDLL | None:
-    if not shutil.which("gcc") or "avx512bw" not in Path("/proc/cpuinfo").read_text():
-        return None
-    source, library = directory / "merge.c", directory / "merge.so"
-    source.write_text(_C)
-    options = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
-    subprocess.run(["gcc", *options, source, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def peak_memory(models: list[Path], directory: Path) -> int:
-    """Bytes resident at the peak of a merge's process, mapped files included."""
-    run_jaxmerge(models, directory)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Measures, prints a table, and writes what was measured as JSON."""
     parser = argparse.ArgumentParser(
@@ -309,35 +272,45 @@ def main() -> None:
     directory = args.directory.absolute()
     models = make_models(directory, args.checkpoints, Size(args.layers))
     small = make_models(directory, args.checkpoints, _SMALL)
-    peak = peak_memory(models, directory)  # before any other child, of which the largest counts
+    peaks = {
+        str(len(each)): peak_memory(each, directory)
+        for each in (models, linked_twice(models, directory))
+    }
     merging.set_up_host(jaxmerge_config(models))
     kernels = Kernels(directory, args.checkpoints)
+    population = Population(args.checkpoints)
     timed: dict[str, Callable[[], float]] = {
         "limit": lambda: limit(models, directory),
         "jaxmerge": lambda: run_jaxmerge(models, directory),
         "jaxmerge work": lambda: work(models, directory),
         "kernel": lambda: kernels.xla(1),
         "kernel P=16": lambda: kernels.xla(16),
+        "population P=1": lambda: population(1),
+        "population P=16": lambda: population(16),
     }
     if kernels.library:
         timed["kernel in C"] = kernels.c
     if not args.no_mergekit:
-        command = mergekit_command(directory)
-        timed["mergekit"] = lambda: run_mergekit(command, models, directory)
-        timed["mergekit start"] = lambda: run_mergekit(command, small, directory)
+        commands = install_mergekit(directory)
+        timed["mergekit"] = lambda: run_mergekit(commands, models, directory)
+        timed["mergekit work"] = lambda: mergekit_work(commands, models, small, directory)
     for warm in timed.values():
         warm()
     rounds = [{name: run() for name, run in timed.items()} for _ in range(args.rounds)]
     found = {name: statistics.median(taken[name] for taken in rounds) for name in timed}
     same = kernels.agree() if kernels.library else None
-    report(found, models, peak, same, args.rounds)
+    report(found, models, peaks, same, args.rounds)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": _CORES}
-    record = {"argv": sys.argv, "machine": machine, "peak": peak, "same bits": same}
+    record = {"argv": sys.argv, "machine": machine, "peak": peaks, "same bits": same}
     args.out.write_text(json.dumps({**record, "rounds": rounds, "medians": found}, indent=2) + "\n")
 
 
 def report(
-    found: dict[str, float], models: list[Path], peak: int, same: bool | None, rounds: int
+    found: dict[str, float],
+    models: list[Path],
+    peaks: dict[str, int],
+    same: bool | None,
+    rounds: int,
 ) -> None:
     """Prints medians and ratios."""
     size = sum((path / "model.safetensors").stat().st_size for path in models)
@@ -348,19 +321,18 @@ def report(
         print(f"{name:16}{took:8.3f} s")
     ratios = {
         "mergekit / jaxmerge": ("mergekit", "jaxmerge"),
+        "mergekit work / jaxmerge work": ("mergekit work", "jaxmerge work"),
         "jaxmerge work / limit": ("jaxmerge work", "limit"),
         "C / kernel": ("kernel in C", "kernel"),
         "kernel P=16 / P=1": ("kernel P=16", "kernel"),
+        "population P=16 / P=1": ("population P=16", "population P=1"),
     }
     for name, (one, other) in ratios.items():
         if one in found and other in found:
             print(f"{name:32}{found[one] / found[other]:8.2f}")
-    if "mergekit" in found:
-        theirs = found["mergekit"] - found["mergekit start"]
-        print(f"{'mergekit work / jaxmerge work':32}{theirs / found['jaxmerge work']:8.2f}")
-    print(
-        f"peak memory of the command {peak / 1e6:.0f} MB; kernel and C have the same bits: {same}"
-    )
+    for count, peak in peaks.items():
+        print(f"peak memory of the command, {count} checkpoints {peak / 1e6:.0f} MB")
+    print(f"kernel and C have the same bits: {same}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge import linear
+from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
 from jaxmerge.trees import PyTree, byte_count, differences, map_named, named_leaves, parameter_count
@@ -57,6 +58,7 @@ class Pool(NamedTuple):
         architecture: of all of them.
         merge: gives the merges of C candidates on the devices, from weights `[C, K]`.
         residency: where they live; see `load`.
+        storage: how; see `load`.
     """
 
     names: tuple[str, ...]
@@ -65,6 +67,7 @@ class Pool(NamedTuple):
     architecture: Mapping[str, Any]
     merge: Merger
     residency: str
+    storage: str = "exact"
 
     def traffic(self, since: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Where the pool lives, and what merging it has read, for results.json.
@@ -81,12 +84,29 @@ class Pool(NamedTuple):
             "seconds": round(seconds - before["seconds"], 3),
         }
 
+    def stored_error(self, weights_K: Float[np.ndarray, " K"]) -> dict[str, Any] | None:
+        """How far a merge of what is stored is from that of the exact checkpoints.
+
+        Returns:
+            The relative Frobenius norm of the difference, of the worst leaf and in the mean over
+            leaves; None where the storage is exact.
+        """
+        if not isinstance(self.merge, QuantisedMerger):
+            return None
+        errors = self.merge.errors(weights_K)
+        worst = max(errors, key=lambda name: errors[name])
+        mean = sum(errors.values()) / len(errors)
+        return {"kind": self.storage, "worst": errors[worst], "leaf": worst, "mean": mean}
+
     def merged(
         self, weights_K: Float[np.ndarray, " K"] | Sequence[float]
     ) -> Callable[[str], jax.Array]:
-        """One merge, by the names of its leaves; made when they are first asked for."""
+        """One merge, by the names of its leaves; made when they are first asked for.
+
+        It is of the exact checkpoints, however they are stored.
+        """
         weights_K = np.asarray(weights_K, np.float32)
-        if isinstance(self.merge, LeafwiseMerger):
+        if isinstance(self.merge, LeafwiseMerger | QuantisedMerger):
             return functools.partial(self.merge.leaf, weights_K=weights_K)
         leaves = functools.cache(lambda: named_leaves(linear.linear(self.trees, weights_K)))
         return lambda name: leaves()[name]
@@ -166,6 +186,7 @@ def load(
     *,
     dtype: str = "",
     residency: str = "device",
+    storage: str = "exact",
     on_loaded: Callable[[Record], None] = lambda record: None,
 ) -> Pool:
     """Restores the checkpoints one after the other, each straight into its shards, and checks them.
@@ -179,6 +200,8 @@ def load(
         dtype: cast floating-point leaves to this; "" keeps each as stored.
         residency: where the pool lives from then on: on the `device`; in the `host`'s memory,
             pinned; or on `disk`, from where each merge takes a leaf of a checkpoint at a time.
+        storage: `exact`; or `int8` or `int4`: of all but the first checkpoint the differences from
+            it in so many bits, see `merge.differences`. The pool must live on the device.
         on_loaded: called after each checkpoint.
 
     Raises:
@@ -187,22 +210,35 @@ def load(
     """
     where = sharding.shardings(sources[0].abstract, rules, mesh)
     keep = _KEEP[residency]
-    trees, records = [], []
+    trees, records, base = [], [], {}
     first_digests: dict[str, LeafDigest] = {}
     for source in sources:
+        if trees and storage != "exact":
+            keep = functools.partial(_keep_difference, base, storage)
         tree, found = _restore(source, where, dtype, keep)
+        base = base or named_leaves(tree)
         first_digests = first_digests or found
         check_values(source, source.abstract, found, first_digests)
         records.append(record(source, source.abstract, found))
         trees.append(tree)
         on_loaded(records[-1])
+    if storage != "exact":
+        # `trees` say what the checkpoints are like, as on disk, from where the exact ones come.
+        others = [_stored_leaves(tree, trees[0]) for tree in trees[1:]]
+        like = jax.tree.map(_forget, trees[0])
+        exact = _leafwise(sources, [like] * len(trees), where)
+        merge = QuantisedMerger(trees[0], others, exact.leaf)
+        trees = [like] * len(trees)
+    else:
+        merge = linear.merger(trees) if residency == "device" else _leafwise(sources, trees, where)
     return Pool(
         names=tuple(source.name for source in sources),
         trees=tuple(trees),
         records=tuple(records),
         architecture=sources[0].architecture,
-        merge=linear.merger(trees) if residency == "device" else _leafwise(sources, trees, where),
+        merge=merge,
         residency=residency,
+        storage=storage,
     )
 
 
@@ -251,7 +287,7 @@ def record(source: Source, tree: PyTree, found: dict[str, LeafDigest]) -> Record
 
 
 def _restore(
-    source: Source, where: PyTree, dtype: str, keep: Callable[[jax.Array], Any]
+    source: Source, where: PyTree, dtype: str, keep: Callable[[str, jax.Array], Any]
 ) -> tuple[PyTree, dict[str, LeafDigest]]:
     """What is kept of the checkpoint, cast leaf by leaf, and the digests of what was stored.
 
@@ -267,16 +303,16 @@ def _restore(
     def digested(name: str, leaf: jax.Array) -> Any:
         computing[name] = digest.start(leaf)
         if not dtype or leaf.dtype == dtype or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return keep(leaf)
+            return keep(name, leaf)
         # What was stored is given up before the next leaf is read.
         cast, _ = jax.block_until_ready((leaf.astype(dtype), computing[name]))
-        return keep(cast)
+        return keep(name, cast)
 
     tree = FORMATS[source.format].restore(source, placed, digested)
     return tree, digest.finish(computing)
 
 
-def _to_host(leaf: jax.Array) -> jax.Array:
+def _to_host(_: str, leaf: jax.Array) -> jax.Array:
     pinned = leaf.sharding.with_memory_kind("pinned_host")
     return jax.block_until_ready(jax.device_put(leaf, pinned))
 
@@ -286,8 +322,25 @@ def _forget(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 # By residency: what `load` keeps of a leaf.
-_KEEP = {"device": lambda leaf: leaf, "host": _to_host, "disk": _forget}
+_KEEP = {
+    "device": lambda _, leaf: leaf,
+    "host": _to_host,
+    "disk": lambda _, leaf: _forget(leaf),
+}
 RESIDENCIES = tuple(_KEEP)
+STORAGES = ("exact", *BITS)
+
+
+def _keep_difference(
+    base: Mapping[str, jax.Array], storage: str, name: str, leaf: jax.Array
+) -> Any:
+    """What the storage keeps of a leaf; the leaf itself is given up before the next is read."""
+    return jax.block_until_ready(quantised(leaf, base[name], storage))
+
+
+def _stored_leaves(tree: PyTree, base: PyTree) -> dict[str, Any]:
+    names = list(named_leaves(base))
+    return dict(zip(names, jax.tree.structure(base).flatten_up_to(tree)))
 
 
 def _leafwise(sources: Sequence[Source], trees: Sequence[PyTree], where: PyTree) -> LeafwiseMerger:

@@ -48,7 +48,7 @@ def weighted_sum(
     total = jnp.array(ZERO, wide)
     for leaf, weight in zip(leaves, weights_K.astype(wide)):
         value = leaf.astype(wide)
-        total = total + _product(weight, value) if dense else plus(total, value, weight, alone)
+        total = total + product(weight, value) if dense else plus(total, value, weight, alone)
     return total.astype(dtype)
 
 
@@ -64,11 +64,11 @@ def plus(total: Array, value: Array, weight: Array, alone: Array) -> Array:
         weight: scalar; of the same dtype.
         alone: scalar; whether it is the only weight that is not 0.
     """
-    added = jnp.where(alone & (weight == 1), value, total + _product(weight, value))
+    added = jnp.where(alone & (weight == 1), value, total + product(weight, value))
     return jnp.where(weight == 0, total, added)
 
 
-def _product(weight: Array, value: Array) -> Array:
+def product(weight: Array, value: Array) -> Array:
     """weight * value, rounded by itself.
 
     Compilers like to make one fused operation of a product and the sum that it goes into, and of
@@ -131,35 +131,78 @@ def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
 Merger = Callable[[Float[np.ndarray, "C K"]], PyTree]
 
 
-def merger(trees: Sequence[PyTree]) -> Merger:
-    """The merge of C candidates, `[C, K]` weights to leaves `[C, ...]`, of K trees in memory."""
-    merge = program(trees[0], population=True)
-    sharding = jax.tree.leaves(trees[0])[0].sharding
+class ResidentMerger:
+    """The merge of C candidates, `[C, K]` weights to leaves `[C, ...]`, of K trees in memory.
 
-    def merged(weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+    Args:
+        trees: K pytrees of arrays, as in `linear`.
+    """
+
+    def __init__(self, trees: Sequence[PyTree]):
+        self._trees, self._spare, self._started = tuple(trees), None, False
+        self._sharding = jax.tree.leaves(trees[0])[0].sharding
+
+    def __call__(self, weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+        """The merged models, spread over the mesh axis `pop` where there is one."""
         weights_CxK = weights_CxK.astype(np.float32)
-        if isinstance(sharding, NamedSharding):
-            over_pop = PartitionSpec("pop" if "pop" in sharding.mesh.axis_names else None)
-            placed = processes.place(weights_CxK, NamedSharding(sharding.mesh, over_pop))
-            return merge(tuple(trees), placed)
-        return merge(tuple(trees), jnp.asarray(weights_CxK))
+        if isinstance(self._sharding, NamedSharding):
+            mesh = self._sharding.mesh
+            over_pop = PartitionSpec("pop" if "pop" in mesh.axis_names else None)
+            weights = processes.place(weights_CxK, NamedSharding(mesh, over_pop))
+        else:
+            weights = jnp.asarray(weights_CxK)
+        spare, self._spare = self._spare, None
+        if not self._started:
+            # Something to write over too: nothing is to be compiled after the first merge.
+            spare, self._started = _zeros(self._trees[0], len(weights_CxK)), True
+        if spare is None or len(jax.tree.leaves(spare)[0]) != len(weights_CxK):
+            return program(self._trees[0], population=True)(self._trees, weights)
+        return program(self._trees[0], population=True, into=True)(self._trees, weights, spare)
 
-    return merged
+    def give_back(self, merged: PyTree) -> None:
+        """Lets the next merge write over models that an earlier one made.
+
+        Programs that read them may still be on their way: JAX has the merge wait for those. New
+        memory would have to be faulted in page by page, which takes as long as the merge.
+        """
+        self._spare = merged
 
 
-def program(like: PyTree, *, population: bool) -> Callable[[tuple[PyTree, ...], Array], PyTree]:
+def _zeros(like: PyTree, count: int) -> PyTree:
+    """A leading axis of `count` on leaves that lie where those of `like` do."""
+
+    def lifted(sharding: Any) -> Any:
+        if not isinstance(sharding, NamedSharding):
+            return sharding
+        axis = "pop" if "pop" in sharding.mesh.axis_names else None
+        return NamedSharding(sharding.mesh, PartitionSpec(axis, *sharding.spec))
+
+    def make() -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), like)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: lifted(leaf.sharding), like))()
+
+
+def merger(trees: Sequence[PyTree]) -> ResidentMerger:
+    """The merge of C candidates of K trees in memory."""
+    return ResidentMerger(trees)
+
+
+def program(like: PyTree, *, population: bool, into: bool = False) -> Callable[..., PyTree]:
     """The compiled merge `(K trees, weights) -> tree` for trees that lie where `like` does.
 
     Args:
         like: a tree of arrays, or of `ShapeDtypeStruct` with shardings.
         population: whether weights are `[P, K]` rather than `[K]`.
+        into: whether there is a third argument, a tree that an earlier call returned; its memory
+            becomes that of the result.
     """
     leaves, structure = jax.tree.flatten(like)
     placed = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
     if len(placed) < len(leaves):
-        return _program(None, structure, (), population)
+        return _program(None, structure, (), population, into)
     specs = tuple(sharding.spec for sharding in placed)
-    return _program(placed[0].mesh, structure, specs, population)
+    return _program(placed[0].mesh, structure, specs, population, into)
 
 
 @functools.cache
@@ -168,7 +211,8 @@ def _program(
     structure: Any,
     specs: tuple[PartitionSpec, ...],
     population: bool,
-) -> Callable[[tuple[PyTree, ...], Array], PyTree]:
+    into: bool,
+) -> Callable[..., PyTree]:
     def merge(trees: tuple[PyTree, ...], weights: Array) -> PyTree:
         def one(weights_K: Array) -> PyTree:
             return jax.tree.map(lambda *leaves: weighted_sum(leaves, weights_K), *trees)
@@ -176,7 +220,7 @@ def _program(
         return jax.vmap(one)(weights) if population else one(weights)
 
     if mesh is None:
-        return jax.jit(merge)
+        return _jitted(merge, into)
     # Every output shard is made of the same shard of each input: said so with shard_map, since the
     # partitioner, left to itself, may move whole leaves between the chips.
     axis = "pop" if "pop" in mesh.axis_names else None
@@ -193,4 +237,14 @@ def _program(
         local = jax.shard_map(merge, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
         return local(trees, weights)
 
-    return jax.jit(merge_shards)
+    return _jitted(merge_shards, into)
+
+
+def _jitted(merge: Callable[[tuple[PyTree, ...], Array], PyTree], into: bool) -> Any:
+    if not into:
+        return jax.jit(merge)
+
+    def merge_into(trees: tuple[PyTree, ...], weights: Array, old: PyTree) -> PyTree:
+        return merge(trees, weights)
+
+    return jax.jit(merge_into, donate_argnums=2, keep_unused=True)

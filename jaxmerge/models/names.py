@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import jax
 
 from jaxmerge.models.architecture import DecoderConfig
-from jaxmerge.models.decoder import decoder
 from jaxmerge.models.layout import BUFFERS, Layout, Part
 from jaxmerge.trees import named_leaves
 
@@ -43,6 +42,8 @@ NAMES = {
 
 def layout(config: DecoderConfig, names: Mapping[str, str]) -> Layout:
     """The name table of a decoder with tensors of these names."""
+    from jaxmerge.models.decoder import decoder  # Flax, which a merge of files can do without
+
     init = decoder(config).init
     assert init is not None
     shapes = {k: v.shape for k, v in named_leaves(jax.eval_shape(init, jax.random.key(0))).items()}

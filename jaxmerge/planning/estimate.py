@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmerge.merge import linear
+from jaxmerge.merge import differences, linear
+from jaxmerge.merge.differences import stored_bytes
 from jaxmerge.merge.leafwise import adding
 from jaxmerge.models.model import Model
 from jaxmerge.planning.chips import Chip
@@ -65,7 +66,9 @@ def steps_at_a_time(mesh: Mesh) -> int:
     return 1 if mesh.devices.flat[0].platform == "cpu" else 2
 
 
-def arithmetic(tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh) -> Need:
+def arithmetic(
+    tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh, *, storage: str = "exact"
+) -> Need:
     """The part of `Need` that takes no compiler: `working` is 0.
 
     Args:
@@ -73,6 +76,7 @@ def arithmetic(tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh) -> N
         checkpoints: K.
         candidates: of a step, on all devices.
         mesh: of the run.
+        storage: how the pool is held; see `pool.load`.
     """
     of_leaf = shares(tree)
     here = -(-candidates // mesh.shape["pop"])
@@ -81,7 +85,7 @@ def arithmetic(tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh) -> N
         for size, leaf in zip(of_leaf.values(), jax.tree.leaves(tree))
     ]
     return Need(
-        pool=checkpoints * sum(of_leaf.values()),
+        pool=sum(stored_bytes(leaf, checkpoints, storage) for leaf in jax.tree.leaves(tree)),
         streamed=int(max(streamed)),
         merged=steps_at_a_time(mesh) * here * sum(of_leaf.values()),
         working=0,
@@ -97,6 +101,7 @@ def measure(
     of_step: Sequence[Call],
     *,
     streamed: bool,
+    storage: str = "exact",
 ) -> Measured:
     """Compiles the merge and the largest calls, and adds up what each device holds.
 
@@ -108,9 +113,10 @@ def measure(
         mesh: of the run.
         of_step: from `work.calls`.
         streamed: the pool is not on the devices, so that leaves are merged one by one.
+        storage: how it is held there; see `pool.load`.
     """
-    need = arithmetic(tree, checkpoints, candidates, mesh)
-    merge = compile_merge(tree, checkpoints, candidates, mesh, streamed=streamed)
+    need = arithmetic(tree, checkpoints, candidates, mesh, storage=storage)
+    merge = compile_merge(tree, checkpoints, candidates, mesh, streamed=streamed, storage=storage)
     merged = stacked(tree, candidates, mesh)
     largest = _largest(of_step)
     compiled = [compile_program(call.name, call.program, merged, *call.arrays) for call in largest]
@@ -130,7 +136,13 @@ def measure(
 
 
 def compile_merge(
-    tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh, *, streamed: bool
+    tree: PyTree,
+    checkpoints: int,
+    candidates: int,
+    mesh: Mesh,
+    *,
+    streamed: bool,
+    storage: str = "exact",
 ) -> Program:
     """The merge of a step; where the pool is streamed, that of a leaf of one checkpoint."""
     if streamed:
@@ -140,6 +152,9 @@ def compile_merge(
         return compile_program(f"merge, leaf by leaf: {name}", add, *arguments)
     over_pop = NamedSharding(mesh, PartitionSpec("pop"))
     weights = jax.ShapeDtypeStruct((candidates, checkpoints), jnp.float32, sharding=over_pop)
+    if storage != "exact":
+        held = differences.abstract(tree, checkpoints, storage)
+        return compile_program("merge", differences.program(*held), *held, weights)
     jitted = linear.program(tree, population=True)
     return compile_program("merge", jitted, (tree,) * checkpoints, weights)
 

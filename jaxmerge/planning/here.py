@@ -26,6 +26,7 @@ def residency_here(
     checkpoints: int,
     candidates: int,
     asked: str,
+    storage: str = "exact",
 ) -> str:
     """Where the pool of a run will live; refuses one that is more than the devices have left.
 
@@ -39,11 +40,13 @@ def residency_here(
         checkpoints: K.
         candidates: of a step, on all devices.
         asked: device, host, disk, or auto.
+        storage: how a pool on the device is held; see `pool.load`.
 
     Raises:
         JaxmergeError: it can't fit; the message says what would.
     """
-    need = arithmetic(placed(cast(abstract, dtype), rules, mesh), checkpoints, candidates, mesh)
+    tree = placed(cast(abstract, dtype), rules, mesh)
+    need = arithmetic(tree, checkpoints, candidates, mesh, storage=storage)
     room = room_of(mesh.local_devices)
     chosen = choose_residency(asked, need, room)
     if chosen:

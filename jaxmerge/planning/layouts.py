@@ -34,6 +34,7 @@ class Job(NamedTuple):
         evaluations: candidates that are scored, by split.
         population: candidates of a generation.
         vmap_candidates: see `Responder`.
+        storage: how a pool on the devices is held; see `pool.load`.
     """
 
     model: Model
@@ -44,6 +45,7 @@ class Job(NamedTuple):
     evaluations: Mapping[str, int]
     population: int
     vmap_candidates: int
+    storage: str = "exact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,14 @@ def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
     streamed = need_of(job, layout, machine).on_device("device") > machine.room.device
     streamed = streamed or layout.residency in ("host", "disk")
     measured = estimate.measure(
-        job.model, tree, job.checkpoints, candidates, mesh, of_step, streamed=streamed
+        job.model,
+        tree,
+        job.checkpoints,
+        candidates,
+        mesh,
+        of_step,
+        streamed=streamed,
+        storage=job.storage,
     )
     refused = bool(measured.refused)
     residency = choose_residency(layout.residency, measured.need, machine.room)
@@ -166,7 +175,9 @@ def need_of(job: Job, layout: Layout, machine: Machine) -> Need:
     """What a job needs at the least: `working` is 0, nothing is compiled."""
     mesh = _mesh(layout, machine)
     tree = work.placed(job.abstract, job.model.sharding_rules, mesh)
-    return estimate.arithmetic(tree, job.checkpoints, _candidates(layout, machine), mesh)
+    return estimate.arithmetic(
+        tree, job.checkpoints, _candidates(layout, machine), mesh, storage=job.storage
+    )
 
 
 def fitting(job: Job, choices: Iterable[tuple[str, Layout, Machine]]) -> str | None:

@@ -196,6 +196,13 @@ def cost_section(results: Json) -> str:
             f"residency {text(residency['kind'])}: {residency['bytes_read'] / 2**30:,.1f} GiB "
             f"read and merged in {_duration(residency['seconds'])} since the last start"
         )
+    if "storage" in results:
+        storage = results["storage"]
+        said["Storage"] = (
+            f"differences in {text(storage['kind'])}; the searched merge, as it was scored, is off "
+            f"the exported one by {storage['mean']:.1e} of its norm in the mean over leaves, by "
+            f"{storage['worst']:.1e} in the worst ({text(storage['leaf'])})"
+        )
     return markup.section(
         "Cost",
         markup.facts(said),

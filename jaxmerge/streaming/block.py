@@ -138,7 +138,7 @@ def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Pro
     """
 
     def merge(rows: dict[str, Array], weights_PxK: Array) -> Array:
-        leaves = [_cast(rows[name][row], kind.merged) for name, row in places]
+        leaves = [_cast(_row(rows[name], row), kind.merged) for name, row in places]
 
         def one(weights_K: Array) -> Array:
             return weighted_sum(leaves, weights_K, dense=dense)
@@ -147,6 +147,14 @@ def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Pro
 
     # XLA may pass over a rounding to fewer bits that is followed by a widening.
     return jax.jit(merge, compiler_options={"xla_allow_excess_precision": False})
+
+
+def _row(rows: Array, row: int) -> Array:
+    """A row, cut out as integers: XLA's CPU compiler cuts bfloat16 by way of float32 and back."""
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        return rows[row]
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[rows.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(rows, bits)[row], rows.dtype)
 
 
 def _cast(leaf: Array, dtype: np.dtype) -> Array:

@@ -34,6 +34,7 @@ _WORKERS = min(_cores(), 16)
 _MOST = (
     2**18
 )  # values of a block at most: the fastest of 2^16 to 2^19, with 8 checkpoints in bfloat16
+_MEMORY = 2**23  # bytes of a block at most, whatever the number of checkpoints and merges
 _LEAST = 2**12  # below it, the calls cost more than the work
 
 
@@ -146,7 +147,8 @@ class Pipeline:
     def _size(self, kind: Kind, outputs: int) -> int:
         """Values of a block of this kind: as many as the memory allows, up to `_MOST`."""
         size = _MOST
-        while size > _LEAST and kind.memory(outputs, size) > self._memory_bytes:
+        memory = min(self._memory_bytes, _MEMORY)
+        while size > _LEAST and kind.memory(outputs, size) > memory:
             size //= 2
         return size
 
