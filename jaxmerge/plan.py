@@ -165,8 +165,9 @@ def layout_of(config: Config) -> Layout:
         mesh.fsdp,
         mesh.tensor,
         evaluate.candidates_per_step,
-        config.pool.residency,
+        "device" if config.merge.rematerialise else config.pool.residency,
         build_limits(config, config.pool.base if os.path.isdir(config.pool.base) else ""),
+        config.merge.rematerialise,
     )
 
 

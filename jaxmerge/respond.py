@@ -15,6 +15,7 @@ from jaxmerge import batches, processes
 from jaxmerge.batches import Limits, Writing
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.generate import Draw, generate, log_likelihood, stop_states
+from jaxmerge.models.deferred import apart, joined
 from jaxmerge.models.model import Model, Params
 from jaxmerge.requests import Generate, Likely, Request, Response
 from jaxmerge.tokenizer import Tokenizer
@@ -271,18 +272,19 @@ def population_program(
         vmap_candidates: models side by side; 0: all of a device's.
     """
 
-    def local(merged: Params, *arrays_B: Array) -> Any:
+    def local(own_C: Params, shared: Any, *arrays_B: Array) -> Any:
+        def one(own: Params) -> Any:
+            return run(joined(own, shared), *arrays_B)
+
         if vmap_candidates == 1:
-            return jax.lax.map(lambda params: run(params, *arrays_B), merged)
+            return jax.lax.map(one, own_C)
         if not vmap_candidates:
-            return jax.vmap(lambda params: run(params, *arrays_B))(merged)
-        return jax.lax.map(
-            lambda params: run(params, *arrays_B), merged, batch_size=vmap_candidates
-        )
+            return jax.vmap(one)(own_C)
+        return jax.lax.map(one, own_C, batch_size=vmap_candidates)
 
     def lifted(merged: Params, *arrays_B: Array) -> Any:
         over_pop = PartitionSpec("pop")
-        specs = (over_pop, *(PartitionSpec() for _ in arrays_B))
+        specs = (over_pop, PartitionSpec(), *(PartitionSpec() for _ in arrays_B))
         return jax.shard_map(
             local,
             mesh=mesh,
@@ -290,6 +292,6 @@ def population_program(
             out_specs=over_pop,
             axis_names={"pop"},
             check_vma=False,
-        )(merged, *arrays_B)
+        )(*apart(merged), *arrays_B)
 
     return jax.jit(lifted)

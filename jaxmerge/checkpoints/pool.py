@@ -28,6 +28,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge import linear
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
+from jaxmerge.merge.rematerialised import rematerialising
 from jaxmerge.trees import PyTree, byte_count, differences, map_named, named_leaves, parameter_count
 
 # By the name in `Source.format`; the first that recognises a path reads it.
@@ -84,12 +85,12 @@ class Pool(NamedTuple):
     def merged(
         self, weights_K: Float[np.ndarray, " K"] | Sequence[float]
     ) -> Callable[[str], jax.Array]:
-        """One merge, by the names of its leaves; made when they are first asked for."""
+        """One merge, by the names of its leaves; each is made when it is asked for."""
         weights_K = np.asarray(weights_K, np.float32)
         if isinstance(self.merge, LeafwiseMerger):
             return functools.partial(self.merge.leaf, weights_K=weights_K)
-        leaves = functools.cache(lambda: named_leaves(linear.linear(self.trees, weights_K)))
-        return lambda name: leaves()[name]
+        leaves = [named_leaves(tree) for tree in self.trees]
+        return lambda name: linear.linear([of_tree[name] for of_tree in leaves], weights_K)
 
 
 def formats(patterns: Sequence[str]) -> set[str]:
@@ -166,6 +167,7 @@ def load(
     *,
     dtype: str = "",
     residency: str = "device",
+    rematerialise: str = "",
     on_loaded: Callable[[Record], None] = lambda record: None,
 ) -> Pool:
     """Restores the checkpoints one after the other, each straight into its shards, and checks them.
@@ -179,6 +181,8 @@ def load(
         dtype: cast floating-point leaves to this; "" keeps each as stored.
         residency: where the pool lives from then on: on the `device`; in the `host`'s memory,
             pinned; or on `disk`, from where each merge takes a leaf of a checkpoint at a time.
+        rematerialise: the `Model.layers` that are merged when the model comes to them, which takes
+            a pool on the device; "": whole models are merged.
         on_loaded: called after each checkpoint.
 
     Raises:
@@ -196,12 +200,16 @@ def load(
         records.append(record(source, source.abstract, found))
         trees.append(tree)
         on_loaded(records[-1])
+    if rematerialise:
+        merge = rematerialising(trees, rematerialise)
+    else:
+        merge = linear.merger(trees) if residency == "device" else _leafwise(sources, trees, where)
     return Pool(
         names=tuple(source.name for source in sources),
         trees=tuple(trees),
         records=tuple(records),
         architecture=sources[0].architecture,
-        merge=linear.merger(trees) if residency == "device" else _leafwise(sources, trees, where),
+        merge=merge,
         residency=residency,
     )
 

@@ -1,0 +1,81 @@
+"""Layers merged when the model comes to them: the same bits, and no whole merged model anywhere."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmerge.batches import Writing
+from jaxmerge.merge.linear import merger
+from jaxmerge.merge.rematerialised import rematerialising
+from jaxmerge.planning.compiled import collectives
+from jaxmerge.respond import _scoring, _writing, population_program
+from jaxmerge.sharding import make_mesh, shardings
+from jaxmerge.trees import byte_count
+from tests import tiny
+
+# Ordinary, one-hot, with a zero, and one that extrapolates.
+WEIGHTS_CxK = np.array(
+    [[0.2, 0.3, 0.5], [0.0, 1.0, 0.0], [0.6, 0.0, 0.4], [1.4, -0.7, 0.3]], np.float32
+)
+TOKENS_BxT = np.random.default_rng(0).integers(0, 256, (4, 12)).astype(np.int32)
+ZERO_B = np.zeros(4, np.int32)
+
+
+def _both(mesh, dtype="float32", config=tiny.DECODER):
+    """A step's candidates, merged whole and merged late."""
+    rules = tiny.model(config).sharding_rules
+    trees = [
+        jax.device_put(jax.tree.map(lambda x: x.astype(dtype), tree), shardings(tree, rules, mesh))
+        for tree in tiny.trees(3, config)
+    ]
+    mergers = merger(trees), rematerialising(trees, tiny.model(config).layers)
+    return [merge(WEIGHTS_CxK) for merge in mergers], trees
+
+
+def _programs(mesh, vmap_candidates, config=tiny.DECODER):
+    """Log-likelihoods, and generations (prefill and decode), with their arguments."""
+    model = tiny.model(config)
+    score = population_program(_scoring(model), mesh, vmap_candidates)
+    kind = Writing(max_new_tokens=6, until=(), temperature=0.0, top_p=1.0)
+    write = population_program(_writing(model, kind, (0,)), mesh, vmap_candidates)
+    return (score, (TOKENS_BxT, TOKENS_BxT > 9)), (write, (TOKENS_BxT, ZERO_B, ZERO_B))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "vmap_candidates"),
+    [
+        ({}, "float32", 1),
+        ({}, "bfloat16", 0),
+        ({"pop": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 1),
+        ({"pop": 2, "data": 2, "tensor": 2}, "float32", 0),
+    ],
+    ids=str,
+)
+def test_the_same_bits(sizes, dtype, vmap_candidates):
+    """The merge is exact, and what follows is the same program: there is nothing to tolerate."""
+    mesh = make_mesh(**sizes)
+    (whole, late), _ = _both(mesh, dtype)
+    for program, arguments in _programs(mesh, vmap_candidates):
+        expected = jax.block_until_ready(program(whole, *arguments))
+        found = jax.block_until_ready(program(late, *arguments))
+        for one, other in zip(found, expected, strict=True):
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+        assert len(np.unique(np.asarray(expected[0]), axis=0)) == len(WEIGHTS_CxK)
+
+
+def test_no_whole_merged_model_and_no_collective_of_the_merge():
+    """Of 16 layers, besides the pool there are the embedding of each candidate and one layer."""
+    config = dataclasses.replace(tiny.DECODER, layers=16, width=32, feed_forward=256, vocab=256)
+    mesh = make_mesh(fsdp=2, tensor=2)
+    (whole, late), trees = _both(mesh, config=config)
+    layer = byte_count(trees[0]["layers"]) // 16 // 4
+    for program, arguments in _programs(mesh, 1, config):
+        ordinary, rematerialised = (
+            program.lower(merged, *arguments).compile() for merged in (whole, late)
+        )
+        held = [each.memory_analysis().temp_size_in_bytes for each in (ordinary, rematerialised)]
+        # The layer, in its own type and in the float32 of its sum, which is the same here.
+        assert held[1] - held[0] < 2 * layer
+        assert collectives(rematerialised.as_text()) == collectives(ordinary.as_text())
