@@ -45,12 +45,7 @@ def _programs(mesh, vmap_candidates, config=tiny.DECODER):
 
 @pytest.mark.parametrize(
     ("sizes", "dtype", "vmap_candidates"),
-    [
-        ({}, "float32", 1),
-        ({}, "bfloat16", 0),
-        ({"pop": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 1),
-        ({"pop": 2, "data": 2, "tensor": 2}, "float32", 0),
-    ],
+    [({}, "float32", 1), ({"pop": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 0)],
     ids=str,
 )
 def test_the_same_bits(sizes, dtype, vmap_candidates):
@@ -71,11 +66,12 @@ def test_no_whole_merged_model_and_no_collective_of_the_merge():
     mesh = make_mesh(fsdp=2, tensor=2)
     (whole, late), trees = _both(mesh, config=config)
     layer = byte_count(trees[0]["layers"]) // 16 // 4
-    for program, arguments in _programs(mesh, 1, config):
-        ordinary, rematerialised = (
-            program.lower(merged, *arguments).compile() for merged in (whole, late)
-        )
-        held = [each.memory_analysis().temp_size_in_bytes for each in (ordinary, rematerialised)]
-        # The layer, in its own type and in the float32 of its sum, which is the same here.
-        assert held[1] - held[0] < 2 * layer
-        assert collectives(rematerialised.as_text()) == collectives(ordinary.as_text())
+    _, (program, arguments) = _programs(mesh, 1, config)
+    ordinary, rematerialised = (
+        program.lower(merged, *arguments).compile() for merged in (whole, late)
+    )
+    held = [each.memory_analysis().temp_size_in_bytes for each in (ordinary, rematerialised)]
+    print(held, layer)
+    # The layer, in its own type and in the float32 of its sum, which is the same here.
+    assert held[1] - held[0] < 2 * layer
+    assert collectives(rematerialised.as_text()) == collectives(ordinary.as_text())
