@@ -12,7 +12,7 @@ from jaxmerge import config as configs
 from jaxmerge import plan as plans
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.plan import Answer, job_of, layout_of, plan
-from jaxmerge.planning import here, layouts
+from jaxmerge.planning import layouts
 from jaxmerge.planning.estimate import Rates
 from jaxmerge.planning.layouts import Layout, Machine, draw_up
 from jaxmerge.planning.page import page
@@ -168,7 +168,7 @@ def test_evaluations_are_those_of_a_run(config, tmp_path):
 @pytest.mark.parametrize(("room", "expected"), [(2**40, "device"), (130_000, "disk")])
 def test_a_run_with_auto_takes_the_first_that_fits(config, tmp_path, monkeypatch, room, expected):
     """As the plan says; three tiny models and a merged one are 141 kB."""
-    monkeypatch.setattr(here, "room_of", lambda devices: Room(room, 0))
+    monkeypatch.setattr("jaxmerge.prepare.room_of", lambda devices: Room(room, 0))
     config = config.copy_and_resolve_references()
     config.mesh.pop = 1
     config.pool.residency = "auto"
