@@ -1,6 +1,8 @@
 """Whole plans: for CPU devices and for TPU slices that are not there, and what is refused."""
 
 import dataclasses
+import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,14 @@ from jaxmerge import config as configs
 from jaxmerge import plan as plans
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.plan import Answer, job_of, layout_of, plan
-from jaxmerge.planning import layouts
+from jaxmerge.planning import chips, estimate, layouts, work
+from jaxmerge.planning.compiled import Program, absent_devices
 from jaxmerge.planning.estimate import Rates
 from jaxmerge.planning.layouts import Layout, Machine, draw_up
 from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import Room
 from jaxmerge.prepare import prepare
+from jaxmerge.sharding import make_mesh
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +129,7 @@ def test_the_residency_is_the_first_that_fits(config, small):
     assert not on_disk.measured.programs[0].collectives
     none = draw_up(small, layout, _machine(Room(_needed(on_disk, "disk") // 2, 0)))
     assert none.residency is None
+    assert not none.measured.programs  # what can't fit by arithmetic need not be compiled
     assert "takes none: it does not fit" in page(none)
 
 
@@ -165,16 +170,24 @@ def test_evaluations_are_those_of_a_run(config, tmp_path):
     assert with_analyses["test"] - counts["test"] == checkpoints + pairs
 
 
-@pytest.mark.parametrize(("room", "expected"), [(2**40, "device"), (130_000, "disk")])
-def test_a_run_with_auto_takes_the_first_that_fits(config, tmp_path, monkeypatch, room, expected):
-    """As the plan says; three tiny models and a merged one are 141 kB."""
-    monkeypatch.setattr("jaxmerge.prepare.room_of", lambda devices: Room(room, 0))
+@pytest.mark.parametrize(
+    ("room", "elsewhere", "residency", "tokens"),
+    [(2**40, 130_000, "device", 8192), (130_000, 2**40, "disk", 256)],
+)
+def test_a_run_takes_what_fits_and_keeps_its_sizes(
+    config, tmp_path, monkeypatch, room, elsewhere, residency, tokens
+):
+    """As the plan says; three tiny models and a merged one are 141 kB. It goes on elsewhere."""
     config = config.copy_and_resolve_references()
-    config.mesh.pop = 1
-    config.pool.residency = "auto"
-    prepared = prepare(config, str(tmp_path))
-    prepared.directory.close()
-    assert prepared.pool.residency == expected
+    config.mesh.pop, config.pool.residency, config.evaluate.batch_tokens = 1, "auto", 0
+    for there in (room, elsewhere):
+        monkeypatch.setattr("jaxmerge.prepare.room_of", lambda _, there=there: Room(there, 0))
+        prepared = prepare(config, str(tmp_path))
+        prepared.directory.close()
+        assert (prepared.pool.residency == residency) == (there == room)
+        recorded = json.loads((tmp_path / "config.json").read_text())["evaluate"]
+        assert recorded["batch_tokens"] == tokens
+        assert recorded["candidates_per_step"] == 1
 
 
 def test_described_checkpoints_need_not_be_there(config, job):
@@ -279,18 +292,30 @@ def test_a_slice_that_is_too_small_is_refused_with_the_smallest_that_suffices():
     assert "v5p:4x4x4, the smallest slice that suffices" in refused.expected
 
 
+def _merges(topologies: tuple[str, ...]) -> list[Program]:
+    """The merge alone of each slice, for a process that may get to know the chips of several."""
+    jax.config.update("jax_platforms", "cpu")
+    config = _command_r_plus()
+    job, made = plans.job_of(config), []
+    for of in map(chips.topology, topologies):
+        mesh = make_mesh(fsdp=-1, tensor=config.mesh.tensor, devices=absent_devices(of))
+        tree = work.placed(job.abstract, job.model.sharding_rules, mesh)
+        step = work.Step(tree, job.checkpoints, 1, mesh)
+        streamed = estimate.arithmetic(step).on_device("device") > chips.CHIPS[of.kind].memory
+        made.append(estimate.compile_merge(step, streamed=streamed))
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.tpu
-@pytest.mark.parametrize("topology", ["v5e:8x16", "v6e:8x8", "v6e:16x16", "v5p:4x4x8"])
-def test_no_slice_has_a_collective_in_the_merge(topology):
-    config = _command_r_plus()
-    config.heldout = ()
-    config.objective.tasks = ("arithmetic",)
-    made = plan(config, topology).plan
-    assert made is not None
-    merge = made.measured.programs[0]
-    assert not merge.refused
-    assert merge.collectives == {}
+def test_no_slice_has_a_collective_in_the_merge():
+    topologies = ("v5e:8x16", "v6e:8x8", "v6e:16x16", "v5p:4x4x8")
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        merges = process.apply(_merges, (topologies,))
+    assert [merge.name for merge in merges].count("merge") == 2  # the pools of the others stream
+    for merge in merges:
+        assert not merge.refused
+        assert merge.collectives == {}
 
 
 def test_refusals_say_what_would_suffice():

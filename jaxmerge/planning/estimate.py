@@ -41,7 +41,7 @@ class Measured(NamedTuple):
     Attributes:
         need: bytes of each device.
         cache: bytes of the key/value cache on each device, part of `need.working`.
-        programs: merge first.
+        programs: merge first; none where nothing was compiled.
         whole: leaves that an axis of the mesh does not divide, and why.
     """
 
@@ -106,6 +106,12 @@ def measure(model: Model, step: Step, of_step: Sequence[Call], *, streamed: bool
         (merge, *compiled),
         tuple(whole_leaves(step.tree, model.sharding_rules, step.mesh)),
     )
+
+
+def uncompiled(model: Model, step: Step) -> Measured:
+    """What is known of a step without a compiler, for one whose pool and models are too large."""
+    whole = whole_leaves(step.tree, model.sharding_rules, step.mesh)
+    return Measured(arithmetic(step), 0, (), tuple(whole))
 
 
 def compile_merge(step: Step, *, streamed: bool) -> Program:

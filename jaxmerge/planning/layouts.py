@@ -143,9 +143,13 @@ def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
         job.model, job.tokenizer, mesh, limits, vmap_candidates=job.vmap_candidates
     )
     of_step = work.calls(responder, job.splits, mesh)
-    streamed = estimate.arithmetic(step).on_device("device") > machine.room.device
+    least = estimate.arithmetic(step)
+    streamed = least.on_device("device") > machine.room.device
     streamed = (streamed or layout.residency in ("host", "disk")) and not step.layers
-    measured = estimate.measure(job.model, step, of_step, streamed=streamed)
+    if choose_residency(layout.residency, least, machine.room):
+        measured = estimate.measure(job.model, step, of_step, streamed=streamed)
+    else:
+        measured = estimate.uncompiled(job.model, step)
     refused = bool(measured.refused)
     residency = choose_residency(layout.residency, measured.need, machine.room)
     seconds, amounts = estimate.roofline(of_step, step, measured.programs, machine.rates)

@@ -62,6 +62,8 @@ def _fits(plan: Plan, residency: str) -> str:
 
 
 def _programs(plan: Plan) -> list[str]:
+    if not plan.measured.programs:
+        return ["Nothing was compiled: the pool and the merged models alone are too much."]
     rows = [("compiled, bytes of each device", "arguments", "temporaries", "collectives")]
     rows += [_program(program) for program in plan.measured.programs]
     return [
