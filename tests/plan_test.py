@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -310,8 +311,9 @@ def _merges(topologies: tuple[str, ...]) -> list[Program]:
 @pytest.mark.tpu
 def test_no_slice_has_a_collective_in_the_merge():
     topologies = ("v5e:8x16", "v6e:8x8", "v6e:16x16", "v5p:4x4x8")
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        merges = process.apply(_merges, (topologies,))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        merges = process.submit(_merges, topologies).result()
     assert [merge.name for merge in merges].count("merge") == 2  # the pools of the others stream
     for merge in merges:
         assert not merge.refused

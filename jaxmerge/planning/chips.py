@@ -48,15 +48,15 @@ _3D = (
 CHIPS = {
     "v5e": Chip(
         *("v5e", int(15.75 * 2**30), 197e12, 819e9, 1600e9 / 8, 192 * 10**9 // 4, _2D),
-        "197 TFLOP/s bf16, 819 GB/s, 1600 Gbit/s links; host as stated for ct5lp-hightpu-4t, 192 GB",
+        "197 TFLOP/s bf16, 819 GB/s, 1600 Gbit/s links; host: ct5lp-hightpu-4t, stated 192 GB",
     ),
     "v5p": Chip(
         *("v5p", int(95.74 * 2**30), 459e12, 2765e9, 4800e9 / 8, 448 * 10**9 // 4, _3D),
-        "459 TFLOP/s bf16, 2765 GB/s, 4800 Gbit/s links; host as stated for ct5p-hightpu-4t, 448 GB",
+        "459 TFLOP/s bf16, 2765 GB/s, 4800 Gbit/s links; host: ct5p-hightpu-4t, stated 448 GB",
     ),
     "v6e": Chip(
         *("v6e", int(31.25 * 2**30), 918e12, 1640e9, 3584e9 / 8, 720 * 10**9 // 4, _2D),
-        "918 TFLOP/s bf16, 1640 GB/s, 3584 Gbit/s links; host as stated for ct6e-standard-4t, 720 GB",
+        "918 TFLOP/s bf16, 1640 GB/s, 3584 Gbit/s links; host: ct6e-standard-4t, stated 720 GB",
     ),
 }
 DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as JAX names them
