@@ -221,13 +221,9 @@ def roofline(
 
 def _late(step: Step) -> float:
     """Bytes that a pass through one candidate moves on a device to merge its layers."""
-    layers = sum(shares(step.tree).values()) - sum(shares(step.once).values())
-    reads = (
-        step.checkpoints / step.here
-        if step.mesh.devices.flat[0].platform != "cpu"
-        else step.checkpoints
-    )
-    return (reads + 1) * layers / step.mesh.shape["pop"]
+    side_by_side = step.here if step.mesh.devices.flat[0].platform != "cpu" else 1
+    moved = (step.checkpoints / side_by_side + 1) * step.depth * step.layer
+    return moved / step.mesh.shape["pop"]
 
 
 def _seconds(found: Sequence[Product], mesh: Mesh, rates: Rates) -> float:

@@ -255,7 +255,10 @@ def smaller(layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
             dataclasses.replace(layout, limits=limits),
         )
     if layout.residency in (AUTO, "device") and not layout.rematerialise:
-        yield f"{REMATERIALISE} = True", dataclasses.replace(layout, rematerialise=True)
+        yield (
+            f"{REMATERIALISE} = True",
+            dataclasses.replace(layout, rematerialise=True, residency="device"),
+        )
     pop, fsdp = mesh["pop"], mesh["fsdp"]
     while pop % 2 == 0:
         pop, fsdp = pop // 2, fsdp * 2

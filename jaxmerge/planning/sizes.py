@@ -71,7 +71,8 @@ def choose_sizes(
         need = arithmetic(step._replace(candidates=here * pop))
         side_by_side = min(vmap_candidates or (1 if platform == "cpu" else here), here)
         host = 0 if room.host else need.on_host(residency)
-        return need.on_device(residency) + host + side_by_side * tokens * per_token(model, step)
+        working = side_by_side * (tokens * per_token(model, step) + step.layer)
+        return need.on_device(residency) + host + working
 
     tokens = asked.tokens or _MOST_TOKENS.get(platform, _MOST_TOKENS_ELSEWHERE)
     least = -(-asked.candidates // pop) or 1

@@ -159,6 +159,18 @@ class Step(NamedTuple):
         """The leaves that are merged before the models run."""
         return without(self.tree, self.layers) if self.layers else self.tree
 
+    @property
+    def layer(self) -> int:
+        """Bytes on a device of a layer that is merged late; 0 where none is."""
+        if not self.layers:
+            return 0
+        return sum(shares(self.tree[self.layers]).values()) // self.depth
+
+    @property
+    def depth(self) -> int:
+        """Layers that are merged late, L."""
+        return jax.tree.leaves(self.tree[self.layers])[0].shape[0] if self.layers else 0
+
     def merged(self) -> PyTree:
         """The merged models: `[C, ...]`, C over `pop`; layers may be `Deferred`."""
 
@@ -171,7 +183,7 @@ class Step(NamedTuple):
         if not self.layers:
             return models
         layers = self.tree[self.layers]
-        shape = (self.candidates, jax.tree.leaves(layers)[0].shape[0], self.checkpoints)
+        shape = (self.candidates, self.depth, self.checkpoints)
         over_pop = NamedSharding(self.mesh, PartitionSpec("pop"))
         weights = jax.ShapeDtypeStruct(shape, np.float32, sharding=over_pop)
         return {**models, self.layers: deferred([layers] * self.checkpoints, weights)}
