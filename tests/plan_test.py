@@ -23,6 +23,7 @@ from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import Room
 from jaxmerge.prepare import prepare
 from jaxmerge.sharding import make_mesh
+from jaxmerge.trees import byte_count
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -134,12 +135,27 @@ def test_the_residency_is_the_first_that_fits(config, small):
     assert "takes none: it does not fit" in page(none)
 
 
+def test_layers_that_are_merged_late_take_no_memory_before(config, small):
+    """Embedding and norm of one candidate are there, and each pass reads three checkpoints."""
+    layout = _layout(config, pop=1, rematerialise=True, residency="device")
+    late = draw_up(small, layout, _machine(devices=1))
+    tree = small.abstract
+    others = byte_count(tree) - byte_count(tree["layers"])
+    assert late.measured.need.merged == others
+    assert late.measured.programs[0].name == "merge, but for the layers"
+    assert "merged models but for layers: 1 of a step" in page(late)
+    passes = 6 * len(small.splits["search"][0].splits["search"]) / 8  # tokens, microbatches of 8
+    least = passes * 3 * byte_count(tree["layers"]) / RATES.bandwidth
+    assert least < late.seconds["search"].merge < 3 * least  # there are smaller microbatches
+
+
 def test_the_smallest_change_is_found(config, small):
     """Fewer candidates of a step come before smaller batches, and those before another mesh."""
     wide = _layout(config, pop=8, candidates_per_step=16)
     names = [name for name, _ in layouts.smaller(wide, _machine())]
     assert names[0] == "evaluate.candidates_per_step = 8"
     assert names[1] == "evaluate.batch_tokens = 4096, evaluate.batch_size = 4"
+    assert names[-4] == "merge.rematerialise = True"
     assert names[-1] == "mesh.pop = 1, mesh.fsdp = 8"
 
     def change(room: int) -> str | None:

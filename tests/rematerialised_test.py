@@ -6,14 +6,18 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmerge import config as configs
 from jaxmerge.batches import Writing
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.linear import merger
 from jaxmerge.merge.rematerialised import rematerialising
 from jaxmerge.planning.compiled import collectives
+from jaxmerge.prepare import prepare
 from jaxmerge.respond import _scoring, _writing, population_program
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.trees import byte_count
 from tests import tiny
+from tests.run_test import _tiny
 
 # Ordinary, one-hot, with a zero, and one that extrapolates.
 WEIGHTS_CxK = np.array(
@@ -74,3 +78,34 @@ def test_no_whole_merged_model_and_no_collective_of_the_merge():
     # Of the merged models that are there, a map takes one out at a time: all of its 16 layers.
     assert other - (one - 16 * layer) < 2 * layer
     assert collectives(rematerialised.as_text()) == collectives(ordinary.as_text())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config on a tiny pool."""
+    config = _tiny(configs.default(), tiny.pool(tmp_path_factory.mktemp("pool")))
+    config.objective.tasks, config.heldout = ("generation",), ()
+    return config
+
+
+def test_a_run_scores_and_exports_the_same(config, tmp_path):
+    """By the config alone; on a mesh, from prepared evaluators and leaves for the export."""
+    config.mesh.fsdp = 2
+    found = []
+    for late in (False, True):
+        config.merge.rematerialise = late
+        prepared = prepare(config, str(tmp_path))  # the directory may be gone on with either way
+        prepared.directory.close()
+        leaf = prepared.pool.merged(WEIGHTS_CxK[0])("layers/query")
+        scores = prepared.evaluators["search"](WEIGHTS_CxK[[0, 3]])["generation"]
+        found.append((scores.tobytes(), np.asarray(leaf).tobytes()))
+    assert found[0] == found[1]
+
+
+def test_what_cannot_be_merged_late_is_refused(config, tmp_path):
+    config.merge.rematerialise, config.pool.residency = True, "disk"
+    with pytest.raises(JaxmergeError, match="from a pool on the device only"):
+        prepare(config, str(tmp_path))
+    config.pool.residency, config.pool.model = "device", "tests.tiny:plain_apply"
+    with pytest.raises(JaxmergeError, match="needs all its parameters at once"):
+        prepare(config, str(tmp_path))
