@@ -1,10 +1,11 @@
-"""A pool that does not fit into memory, searched from disk: how much memory that takes.
+"""A pool that is larger than the memory it may take, searched from disk: how much that takes.
 
     python tools/large_pool.py --base=pools/smollm2-instruct --directory=/tmp/large --count=45
 
 Makes `count` models out of one, each with a little noise of its own, searches over all of them from
-disk and says how much memory the process had at most by the kernel's accounting (VmHWM, mapped
-pages included), and what it read. Then searches over the first six of them, from disk and from
+disk and says how much memory the process had at most by the kernel's accounting (VmHWM: mapped
+pages included, but not the cache of files, which is the kernel's to give back), and what it read.
+Then searches over the first six of them, from disk and from
 memory, and compares the candidates of the two.
 """
 
