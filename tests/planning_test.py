@@ -214,9 +214,9 @@ def _abstract():
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def _step(checkpoints: int, **sizes: int) -> work.Step:
+def _step(checkpoints: int, pop: int = 1) -> work.Step:
     """Of the tiny model; `candidates` is what the config leaves open."""
-    mesh = make_mesh(**sizes)
+    mesh = make_mesh(pop)
     tree = work.placed(_abstract(), tiny.model().sharding_rules, mesh)
     return work.Step(tree, checkpoints, mesh.shape["pop"], mesh)
 
@@ -277,5 +277,7 @@ def test_a_token_takes_what_is_compiled():
     tokens = jax.ShapeDtypeStruct((8, 64), np.int32)
     scored = jax.ShapeDtypeStruct((8, 64), bool)
     compiled = jax.jit(functools.partial(log_likelihood, model)).lower(step.tree, tokens, scored)
-    held = compiled.compile().memory_analysis().temp_size_in_bytes
+    memory = compiled.compile().memory_analysis()
+    assert memory is not None
+    held = memory.temp_size_in_bytes
     assert held <= 8 * 64 * per_token(model, step) <= 3 * held

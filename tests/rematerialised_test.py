@@ -97,7 +97,8 @@ def test_a_run_scores_and_exports_the_same(config, tmp_path):
         prepared = prepare(config, str(tmp_path))  # the directory may be gone on with either way
         prepared.directory.close()
         leaf = prepared.pool.merged(WEIGHTS_CxK[0])("layers/query")
-        scores = prepared.evaluators["search"](WEIGHTS_CxK[[0, 3]])["generation"]
+        steps = prepared.evaluators["search"].steps(WEIGHTS_CxK[[0, 3]])
+        scores = np.concatenate([step.scores["generation"] for step in steps])
         found.append((scores.tobytes(), np.asarray(leaf).tobytes()))
     assert found[0] == found[1]
 
