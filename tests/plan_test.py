@@ -129,7 +129,7 @@ def test_the_residency_is_the_first_that_fits(config, small):
     on_disk = draw_up(small, layout, _machine(room._replace(host=0)))
     assert on_disk.residency == "disk"
     assert not on_disk.measured.programs[0].collectives
-    none = draw_up(small, layout, _machine(Room(_needed(on_disk, "disk") // 2, 0)))
+    none = draw_up(small, layout, _machine(Room(on_disk.measured.need.merged, 0)))
     assert none.residency is None
     assert not none.measured.programs  # what can't fit by arithmetic need not be compiled
     assert "takes none: it does not fit" in page(none)
