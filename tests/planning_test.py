@@ -274,9 +274,9 @@ def test_a_token_takes_what_is_compiled():
     than three times that.
     """
     model, step = tiny.model(), _step(3)
-    tokens = jax.ShapeDtypeStruct((8, 64), np.int32)
-    scored = jax.ShapeDtypeStruct((8, 64), bool)
-    compiled = jax.jit(functools.partial(log_likelihood, model)).lower(step.tree, tokens, scored)
+    each = jax.ShapeDtypeStruct((8, 64), np.int32)  # tokens, branches, places, targets
+    score = jax.jit(functools.partial(log_likelihood, model))
+    compiled = score.lower(step.tree, each, each, each, each)
     memory = compiled.compile().memory_analysis()
     assert memory is not None
     held = memory.temp_size_in_bytes

@@ -1,20 +1,23 @@
 """Layers merged when the model comes to them: the same bits, and no whole merged model anywhere."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from jaxmerge import config as configs
-from jaxmerge.batches import Writing
+from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.linear import merger
 from jaxmerge.merge.rematerialised import rematerialising
 from jaxmerge.planning.compiled import collectives
 from jaxmerge.prepare import prepare
-from jaxmerge.respond import _scoring, _writing, population_program
+from jaxmerge.requests import Generate, Likelihood, Prompt
+from jaxmerge.respond import Responder
 from jaxmerge.sharding import make_mesh, shardings
+from jaxmerge.tokenizer import Bytes
 from jaxmerge.trees import byte_count
 from tests import tiny
 from tests.run_test import _tiny
@@ -23,8 +26,8 @@ from tests.run_test import _tiny
 WEIGHTS_CxK = np.array(
     [[0.2, 0.3, 0.5], [0.0, 1.0, 0.0], [0.6, 0.0, 0.4], [1.4, -0.7, 0.3]], np.float32
 )
-TOKENS_BxT = np.random.default_rng(0).integers(0, 256, (4, 12)).astype(np.int32)
-ZERO_B = np.zeros(4, np.int32)
+WRITE = [Generate(Prompt(text), 6) for text in ("letters", "figures", "nothing", "is said")]
+SCORE = [Likelihood(request.prompt, " it is") for request in WRITE]
 
 
 def _both(mesh, dtype="float32", config=tiny.DECODER):
@@ -38,30 +41,30 @@ def _both(mesh, dtype="float32", config=tiny.DECODER):
     return [merge(WEIGHTS_CxK) for merge in mergers], trees
 
 
-def _programs(mesh, vmap_candidates, config=tiny.DECODER):
-    """Log-likelihoods, and generations (prefill and decode), with their arguments."""
-    model = tiny.model(config)
-    score = population_program(_scoring(model), mesh, vmap_candidates)
-    kind = Writing(max_new_tokens=6, until=(), temperature=0.0, top_p=1.0)
-    write = population_program(_writing(model, kind, (0,)), mesh, vmap_candidates)
-    return (score, (TOKENS_BxT, TOKENS_BxT > 9)), (write, (TOKENS_BxT, ZERO_B, ZERO_B))
+def _responder(mesh, vmap_candidates, config=tiny.DECODER):
+    limits = Limits(rows=4)
+    return Responder(tiny.model(config), Bytes(), mesh, limits, vmap_candidates=vmap_candidates)
 
 
 @pytest.mark.parametrize(
     ("sizes", "dtype", "vmap_candidates"),
-    [({}, "float32", 1), ({"pop": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 0)],
+    [({}, "float32", 1), ({"pop": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 2)],
     ids=str,
 )
 def test_the_same_bits(sizes, dtype, vmap_candidates):
     """The merge is exact, and what follows is the same program: there is nothing to tolerate."""
     mesh = make_mesh(**sizes)
     (whole, late), _ = _both(mesh, dtype)
-    for program, arguments in _programs(mesh, vmap_candidates):
-        expected = jax.block_until_ready(program(whole, *arguments))
-        found = jax.block_until_ready(program(late, *arguments))
-        for one, other in zip(found, expected, strict=True):
-            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-        assert len(np.unique(np.asarray(expected[0]), axis=0)) == len(WEIGHTS_CxK)
+    responder = _responder(mesh, vmap_candidates)
+    prepared = responder.prepare([*WRITE, *SCORE])
+    expected, found = (
+        jax.tree.leaves(jax.block_until_ready(responder.launch(prepared, merged)))
+        for merged in (whole, late)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    answers = responder.answers(prepared, responder.launch(prepared, late), len(WEIGHTS_CxK))
+    assert len(set(answers.responses)) == len(WEIGHTS_CxK)
 
 
 def test_no_whole_merged_model_and_no_collective_of_the_merge():
@@ -70,9 +73,11 @@ def test_no_whole_merged_model_and_no_collective_of_the_merge():
     mesh = make_mesh(fsdp=2, tensor=2)
     (whole, late), trees = _both(mesh, config=config)
     layer = byte_count(trees[0]["layers"]) // 16 // 4
-    _, (program, arguments) = _programs(mesh, 1, config)
+    (group,) = _responder(mesh, 1, config).encode(WRITE).groups
+    arrays = group.microbatches[0].arrays
+    program: Any = group.program
     ordinary, rematerialised = (
-        program.lower(merged, *arguments).compile() for merged in (whole, late)
+        program.lower(merged, *arrays).compile() for merged in (whole, late)
     )
     one, other = (each.memory_analysis().temp_size_in_bytes for each in (ordinary, rematerialised))
     # Of the merged models that are there, a map takes one out at a time: all of its 16 layers.
