@@ -60,7 +60,7 @@ def _layer(leaves: Sequence[Array], weights_K: Float[Array, " K"]) -> Array:
     total = weighted_sum(leaves, weights_K)
     if not jnp.issubdtype(total.dtype, jnp.floating):
         return total
-    # Compilers leave out a rounding whose result is widened again, but not this one.
+    # Compilers may leave out a rounding whose result is widened again, but not this one.
     kind = jnp.finfo(total.dtype)
     rounded = jax.lax.reduce_precision(total, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
     return jax.lax.optimization_barrier(rounded)
