@@ -149,6 +149,8 @@ def _score(
     """Loads a checkpoint, records what it is and how it scores, and lets it go."""
     started = time.perf_counter()
     source, model, tokenizer_directory = subject
+    config = config.copy_and_resolve_references()
+    config.evaluate.candidates_per_step = 1
     room, step = room_of(mesh.local_devices), least_step(config, [source], model, mesh)
     config = sized(
         *(config, str(directory.path), model, step, room), residency="device", population=1
