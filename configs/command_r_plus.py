@@ -38,6 +38,7 @@ def get_config() -> Config:
     config.mesh.pop = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 8
+    config.evaluate.candidates_per_step = 1  # one model takes all chips
     config.objective.tasks = ("arithmetic", "instructions", "programs")
     config.heldout = ("sorting", "counting")
     config.search.budget = 400

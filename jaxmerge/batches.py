@@ -228,7 +228,7 @@ def _fitted(tokens: list[int], room: int, limits: Limits, where: str) -> list[in
 
 
 def _microbatches(
-    rows: Sequence[_Prompt] | Sequence[_Tree], limits: Limits, pad: Callable[..., Microbatch]
+    rows: Sequence[_Prompt | _Tree], limits: Limits, pad: Callable[..., Microbatch]
 ) -> list[Microbatch]:
     """Rows sorted by length and cut into microbatches, each with the length it is padded to.
 

@@ -69,9 +69,14 @@ def default() -> Config:
     config.mesh.cpu_devices = 0  # > 0: run on the CPU, split into this many devices
 
     config.evaluate = ml_collections.ConfigDict()
-    config.evaluate.candidates_per_step = 0  # merged together, two such steps exist; 0: mesh.pop
-    config.evaluate.batch_size = 64  # rows that go through a model at a time, at most
-    config.evaluate.batch_tokens = 8192  # tokens that do, padding included, at most
+    # Merged together, two such steps exist. 0: mesh.pop on the CPU with the pool on the device,
+    # else as many as fit, up to a generation. What 0 stands for, here and in the next two, is said
+    # at the start, stands in config.json, and is kept on resume.
+    config.evaluate.candidates_per_step = 0
+    # Rows that go through a model at a time, at most; 0: one for each 128 of batch_tokens.
+    config.evaluate.batch_size = 64
+    # Tokens that do, padding included, at most; 0: as many as fit, up to 8192 (CPU) or 32768.
+    config.evaluate.batch_tokens = 8192
     config.evaluate.context = 0  # tokens that the model can hold; 0: what its configuration says
     config.evaluate.too_long = "refuse"  # a prompt that does not fit; "truncate": its end is read
     config.evaluate.vmap_candidates = 0  # side by side on a device; 0: 1 on CPU, else all of a step
@@ -99,6 +104,11 @@ def default() -> Config:
     config.merge.weights = ()
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
     config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time; see BUILD.md
+    # For a search whose pool leaves no room for one merged model: a layer's weights are merged when
+    # the model comes to it, in each pass, so for each token written: K times the bytes are read.
+    # The scores are the same. The pool is on the device, and the model the package's decoder, or
+    # one that says its `layers`. To export the winner as Orbax still takes a whole merged model.
+    config.merge.rematerialise = False
 
     config.space = ml_collections.ConfigDict()
     config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.space
@@ -178,6 +188,20 @@ def check(config: Config) -> None:
     check_tasks(config)
     if config.tensorboard:
         tensorboard.package()
+    if config.merge.rematerialise and config.pool.storage != "exact":
+        raise JaxmergeError(
+            "layers are merged late from exact checkpoints only",
+            where="merge.rematerialise",
+            expected='pool.storage = "exact"',
+            found=config.pool.storage,
+        )
+    if config.merge.rematerialise and config.pool.residency not in ("device", "auto"):
+        raise JaxmergeError(
+            "layers are merged late from a pool on the device only",
+            where="merge.rematerialise",
+            expected='pool.residency = "device"',
+            found=config.pool.residency,
+        )
     space.check(config.space.constraint, config.space.bounds)
     _check_economy(config)
     unknown = [name for name in config.baselines if name not in BASELINES]
@@ -248,8 +272,9 @@ def check_tasks(config: Config) -> None:
             found=f"{config.pool.storage} with pool.residency = {config.pool.residency}",
         )
     for section, name, least in (
-        ("evaluate", "batch_size", 1),
-        ("evaluate", "batch_tokens", 1),
+        ("evaluate", "candidates_per_step", 0),
+        ("evaluate", "batch_size", 0),
+        ("evaluate", "batch_tokens", 0),
         ("evaluate", "context", 0),
         ("objective", "search_examples", 1),
         ("objective", "test_examples", 1),

@@ -12,7 +12,8 @@ as v5e:4x4, v6e:4x4 or v5p:4x4x4. Compiling for TPUs takes `pip install 'jaxmerg
 TPU.
 
 The shapes of the checkpoints are those of pool.model_args where they are given; then the
-checkpoints need not be there. Any field of the config can be set on the command line.
+checkpoints need not be there. The tasks' examples must be: how long they are decides what is
+compiled, and no field of the config states it. Any field can be set on the command line.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from jaxmerge.prepare import build_limits, build_model, build_task, build_tokeni
 from jaxmerge.search.strategies import default_population
 from jaxmerge.searches import evaluations
 from jaxmerge.sources import find_checkpoints, huggingface_directory, start_jax
+from jaxmerge.tasks.common import Task
 from jaxmerge.tokenizer import Bytes, Tokenizer
 from jaxmerge.trees import PyTree
 
@@ -165,8 +167,9 @@ def layout_of(config: Config) -> Layout:
         mesh.fsdp,
         mesh.tensor,
         evaluate.candidates_per_step,
-        config.pool.residency,
+        "device" if config.merge.rematerialise else config.pool.residency,
         build_limits(config, config.pool.base if os.path.isdir(config.pool.base) else ""),
+        config.merge.rematerialise,
     )
 
 
@@ -188,8 +191,8 @@ def job_of(config: Config) -> Job:
     else:
         abstract, checkpoints = _described(config, model), len(config.pool.checkpoints)
         tokenizer = _tokenizer(config, model)
-    tasks = [build_task(config, name) for name in config.objective.tasks]
-    heldout = [build_task(config, name) for name in config.heldout]
+    tasks = [_task(config, name) for name in config.objective.tasks]
+    heldout = [_task(config, name) for name in config.heldout]
     population = config.search.population or default_population(checkpoints)
     return Job(
         model,
@@ -202,6 +205,18 @@ def job_of(config: Config) -> Job:
         config.evaluate.vmap_candidates,
         config.pool.storage,
     )
+
+
+def _task(config: Config, name: str) -> Task:
+    try:
+        return build_task(config, name)
+    except JaxmergeError as error:
+        raise JaxmergeError(
+            "the task's examples can't be had, and their lengths are what a plan compiles for",
+            where=f"tasks.{name}",
+            expected="its data here; or, for the plan alone, another task of such lengths",
+            found=str(error),
+        ) from error
 
 
 def _described(config: Config, model: Model) -> PyTree:

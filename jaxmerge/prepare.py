@@ -30,12 +30,15 @@ from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, from_apply
 from jaxmerge.objective import Objective
-from jaxmerge.planning.here import residency_here
+from jaxmerge.planning.here import residency_here, room_of
+from jaxmerge.planning.residency import Room
+from jaxmerge.planning.work import Step
 from jaxmerge.remember import Remembering
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import strategies
 from jaxmerge.searches import build_strategy, check_budget, check_pool_sizes
 from jaxmerge.sharding import make_mesh
+from jaxmerge.sized import least_step, sized
 from jaxmerge.sources import find_checkpoints, huggingface_directory, record_pool, start_jax
 from jaxmerge.tasks import BUILDERS
 from jaxmerge.tasks.common import Example, Task
@@ -79,9 +82,24 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     strategy = parts.part("strategy", lambda: build_strategy(config, len(sources)))
     check_budget(strategy, "search.budget", config.search.budget)
     check_pool_sizes(config, len(sources))
+    step = least_step(config, sources, model, mesh)
+    room, residency = parts.part("residency", lambda: _residency(config, step))
+    population = strategy.population
+    config = sized(config, workdir, model, step, room, residency=residency, population=population)
     if processes.first():
         rundir.check(workdir, configs.plain(config))
-    pool = parts.part("pool", lambda: _load(config, sources, mesh, model))
+    pool = parts.part(
+        "pool",
+        lambda: load(
+            sources,
+            mesh,
+            model.sharding_rules,
+            dtype=config.pool.dtype,
+            residency=residency,
+            storage=config.pool.storage,
+            rematerialise=step.layers,
+        ),
+    )
     limits = build_limits(config, huggingface_directory(config, sources))
 
     def evaluator(of_split: Sequence[Task], split: str) -> Evaluator | Remembering:
@@ -92,7 +110,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
             of_split,
             split,
             mesh,
-            candidates_per_step=config.evaluate.candidates_per_step or mesh.shape["pop"],
+            candidates_per_step=config.evaluate.candidates_per_step,
             limits=limits,
             vmap_candidates=config.evaluate.vmap_candidates,
         )
@@ -126,13 +144,14 @@ def made_of(config: Config) -> dict[str, Any]:
     plain = configs.plain(config)
     objective, search = plain["objective"], plain["search"]
     sources = [plain["pool"], plain["export"]["formats"]]
-    pool = [sources, plain["mesh"]]
+    pool = [sources, plain["mesh"], plain["merge"]["rematerialise"]]
     sizes = [objective["search_examples"], objective["test_examples"]]
     tasks = [plain["tasks"], objective["tasks"], plain["heldout"], sizes]
     strategy = [search[field] for field in ("strategy", "population", "init", "sigma", "params")]
     return {
         "pool": pool,
-        "evaluators": [pool, tasks, plain["evaluate"]],
+        "residency": pool,
+        "evaluators": [pool, tasks, plain["evaluate"], search["population"]],
         "strategy": [sources, strategy],
         "sources": sources,
         "model": sources,
@@ -140,27 +159,11 @@ def made_of(config: Config) -> dict[str, Any]:
     }
 
 
-def _load(config: Config, sources: Sequence[Source], mesh: Mesh, model: Model) -> Pool:
-    residency = residency_here(
-        sources[0].abstract,
-        model.sharding_rules,
-        mesh,
-        dtype=config.pool.dtype,
-        checkpoints=len(sources),
-        candidates=config.evaluate.candidates_per_step or mesh.shape["pop"],
-        asked=config.pool.residency,
-        storage=config.pool.storage,
-    )
-    # The memory that is left differs between hosts.
-    residency = processes.from_first(residency.encode).decode()
-    return load(
-        sources,
-        mesh,
-        model.sharding_rules,
-        dtype=config.pool.dtype,
-        residency=residency,
-        storage=config.pool.storage,
-    )
+def _residency(config: Config, step: Step) -> tuple[Room, str]:
+    """The memory of each device before the pool is loaded, and where the pool will live."""
+    room = room_of(step.mesh.local_devices)
+    residency = residency_here(step, room, "device" if step.layers else config.pool.residency)
+    return room, processes.from_first(residency.encode).decode()  # the room differs between hosts
 
 
 def open_directory(config: Config, workdir: str, *, orbax: bool) -> RunDirectory:

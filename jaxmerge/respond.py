@@ -15,6 +15,7 @@ from jaxmerge import batches, processes
 from jaxmerge.batches import Limits, Writing
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.generate import Draw, generate, log_likelihood, stop_states
+from jaxmerge.models.deferred import apart, joined
 from jaxmerge.models.model import Model, Params
 from jaxmerge.requests import Generate, Likely, Request, Response
 from jaxmerge.tokenizer import Tokenizer
@@ -159,8 +160,8 @@ class Responder:
         """What the first `count` models answered."""
         outputs = processes.fetch(outputs)
         answers: list[list[Response]] = [[""] * len(prepared.requests) for _ in range(count)]
-        nats_CxR = np.zeros((count, len(prepared.requests)))
-        greedy_CxR = np.ones(nats_CxR.shape, bool)
+        nats_RxC = np.zeros((len(prepared.requests), count))
+        greedy_RxC = np.ones(nats_RxC.shape, bool)
         written_C = np.zeros(count, np.int64)
         for group, of_group in zip(prepared.groups, outputs):
             for microbatch, output in zip(group.microbatches, of_group):
@@ -169,17 +170,17 @@ class Responder:
                 places = microbatch.requests[asked]
                 if group.writing is None:
                     # In float64, and some texts have several rows.
-                    np.add.at(nats_CxR, (slice(None), places), arrays[0][:, asked])
-                    np.logical_and.at(greedy_CxR, (slice(None), places), arrays[1][:, asked])
+                    np.add.at(nats_RxC, places, arrays[0][:, asked].T)
+                    np.logical_and.at(greedy_RxC, places, arrays[1][:, asked].T)
                     continue
                 written_C += np.count_nonzero(arrays[0] != self._stop, axis=(1, 2))
                 for i, tokens_CxM in zip(places, np.moveaxis(arrays[0][:, asked], 1, 0)):
                     for answer, tokens_M in zip(answers, tokens_CxM):
                         answer[i] = self._text(prepared.requests[i], tokens_M)
         # Logits that overflow are those of a merge that is no model: it must lose, not end the run.
-        nats_CxR = np.where(np.isfinite(nats_CxR), nats_CxR, _NOT_FINITE)
+        nats_RxC = np.where(np.isfinite(nats_RxC), nats_RxC, _NOT_FINITE)
         for i in np.flatnonzero(prepared.scored):
-            for answer, nats, greedy in zip(answers, nats_CxR[:, i], greedy_CxR[:, i]):
+            for answer, nats, greedy in zip(answers, nats_RxC[i], greedy_RxC[i]):
                 answer[i] = Likely(float(nats), bool(greedy), int(prepared.scored[i]))
         return Answers([tuple(answer) for answer in answers], written_C)
 
@@ -271,18 +272,19 @@ def population_program(
         vmap_candidates: models side by side; 0: all of a device's.
     """
 
-    def local(merged: Params, *arrays_B: Array) -> Any:
+    def local(own_C: Params, shared: Any, *arrays_B: Array) -> Any:
+        def one(own: Params) -> Any:
+            return run(joined(own, shared), *arrays_B)
+
         if vmap_candidates == 1:
-            return jax.lax.map(lambda params: run(params, *arrays_B), merged)
+            return jax.lax.map(one, own_C)
         if not vmap_candidates:
-            return jax.vmap(lambda params: run(params, *arrays_B))(merged)
-        return jax.lax.map(
-            lambda params: run(params, *arrays_B), merged, batch_size=vmap_candidates
-        )
+            return jax.vmap(one)(own_C)
+        return jax.lax.map(one, own_C, batch_size=vmap_candidates)
 
     def lifted(merged: Params, *arrays_B: Array) -> Any:
         over_pop = PartitionSpec("pop")
-        specs = (over_pop, *(PartitionSpec() for _ in arrays_B))
+        specs = (over_pop, PartitionSpec(), *(PartitionSpec() for _ in arrays_B))
         return jax.shard_map(
             local,
             mesh=mesh,
@@ -290,6 +292,6 @@ def population_program(
             out_specs=over_pop,
             axis_names={"pop"},
             check_vma=False,
-        )(merged, *arrays_B)
+        )(*apart(merged), *arrays_B)
 
     return jax.jit(lifted)

@@ -25,7 +25,7 @@ from jaxmerge.errors import JaxmergeError
 ANALYSIS = "analysis:"  # begins the origin of what only an analysis asked for
 
 # Fields of a config that say where a run computes, not what: it can go on elsewhere.
-_WHERE = ("mesh.", "pool.residency", "compilation_cache")
+_WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator
 from jaxmerge.models.model import Model
 from jaxmerge.objective import Objective, define
+from jaxmerge.planning.here import room_of
 from jaxmerge.prepare import (
     bounds_of,
     build_limits,
@@ -32,6 +33,7 @@ from jaxmerge.prepare import (
 )
 from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.sharding import make_mesh
+from jaxmerge.sized import least_step, sized
 from jaxmerge.sources import huggingface_directory, record_pool, start_jax
 from jaxmerge.tasks.common import Task
 
@@ -147,6 +149,12 @@ def _score(
     """Loads a checkpoint, records what it is and how it scores, and lets it go."""
     started = time.perf_counter()
     source, model, tokenizer_directory = subject
+    config = config.copy_and_resolve_references()
+    config.evaluate.candidates_per_step = 1
+    room, step = room_of(mesh.local_devices), least_step(config, [source], model, mesh)
+    config = sized(
+        *(config, str(directory.path), model, step, room), residency="device", population=1
+    )
     pool = load([source], mesh, model.sharding_rules, dtype=config.pool.dtype)
     evaluator = Evaluator(
         pool.merge,

@@ -37,7 +37,7 @@ LAYERS = (
         *("progress", "tensorboard", "live", "analyses"),
         *("config", "results", "card", "report", "command_line", "grid"),
     },
-    {"sources", "searches"},
+    {"sources", "searches", "sized"},
     {"held", "lm_eval_model", "prepare"},
     {"merging", "scoring", "phases"},
     {"run"},

@@ -1,8 +1,11 @@
 """Whole plans: for CPU devices and for TPU slices that are not there, and what is refused."""
 
 import dataclasses
+import json
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -12,12 +15,15 @@ from jaxmerge import config as configs
 from jaxmerge import plan as plans
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.plan import Answer, job_of, layout_of, plan
-from jaxmerge.planning import here, layouts
+from jaxmerge.planning import chips, estimate, layouts, work
+from jaxmerge.planning.compiled import Program, absent_devices
 from jaxmerge.planning.estimate import Rates
 from jaxmerge.planning.layouts import Layout, Machine, draw_up
 from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import Room
 from jaxmerge.prepare import prepare
+from jaxmerge.sharding import make_mesh
+from jaxmerge.trees import byte_count
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -123,9 +129,24 @@ def test_the_residency_is_the_first_that_fits(config, small):
     on_disk = draw_up(small, layout, _machine(room._replace(host=0)))
     assert on_disk.residency == "disk"
     assert not on_disk.measured.programs[0].collectives
-    none = draw_up(small, layout, _machine(Room(_needed(on_disk, "disk") // 2, 0)))
+    none = draw_up(small, layout, _machine(Room(on_disk.measured.need.merged, 0)))
     assert none.residency is None
+    assert not none.measured.programs  # what can't fit by arithmetic need not be compiled
     assert "takes none: it does not fit" in page(none)
+
+
+def test_layers_that_are_merged_late_take_no_memory_before(config, small):
+    """Embedding and norm of one candidate are there, and each pass reads three checkpoints."""
+    layout = _layout(config, pop=1, rematerialise=True, residency="device")
+    late = draw_up(small, layout, _machine(devices=1))
+    tree = small.abstract
+    others = byte_count(tree) - byte_count(tree["layers"])
+    assert late.measured.need.merged == others
+    assert late.measured.programs[0].name == "merge, but for the layers"
+    assert "merged models but for layers: 1 of a step" in page(late)
+    passes = 6 * len(small.splits["search"][0].splits["search"]) / 8  # tokens, microbatches of 8
+    least = passes * 3 * byte_count(tree["layers"]) / RATES.bandwidth
+    assert least < late.seconds["search"].merge < 3 * least  # there are smaller microbatches
 
 
 def test_the_smallest_change_is_found(config, small):
@@ -134,6 +155,7 @@ def test_the_smallest_change_is_found(config, small):
     names = [name for name, _ in layouts.smaller(wide, _machine())]
     assert names[0] == "evaluate.candidates_per_step = 8"
     assert names[1] == "evaluate.batch_tokens = 4096, evaluate.batch_size = 4"
+    assert names[-4] == "merge.rematerialise = True"
     assert names[-1] == "mesh.pop = 1, mesh.fsdp = 8"
 
     def change(room: int) -> str | None:
@@ -165,16 +187,24 @@ def test_evaluations_are_those_of_a_run(config, tmp_path):
     assert with_analyses["test"] - counts["test"] == checkpoints + pairs
 
 
-@pytest.mark.parametrize(("room", "expected"), [(2**40, "device"), (130_000, "disk")])
-def test_a_run_with_auto_takes_the_first_that_fits(config, tmp_path, monkeypatch, room, expected):
-    """As the plan says; three tiny models and a merged one are 141 kB."""
-    monkeypatch.setattr(here, "room_of", lambda devices: Room(room, 0))
+@pytest.mark.parametrize(
+    ("room", "elsewhere", "residency", "tokens"),
+    [(2**40, 130_000, "device", 8192), (130_000, 2**40, "disk", 256)],
+)
+def test_a_run_takes_what_fits_and_keeps_its_sizes(
+    config, tmp_path, monkeypatch, room, elsewhere, residency, tokens
+):
+    """As the plan says; three tiny models and a merged one are 141 kB. It goes on elsewhere."""
     config = config.copy_and_resolve_references()
-    config.mesh.pop = 1
-    config.pool.residency = "auto"
-    prepared = prepare(config, str(tmp_path))
-    prepared.directory.close()
-    assert prepared.pool.residency == expected
+    config.mesh.pop, config.pool.residency, config.evaluate.batch_tokens = 1, "auto", 0
+    for there in (room, elsewhere):
+        monkeypatch.setattr("jaxmerge.prepare.room_of", lambda _, there=there: Room(there, 0))
+        prepared = prepare(config, str(tmp_path))
+        prepared.directory.close()
+        assert (prepared.pool.residency == residency) == (there == room)
+        recorded = json.loads((tmp_path / "config.json").read_text())["evaluate"]
+        assert recorded["batch_tokens"] == tokens
+        assert recorded["candidates_per_step"] == 1
 
 
 def test_described_checkpoints_need_not_be_there(config, job):
@@ -279,18 +309,31 @@ def test_a_slice_that_is_too_small_is_refused_with_the_smallest_that_suffices():
     assert "v5p:4x4x4, the smallest slice that suffices" in refused.expected
 
 
+def _merges(topologies: tuple[str, ...]) -> list[Program]:
+    """The merge alone of each slice, for a process that may get to know the chips of several."""
+    jax.config.update("jax_platforms", "cpu")
+    config = _command_r_plus()
+    job, made = plans.job_of(config), []
+    for of in map(chips.topology, topologies):
+        mesh = make_mesh(fsdp=-1, tensor=config.mesh.tensor, devices=absent_devices(of))
+        tree = work.placed(job.abstract, job.model.sharding_rules, mesh)
+        step = work.Step(tree, job.checkpoints, 1, mesh)
+        streamed = estimate.arithmetic(step).on_device("device") > chips.CHIPS[of.kind].memory
+        made.append(estimate.compile_merge(step, streamed=streamed))
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.tpu
-@pytest.mark.parametrize("topology", ["v5e:8x16", "v6e:8x8", "v6e:16x16", "v5p:4x4x8"])
-def test_no_slice_has_a_collective_in_the_merge(topology):
-    config = _command_r_plus()
-    config.heldout = ()
-    config.objective.tasks = ("arithmetic",)
-    made = plan(config, topology).plan
-    assert made is not None
-    merge = made.measured.programs[0]
-    assert not merge.refused
-    assert merge.collectives == {}
+def test_no_slice_has_a_collective_in_the_merge():
+    topologies = ("v5e:8x16", "v6e:8x8", "v6e:16x16", "v5p:4x4x8")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        merges = process.submit(_merges, topologies).result()
+    assert [merge.name for merge in merges].count("merge") == 2  # the pools of the others stream
+    for merge in merges:
+        assert not merge.refused
+        assert merge.collectives == {}
 
 
 def test_refusals_say_what_would_suffice():

@@ -1,17 +1,24 @@
 """The parts of a plan: topologies, residency, counting, and what compiled programs say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.generate import log_likelihood
 from jaxmerge.merge import linear
+from jaxmerge.merge.rematerialised import rematerialising
+from jaxmerge.models.deferred import apart
 from jaxmerge.planning import chips, estimate, here, work
 from jaxmerge.planning.chips import Topology
 from jaxmerge.planning.compiled import collectives, compile_program
 from jaxmerge.planning.counting import products
 from jaxmerge.planning.residency import Need, Room, choose_residency
+from jaxmerge.planning.sizes import Sizes, choose_sizes, per_token
 from jaxmerge.sharding import make_mesh
 from jaxmerge.trees import byte_count
 from tests import tiny
@@ -175,11 +182,15 @@ def test_bytes_of_a_device_are_those_of_its_shards():
         shards = [array.addressable_shards[0].data for array in jax.tree.leaves(arrays)]
         return sum(shard.nbytes for shard in shards)
 
-    need = estimate.arithmetic(placed, 2, 4, mesh)
+    step = work.Step(placed, 2, 4, mesh)
+    need = estimate.arithmetic(step)
     assert need.pool == 2 * on_first(there)
     assert need.merged == on_first(merged)
     # Two leaves, and the sum of a leaf of the device's two candidates.
     assert need.streamed == (2 + 2) * max(map(on_first, jax.tree.leaves(there)))
+    late = rematerialising([there, there], "layers")(np.full((4, 2), 0.5))
+    own, _ = apart({name: leaf for name, leaf in late.items() if name != "layers"})
+    assert estimate.arithmetic(step._replace(layers="layers")).merged == on_first(own)
 
 
 def test_a_leaf_that_is_not_split_is_told():
@@ -203,28 +214,70 @@ def _abstract():
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def _check(monkeypatch, room, residency):
-    monkeypatch.setattr(here, "room_of", lambda devices: room)
-    return here.residency_here(
-        _abstract(),
-        tiny.model().sharding_rules,
-        make_mesh(pop=2),
-        dtype="",
-        checkpoints=8,
-        candidates=2,
-        asked=residency,
+def _step(checkpoints: int, pop: int = 1) -> work.Step:
+    """Of the tiny model; `candidates` is what the config leaves open."""
+    mesh = make_mesh(pop)
+    tree = work.placed(_abstract(), tiny.model().sharding_rules, mesh)
+    return work.Step(tree, checkpoints, mesh.shape["pop"], mesh)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded():
+    """By bytes of pool and merged models; the message has the figures and what would fit."""
+    size, step = byte_count(_abstract()), _step(8, pop=2)
+    enough, less = Room((8 + 1) * size, 0), Room((8 + 1) * size - 1, 0)
+    assert here.residency_here(step, enough, "device") == "device"
+    for residency, said in (("device", 'pool.residency = "disk"'), ("host", '"disk"')):
+        with pytest.raises(JaxmergeError, match="do not fit") as caught:
+            here.residency_here(step, less, residency)
+        assert said in caught.value.expected
+    assert here.residency_here(step, less, "auto") == "disk"
+    with pytest.raises(JaxmergeError, match=r"jaxmerge\.plan says which") as caught:
+        here.residency_here(step, Room(size, 0), "auto")
+    assert "pool.residency" not in caught.value.expected
+
+
+OPEN = Sizes(0, 0, 0)
+
+
+def _sizes(step, room, residency="device", asked=OPEN, vmap_candidates=0):
+    return choose_sizes(
+        asked,
+        tiny.model(),
+        step,
+        Room(room, room),
+        residency=residency,
+        population=12,
+        vmap_candidates=vmap_candidates,
     )
 
 
-def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch):
-    """By bytes of pool and merged models; the message has the figures and what would fit."""
-    size = byte_count(_abstract())
-    assert _check(monkeypatch, Room((8 + 1) * size, 0), "device") == "device"
-    for residency, said in (("device", 'pool.residency = "disk"'), ("host", '"disk"')):
-        with pytest.raises(JaxmergeError, match="do not fit") as caught:
-            _check(monkeypatch, Room((8 + 1) * size - 1, 0), residency)
-        assert said in caught.value.expected
-    assert _check(monkeypatch, Room((8 + 1) * size - 1, 0), "auto") == "disk"
-    with pytest.raises(JaxmergeError, match=r"jaxmerge\.plan says which") as caught:
-        _check(monkeypatch, Room(size, 0), "auto")
-    assert "pool.residency" not in caught.value.expected
+def test_sizes_that_are_left_open_are_the_largest_that_help_and_fit():
+    """By the byte, a tenth kept free; what is asked for stands."""
+    step = _step(3, pop=2)
+    assert _sizes(step, 2**40) == Sizes(2, 64, 8192)  # on a CPU more candidates are not faster
+    assert _sizes(step, 2**40, "disk") == Sizes(12, 64, 8192)  # but fewer passes over the pool
+    assert _sizes(step, 2**40, "disk", Sizes(4, 5, 0)) == Sizes(4, 5, 8192)
+    assert _sizes(step, 2**40, vmap_candidates=8) == Sizes(2, 64, 8192)
+    fixed = estimate.arithmetic(step).on_device("device")
+    working = 1024 * per_token(tiny.model(), step)
+    just = -(-(fixed + working) * 10 // 9)
+    assert _sizes(step, just) == Sizes(2, 8, 1024)
+    assert _sizes(step, just - 2).tokens == 512
+    for candidates in (2, 6):
+        need = estimate.arithmetic(step._replace(candidates=candidates)).on_device("disk")
+        just = -(-(need + working) * 10 // 9)
+        assert _sizes(step, just, "disk", Sizes(0, 0, 1024)).candidates == candidates
+
+
+def test_a_token_takes_what_is_compiled():
+    """Logits are most of it; what arithmetic says is at least what a program takes, and no more
+    than three times that.
+    """
+    model, step = tiny.model(), _step(3)
+    each = jax.ShapeDtypeStruct((8, 64), np.int32)  # tokens, branches, places, targets
+    score = jax.jit(functools.partial(log_likelihood, model))
+    compiled = score.lower(step.tree, each, each, each, each)
+    memory = compiled.compile().memory_analysis()
+    assert memory is not None
+    held = memory.temp_size_in_bytes
+    assert held <= 8 * 64 * per_token(model, step) <= 3 * held

@@ -186,6 +186,7 @@ def test_another_run_is_refused(finished, pool, tmp_path):
         evaluate(config, str(workdir))
     config = _config(pool, "model*")
     config.search.budget, config.baselines, config.heldout = 4, (), ()
+    config.evaluate.candidates_per_step = 1  # what 0 stands for would differ first
     run(config, str(tmp_path / "search"))
     with pytest.raises(JaxmergeError, match="individual of model0"):
         evaluate(config, str(tmp_path / "search"))

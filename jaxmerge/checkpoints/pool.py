@@ -29,6 +29,7 @@ from jaxmerge.merge import linear
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
+from jaxmerge.merge.rematerialised import rematerialising
 from jaxmerge.trees import PyTree, byte_count, differences, map_named, named_leaves, parameter_count
 
 # By the name in `Source.format`; the first that recognises a path reads it.
@@ -101,15 +102,15 @@ class Pool(NamedTuple):
     def merged(
         self, weights_K: Float[np.ndarray, " K"] | Sequence[float]
     ) -> Callable[[str], jax.Array]:
-        """One merge, by the names of its leaves; made when they are first asked for.
+        """One merge, by the names of its leaves; each is made when it is asked for.
 
         It is of the exact checkpoints, however they are stored.
         """
         weights_K = np.asarray(weights_K, np.float32)
         if isinstance(self.merge, LeafwiseMerger | QuantisedMerger):
             return functools.partial(self.merge.leaf, weights_K=weights_K)
-        leaves = functools.cache(lambda: named_leaves(linear.linear(self.trees, weights_K)))
-        return lambda name: leaves()[name]
+        leaves = [named_leaves(tree) for tree in self.trees]
+        return lambda name: linear.linear([of_tree[name] for of_tree in leaves], weights_K)
 
 
 def formats(patterns: Sequence[str]) -> set[str]:
@@ -187,6 +188,7 @@ def load(
     dtype: str = "",
     residency: str = "device",
     storage: str = "exact",
+    rematerialise: str = "",
     on_loaded: Callable[[Record], None] = lambda record: None,
 ) -> Pool:
     """Restores the checkpoints one after the other, each straight into its shards, and checks them.
@@ -202,6 +204,8 @@ def load(
             pinned; or on `disk`, from where each merge takes a leaf of a checkpoint at a time.
         storage: `exact`; or `int8` or `int4`: of all but the first checkpoint the differences from
             it in so many bits, see `merge.differences`. The pool must live on the device.
+        rematerialise: the `Model.layers` that are merged when the model comes to them, which takes
+            a pool on the device; "": whole models are merged.
         on_loaded: called after each checkpoint.
 
     Raises:
@@ -229,6 +233,8 @@ def load(
         exact = _leafwise(sources, [like] * len(trees), where)
         merge = QuantisedMerger(trees[0], others, exact.leaf)
         trees = [like] * len(trees)
+    elif rematerialise:
+        merge = rematerialising(trees, rematerialise)
     else:
         merge = linear.merger(trees) if residency == "device" else _leafwise(sources, trees, where)
     return Pool(

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.architecture import DecoderConfig
+from jaxmerge.models.deferred import made
 from jaxmerge.models.layers import Block, Where, norm, softcap
 from jaxmerge.models.model import Model
 from jaxmerge.models.rope import turns
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
         )
         over_layers: Any = (nn.broadcast, 0, 0)  # kinds and cache have L
         scanned = nn.scan(
-            Block,
+            nn.map_variables(Block, "params", made, init=True),  # of a layer that is `Deferred`
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=over_layers,
@@ -212,6 +213,7 @@ def decoder(config: DecoderConfig) -> Model:
         branches=branches,
         init=init,
         sharding_rules=SHARDING_RULES,
+        layers="layers",
         vocabulary=config.vocab,
         architecture={"model": "decoder", **config.plain()},
     )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Params = Any  # a pytree of arrays
+Params = Any  # a pytree of arrays; see also `Model.layers`
 State = Any  # a pytree of arrays: what a model keeps between two tokens
 
 # apply(params, tokens_BxT) -> logits_BxTxV, causal: logits[:, t] depend on tokens[:, :t + 1] alone
@@ -34,6 +34,8 @@ class Model:
             if there were nothing else. The logits are those after the tokens at `asked_BxQ`.
         init: `key -> params`, or None where the model can't make its own parameters.
         sharding_rules: see `jaxmerge.sharding.shardings`.
+        layers: the top-level entry of the parameters whose leaves are stacked over layers
+            `[L, ...]` and may be `Deferred`, to be made a layer at a time; "" where there is none.
         vocabulary: tokens it knows, or 0 where it doesn't say.
         architecture: what `checkpoints.orbax.save` writes beside the parameters, so that the
             checkpoint can be opened without being told; {} where there is no such description.
@@ -46,6 +48,7 @@ class Model:
     branches: Callable[..., Float[Array, "B Q V"]] | None = None
     init: Callable[[Array], Params] | None = None
     sharding_rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ((".*", ()),)
+    layers: str = ""
     vocabulary: int = 0
     architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -20,7 +20,8 @@ class Chip(NamedTuple):
         flops: matrix products in bfloat16, per second, at most.
         bandwidth: bytes per second from its memory, at most.
         links: bytes per second to its neighbours, all links together; 0: not known.
-        host: bytes of the host's memory per chip; 0: no memory besides its own.
+        host: bytes of the host's memory per chip; 0: no memory besides its own. As stated for the
+            machine type that `source` names, divided by its chips; nobody has looked at a host.
         slices: that can be had, smallest first.
         source: where the figures are from.
     """
@@ -43,19 +44,19 @@ _3D = (
 
 # Memory: what the compiler of libtpu 0.0.42 allows when it refuses a program (15.75, 95.74, 31.25
 # GiB). Rates: cloud.google.com/tpu/docs/{v5e,v5p,v6e}, 2026; links are given there in Gbit/s. Host:
-# memory of the machine type, divided by its chips.
+# stated for the machine type, and set down from memory: look it up where a plan depends on it.
 CHIPS = {
     "v5e": Chip(
         *("v5e", int(15.75 * 2**30), 197e12, 819e9, 1600e9 / 8, 192 * 10**9 // 4, _2D),
-        "197 TFLOP/s bf16, 819 GB/s, 1600 Gbit/s links; host: ct5lp-hightpu-4t, 192 GB",
+        "197 TFLOP/s bf16, 819 GB/s, 1600 Gbit/s links; host: ct5lp-hightpu-4t, stated 192 GB",
     ),
     "v5p": Chip(
         *("v5p", int(95.74 * 2**30), 459e12, 2765e9, 4800e9 / 8, 448 * 10**9 // 4, _3D),
-        "459 TFLOP/s bf16, 2765 GB/s, 4800 Gbit/s links; host: ct5p-hightpu-4t, 448 GB",
+        "459 TFLOP/s bf16, 2765 GB/s, 4800 Gbit/s links; host: ct5p-hightpu-4t, stated 448 GB",
     ),
     "v6e": Chip(
         *("v6e", int(31.25 * 2**30), 918e12, 1640e9, 3584e9 / 8, 720 * 10**9 // 4, _2D),
-        "918 TFLOP/s bf16, 1640 GB/s, 3584 Gbit/s links; host: ct6e-standard-4t, 720 GB",
+        "918 TFLOP/s bf16, 1640 GB/s, 3584 Gbit/s links; host: ct6e-standard-4t, stated 720 GB",
     ),
 }
 DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as JAX names them

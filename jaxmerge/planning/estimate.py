@@ -19,7 +19,7 @@ from jaxmerge.planning.chips import Chip
 from jaxmerge.planning.compiled import Collective, Program, compile_program
 from jaxmerge.planning.counting import Product
 from jaxmerge.planning.residency import Need
-from jaxmerge.planning.work import Call, counted, placed, share, shares, stacked, state_bytes
+from jaxmerge.planning.work import Call, Step, counted, placed, share, shares, state_bytes
 from jaxmerge.trees import PyTree, named_leaves
 
 
@@ -42,7 +42,7 @@ class Measured(NamedTuple):
     Attributes:
         need: bytes of each device.
         cache: bytes of the key/value cache on each device, part of `need.working`.
-        programs: merge first.
+        programs: merge first; none where nothing was compiled.
         whole: leaves that an axis of the mesh does not divide, and why.
     """
 
@@ -66,58 +66,32 @@ def steps_at_a_time(mesh: Mesh) -> int:
     return 1 if mesh.devices.flat[0].platform == "cpu" else 2
 
 
-def arithmetic(
-    tree: PyTree, checkpoints: int, candidates: int, mesh: Mesh, *, storage: str = "exact"
-) -> Need:
-    """The part of `Need` that takes no compiler: `working` is 0.
-
-    Args:
-        tree: one checkpoint, as `work.placed` gives it.
-        checkpoints: K.
-        candidates: of a step, on all devices.
-        mesh: of the run.
-        storage: how the pool is held; see `pool.load`.
-    """
-    of_leaf = shares(tree)
-    here = -(-candidates // mesh.shape["pop"])
+def arithmetic(step: Step) -> Need:
+    """The part of `Need` that takes no compiler: `working` is 0."""
+    of_leaf, leaves = shares(step.tree), jax.tree.leaves(step.tree)
     streamed = [
-        size * (2 + here * max(4 / leaf.dtype.itemsize, 1))
-        for size, leaf in zip(of_leaf.values(), jax.tree.leaves(tree))
+        size * (2 + step.here * max(4 / leaf.dtype.itemsize, 1))
+        for size, leaf in zip(of_leaf.values(), leaves)
     ]
     return Need(
-        pool=sum(stored_bytes(leaf, checkpoints, storage) for leaf in jax.tree.leaves(tree)),
+        pool=sum(stored_bytes(leaf, step.checkpoints, step.storage) for leaf in leaves),
         streamed=int(max(streamed)),
-        merged=steps_at_a_time(mesh) * here * sum(of_leaf.values()),
+        merged=steps_at_a_time(step.mesh) * step.here * sum(shares(step.once).values()),
         working=0,
     )
 
 
-def measure(
-    model: Model,
-    tree: PyTree,
-    checkpoints: int,
-    candidates: int,
-    mesh: Mesh,
-    of_step: Sequence[Call],
-    *,
-    streamed: bool,
-    storage: str = "exact",
-) -> Measured:
+def measure(model: Model, step: Step, of_step: Sequence[Call], *, streamed: bool) -> Measured:
     """Compiles the merge and the largest calls, and adds up what each device holds.
 
     Args:
         model: whose programs they are.
-        tree: one checkpoint, as `work.placed` gives it.
-        checkpoints: K.
-        candidates: of a step, on all devices.
-        mesh: of the run.
+        step: what is merged.
         of_step: from `work.calls`.
         streamed: the pool is not on the devices, so that leaves are merged one by one.
-        storage: how it is held there; see `pool.load`.
     """
-    need = arithmetic(tree, checkpoints, candidates, mesh, storage=storage)
-    merge = compile_merge(tree, checkpoints, candidates, mesh, streamed=streamed, storage=storage)
-    merged = stacked(tree, candidates, mesh)
+    need, merged = arithmetic(step), step.merged()
+    merge = compile_merge(step, streamed=streamed)
     largest = _largest(of_step)
     compiled = [compile_program(call.name, call.program, merged, *call.arrays) for call in largest]
     inputs = sum(sum(call.times.values()) * sum(map(share, call.arrays)) for call in of_step)
@@ -129,34 +103,34 @@ def measure(
     working = max([merge.temporaries, *(each.outputs + each.temporaries for each in compiled)])
     return Measured(
         need._replace(working=working + inputs + code + merge.code),
-        max((_cache(model, tree, call, candidates, mesh) for call in largest), default=0),
+        max((_cache(model, step, call) for call in largest), default=0),
         (merge, *compiled),
-        tuple(whole_leaves(tree, model.sharding_rules, mesh)),
+        tuple(whole_leaves(step.tree, model.sharding_rules, step.mesh)),
     )
 
 
-def compile_merge(
-    tree: PyTree,
-    checkpoints: int,
-    candidates: int,
-    mesh: Mesh,
-    *,
-    streamed: bool,
-    storage: str = "exact",
-) -> Program:
+def uncompiled(model: Model, step: Step) -> Measured:
+    """What is known of a step without a compiler, for one whose pool and models are too large."""
+    whole = whole_leaves(step.tree, model.sharding_rules, step.mesh)
+    return Measured(arithmetic(step), 0, (), tuple(whole))
+
+
+def compile_merge(step: Step, *, streamed: bool) -> Program:
     """The merge of a step; where the pool is streamed, that of a leaf of one checkpoint."""
     if streamed:
-        leaves, of_leaf = named_leaves(tree), shares(tree)
+        leaves, of_leaf = named_leaves(step.tree), shares(step.tree)
         name = max(leaves, key=lambda each: of_leaf[each])
-        add, arguments = adding(leaves[name], candidates)
+        add, arguments = adding(leaves[name], step.candidates)
         return compile_program(f"merge, leaf by leaf: {name}", add, *arguments)
-    over_pop = NamedSharding(mesh, PartitionSpec("pop"))
-    weights = jax.ShapeDtypeStruct((candidates, checkpoints), jnp.float32, sharding=over_pop)
-    if storage != "exact":
-        held = differences.abstract(tree, checkpoints, storage)
+    over_pop = NamedSharding(step.mesh, PartitionSpec("pop"))
+    shape = (step.candidates, step.checkpoints)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over_pop)
+    if step.storage != "exact":
+        held = differences.abstract(step.tree, step.checkpoints, step.storage)
         return compile_program("merge", differences.program(*held), *held, weights)
-    jitted = linear.program(tree, population=True)
-    return compile_program("merge", jitted, (tree,) * checkpoints, weights)
+    jitted = linear.program(step.once, population=True)
+    name = "merge, but for the layers" if step.layers else "merge"
+    return compile_program(name, jitted, (step.once,) * step.checkpoints, weights)
 
 
 def whole_leaves(tree: PyTree, rules: Any, mesh: Mesh) -> list[str]:
@@ -188,14 +162,14 @@ def _largest(of_step: Sequence[Call]) -> list[Call]:
     return list(chosen.values())
 
 
-def _cache(model: Model, tree: PyTree, call: Call, candidates: int, mesh: Mesh) -> int:
+def _cache(model: Model, step: Step, call: Call) -> int:
     if not call.new_tokens:
         return 0
-    heads = int(model.architecture.get("kv_heads", 1))
+    heads, mesh = int(model.architecture.get("kv_heads", 1)), step.mesh
     # The compiler splits heads over as much of `tensor` as they are a multiple of.
     split = mesh.shape["data"] * math.gcd(heads, mesh.shape["tensor"])
-    side_by_side = candidates // mesh.shape["pop"] if mesh.devices.flat[0].platform != "cpu" else 1
-    return state_bytes(model, tree, call) * side_by_side // split
+    side_by_side = step.here if mesh.devices.flat[0].platform != "cpu" else 1
+    return state_bytes(model, step.tree, call) * side_by_side // split
 
 
 class Seconds(NamedTuple):
@@ -220,38 +194,40 @@ class Amount(NamedTuple):
 
 
 def roofline(
-    of_step: Sequence[Call],
-    tree: PyTree,
-    programs: Sequence[Program],
-    checkpoints: int,
-    candidates: int,
-    mesh: Mesh,
-    rates: Rates,
+    of_step: Sequence[Call], step: Step, programs: Sequence[Program], rates: Rates
 ) -> tuple[dict[str, Seconds], dict[str, Amount]]:
     """Seconds and work of one candidate by split: no product takes less than its operations or its
     bytes do at the rates, and nothing overlaps.
     """
-    merged = stacked(tree, candidates, mesh)
-    model_bytes = sum(shares(tree).values())
-    here = candidates // mesh.shape["pop"]
-    merge = (checkpoints + here) * model_bytes / rates.bandwidth / candidates
+    mesh, here, merged = step.mesh, step.here, step.merged()
+    once = (step.checkpoints + here) * sum(shares(step.once).values()) / step.candidates
+    late = _late(step)
     seconds: dict[str, Seconds] = {}
     amounts: dict[str, Amount] = {}
     of_call = [(call, counted(call, merged)) for call in of_step]
     exchanged = _exchanged(of_step, programs)
     for split in sorted({split for call in of_step for split in call.times}):
-        reading = decoding = between = flops = moved = 0.0
+        reading = decoding = between = flops = moved = passes = 0.0
         for call, found in of_call:
             times = call.times.get(split, 0) / here
+            passes += call.times.get(split, 0) * max(call.new_tokens, 1)
             reading += times * _seconds([p for p in found if not p.decoding], mesh, rates)
             decoding += times * _seconds([p for p in found if p.decoding], mesh, rates)
             between += times * exchanged[bool(call.new_tokens)] * call.tokens / mesh.shape["pop"]
             flops += times * sum(each.times * each.flops for each in found)
             moved += times * sum(each.times * each.bytes for each in found)
         links = between / rates.links if rates.links else 0.0
+        merge = (once + passes * late) / rates.bandwidth
         seconds[split] = Seconds(merge, reading, decoding, links)
         amounts[split] = Amount(flops, moved)
     return seconds, amounts
+
+
+def _late(step: Step) -> float:
+    """Bytes that a pass through one candidate moves on a device to merge its layers."""
+    side_by_side = step.here if step.mesh.devices.flat[0].platform != "cpu" else 1
+    moved = (step.checkpoints / side_by_side + 1) * step.depth * step.layer
+    return moved / step.mesh.shape["pop"]
 
 
 def _seconds(found: Sequence[Product], mesh: Mesh, rates: Rates) -> float:

@@ -7,47 +7,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.planning.estimate import arithmetic
 from jaxmerge.planning.residency import AUTO, RESIDENCIES, Room, choose_residency
-from jaxmerge.planning.work import cast, placed
-from jaxmerge.sharding import Rules
-from jaxmerge.trees import PyTree
+from jaxmerge.planning.work import Step
 
 
-def residency_here(
-    abstract: PyTree,
-    rules: Rules,
-    mesh: Mesh,
-    *,
-    dtype: str,
-    checkpoints: int,
-    candidates: int,
-    asked: str,
-    storage: str = "exact",
-) -> str:
+def residency_here(step: Step, room: Room, asked: str) -> str:
     """Where the pool of a run will live; refuses one that is more than the devices have left.
 
-    Pool and merged models alone are looked at: temporaries take a compiler.
+    Pool and merged models alone are looked at. What the programs take besides is known once they
+    are compiled, and what is compiled in advance is compiled again when it is called; a bound by
+    arithmetic would refuse runs that fit. `jaxmerge.plan` counts it.
 
     Args:
-        abstract: a checkpoint as stored.
-        rules: see `sharding.shardings`.
-        mesh: of the run, on devices that are there.
-        dtype: that the pool is cast to; "": none.
-        checkpoints: K.
-        candidates: of a step, on all devices.
+        step: of as few candidates as the config allows, on devices that are there.
+        room: that each of them has.
         asked: device, host, disk, or auto.
-        storage: how a pool on the device is held; see `pool.load`.
 
     Raises:
         JaxmergeError: it can't fit; the message says what would.
     """
-    tree = placed(cast(abstract, dtype), rules, mesh)
-    need = arithmetic(tree, checkpoints, candidates, mesh, storage=storage)
-    room = room_of(mesh.local_devices)
+    need, mesh = arithmetic(step), step.mesh
     chosen = choose_residency(asked, need, room)
     if chosen:
         return chosen

@@ -14,7 +14,16 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.model import Model
 from jaxmerge.planning import estimate, work
 from jaxmerge.planning.estimate import Amount, Measured, Rates, Seconds
-from jaxmerge.planning.residency import AUTO, Need, Room, choose_residency
+from jaxmerge.planning.residency import (
+    AUTO,
+    REMATERIALISE,
+    Need,
+    Room,
+    check_layers,
+    choose_residency,
+)
+from jaxmerge.planning.sizes import Sizes, choose_sizes
+from jaxmerge.planning.work import Step
 from jaxmerge.respond import Responder
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
@@ -56,9 +65,10 @@ class Layout:
     data: int
     fsdp: int
     tensor: int
-    candidates_per_step: int  # 0: pop
+    candidates_per_step: int  # 0: see `sizes`; so are rows and tokens of `limits`
     residency: str
     limits: Limits
+    rematerialise: bool = False
 
 
 class Machine(NamedTuple):
@@ -85,6 +95,8 @@ class Plan(NamedTuple):
     Attributes:
         residency: where the pool will live; None: the run does not fit.
         candidates: of a step.
+        limits: of microbatches.
+        rematerialised: whether layers are merged when the model comes to them.
         steps: whose candidates exist together.
         most_candidates: that a step could have, estimated from those it has.
         seconds: of one candidate, by split.
@@ -104,6 +116,8 @@ class Plan(NamedTuple):
     residency: str | None
     asked: str
     candidates: int
+    limits: Limits
+    rematerialised: bool
     steps: int
     most_candidates: int
     calls: int
@@ -125,28 +139,22 @@ def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
         JaxmergeError: the mesh has more places than the machine has devices, or a prompt does not
             fit the model.
     """
-    mesh, candidates = _mesh(layout, machine), _candidates(layout, machine)
-    tree = work.placed(job.abstract, job.model.sharding_rules, mesh)
+    step, limits = _sized(job, layout, machine)
+    mesh = step.mesh
     responder = Responder(
-        job.model, job.tokenizer, mesh, layout.limits, vmap_candidates=job.vmap_candidates
+        job.model, job.tokenizer, mesh, limits, vmap_candidates=job.vmap_candidates
     )
     of_step = work.calls(responder, job.splits, mesh)
-    streamed = need_of(job, layout, machine).on_device("device") > machine.room.device
-    streamed = streamed or layout.residency in ("host", "disk")
-    measured = estimate.measure(
-        job.model,
-        tree,
-        job.checkpoints,
-        candidates,
-        mesh,
-        of_step,
-        streamed=streamed,
-        storage=job.storage,
-    )
+    least = estimate.arithmetic(step)
+    streamed = least.on_device("device") > machine.room.device
+    streamed = (streamed or layout.residency in ("host", "disk")) and not step.layers
+    if choose_residency(layout.residency, least, machine.room):
+        measured = estimate.measure(job.model, step, of_step, streamed=streamed)
+    else:
+        measured = estimate.uncompiled(job.model, step)
     refused = bool(measured.refused)
     residency = choose_residency(layout.residency, measured.need, machine.room)
-    rates = (job.checkpoints, candidates, mesh, machine.rates)
-    seconds, amounts = estimate.roofline(of_step, tree, measured.programs, *rates)
+    seconds, amounts = estimate.roofline(of_step, step, measured.programs, machine.rates)
     return Plan(
         machine=machine.name,
         kind=f"{len(machine.devices)} x {machine.devices[0].device_kind}",
@@ -161,9 +169,11 @@ def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
         measured=measured,
         residency=None if refused else residency,
         asked=layout.residency,
-        candidates=candidates,
+        candidates=step.candidates,
+        limits=limits,
+        rematerialised=bool(step.layers),
         steps=estimate.steps_at_a_time(mesh),
-        most_candidates=_most(measured.need, machine.room, residency, candidates, mesh, job),
+        most_candidates=_most(measured.need, machine.room, residency, step, job),
         calls=len(of_step),
         seconds=seconds,
         amounts=amounts,
@@ -173,11 +183,39 @@ def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
 
 def need_of(job: Job, layout: Layout, machine: Machine) -> Need:
     """What a job needs at the least: `working` is 0, nothing is compiled."""
+    return estimate.arithmetic(_least(job, layout, machine))
+
+
+def _least(job: Job, layout: Layout, machine: Machine) -> Step:
+    """A step of as few candidates as the layout allows."""
     mesh = _mesh(layout, machine)
-    tree = work.placed(job.abstract, job.model.sharding_rules, mesh)
-    return estimate.arithmetic(
-        tree, job.checkpoints, _candidates(layout, machine), mesh, storage=job.storage
+    if layout.rematerialise:
+        check_layers(job.model)
+    return Step(
+        work.placed(job.abstract, job.model.sharding_rules, mesh),
+        job.checkpoints,
+        _candidates(layout, machine),
+        mesh,
+        job.model.layers if layout.rematerialise else "",
+        job.storage,
     )
+
+
+def _sized(job: Job, layout: Layout, machine: Machine) -> tuple[Step, Limits]:
+    """The step of a run and its limits, as a run takes them; see `sizes`."""
+    step, limits = _least(job, layout, machine), layout.limits
+    need = estimate.arithmetic(step)
+    sizes = choose_sizes(
+        Sizes(layout.candidates_per_step, limits.rows, limits.tokens),
+        job.model,
+        step,
+        machine.room,
+        residency=choose_residency(layout.residency, need, machine.room) or "device",
+        population=job.population,
+        vmap_candidates=job.vmap_candidates,
+    )
+    sized = limits._replace(rows=sizes.rows, tokens=sizes.tokens)
+    return step._replace(candidates=sizes.candidates), sized
 
 
 def fitting(job: Job, choices: Iterable[tuple[str, Layout, Machine]]) -> str | None:
@@ -195,7 +233,8 @@ def fitting(job: Job, choices: Iterable[tuple[str, Layout, Machine]]) -> str | N
             if draw_up(job, layout, machine).residency:
                 return name
         except JaxmergeError as error:
-            if error.where != "mesh":  # not that this mesh can't be made of these devices
+            # Not that this mesh can't be made of these devices, or this model can't be merged so.
+            if error.where not in ("mesh", REMATERIALISE):
                 raise
     return None
 
@@ -205,12 +244,12 @@ def smaller(layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
     mesh = dict(_mesh(layout, machine).shape)
     if layout.residency not in (AUTO, "disk"):
         yield f'pool.residency = "{AUTO}"', dataclasses.replace(layout, residency=AUTO)
-    if _candidates(layout, machine) > mesh["pop"]:
+    if layout.candidates_per_step == 0 or _candidates(layout, machine) > mesh["pop"]:
         yield (
             f"evaluate.candidates_per_step = {mesh['pop']}",
             dataclasses.replace(layout, candidates_per_step=mesh["pop"]),
         )
-    layout = dataclasses.replace(layout, candidates_per_step=0)
+    layout = dataclasses.replace(layout, candidates_per_step=mesh["pop"])
     limits = layout.limits
     while limits.tokens > 256 and limits.rows > 1:
         limits = limits._replace(tokens=limits.tokens // 2, rows=max(limits.rows // 2, 1))
@@ -218,12 +257,17 @@ def smaller(layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
             f"evaluate.batch_tokens = {limits.tokens}, evaluate.batch_size = {limits.rows}",
             dataclasses.replace(layout, limits=limits),
         )
+    if layout.residency in (AUTO, "device") and not layout.rematerialise:
+        yield (
+            f"{REMATERIALISE} = True",
+            dataclasses.replace(layout, rematerialise=True, residency="device"),
+        )
     pop, fsdp = mesh["pop"], mesh["fsdp"]
     while pop % 2 == 0:
         pop, fsdp = pop // 2, fsdp * 2
         yield (
             f"mesh.pop = {pop}, mesh.fsdp = {fsdp}",
-            dataclasses.replace(layout, pop=pop, fsdp=fsdp),
+            dataclasses.replace(layout, pop=pop, fsdp=fsdp, candidates_per_step=pop),
         )
 
 
@@ -243,14 +287,12 @@ def _candidates(layout: Layout, machine: Machine) -> int:
     return -(-(layout.candidates_per_step or pop) // pop) * pop
 
 
-def _most(
-    need: Need, room: Room, residency: str | None, candidates: int, mesh: Any, job: Job
-) -> int:
+def _most(need: Need, room: Room, residency: str | None, step: Step, job: Job) -> int:
     if residency is None:
         return 0
-    pop = mesh.shape["pop"]
-    here, fixed = candidates // pop, need.on_device(residency) - need.merged - need.working
-    side_by_side = job.vmap_candidates == 0 and mesh.devices.flat[0].platform != "cpu"
+    pop, here = step.mesh.shape["pop"], step.here
+    fixed = need.on_device(residency) - need.merged - need.working
+    side_by_side = job.vmap_candidates == 0 and step.mesh.devices.flat[0].platform != "cpu"
     grows = need.merged + (need.working if side_by_side else 0)
     left = room.device - fixed - (0 if side_by_side else need.working)
     useful = -(-job.population // pop)

@@ -29,7 +29,8 @@ def page(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     need, here = plan.measured.need, plan.candidates // plan.mesh["pop"]
-    merged = f"merged models: {here} of a step" + " and of the next" * (plan.steps - 1)
+    what = "merged models but for layers" if plan.rematerialised else "merged models"
+    merged = f"{what}: {here} of a step" + " and of the next" * (plan.steps - 1)
     rows: list[tuple[str, ...]] = [
         ("memory of each device, pool.residency =", *RESIDENCIES),
         ("pool", _bytes(need.pool), *[_bytes(need.streamed)] * 2),
@@ -43,14 +44,14 @@ def _memory(plan: Plan) -> list[str]:
         ("to each device, per step", "", *[_bytes(need.pool)] * 2),
         ("from disk, per step, all hosts", "", "", _bytes(plan.checkpoints * plan.bytes)),
     ]
-    pop = plan.mesh["pop"]
     taken = plan.residency or "none: it does not fit"
     return [
         *_table(rows),
         *[f"not split: {line}" for line in plan.measured.whole],
         f"pool.residency = {plan.asked} takes {taken}",
-        f"evaluate.candidates_per_step = {plan.candidates} (0 takes mesh.pop = {pop})"
-        + (f"; {plan.most_candidates} would fit" if plan.residency else ""),
+        f"evaluate.candidates_per_step = {plan.candidates}, batch_size = {plan.limits.rows}, "
+        f"batch_tokens = {plan.limits.tokens}"
+        + (f"; {plan.most_candidates} candidates would fit" if plan.residency else ""),
     ]
 
 
@@ -61,6 +62,8 @@ def _fits(plan: Plan, residency: str) -> str:
 
 
 def _programs(plan: Plan) -> list[str]:
+    if not plan.measured.programs:
+        return ["Nothing was compiled: the pool and the merged models alone are too much."]
     rows = [("compiled, bytes of each device", "arguments", "temporaries", "collectives")]
     rows += [_program(program) for program in plan.measured.programs]
     return [

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxmerge.checkpoints.pool import RESIDENCIES
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.models.model import Model
 
+REMATERIALISE = "merge.rematerialise"  # the field of a config
 AUTO = "auto"  # the first of RESIDENCIES that fits
 
 
@@ -61,3 +64,13 @@ def choose_residency(asked: str, need: Need, room: Room) -> str | None:
     """
     allowed = [each for each in RESIDENCIES if asked in (AUTO, each)]
     return next((each for each in allowed if fits(need, room, each)), None)
+
+
+def check_layers(model: Model) -> None:
+    """Raises `JaxmergeError` unless the model can be merged a layer at a time."""
+    if not model.layers:
+        raise JaxmergeError(
+            "the model needs all its parameters at once, so its layers can't be merged late",
+            where=REMATERIALISE,
+            expected="False, or a Model that says what its `layers` are",
+        )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmerge.merge.rematerialised import deferred, without
 from jaxmerge.models.model import Model
 from jaxmerge.planning.counting import Product, products
 from jaxmerge.respond import Group, Responder
@@ -131,15 +132,63 @@ def shares(tree: PyTree) -> dict[str, int]:
     return {name: share(leaf) for name, leaf in named_leaves(tree).items()}
 
 
-def stacked(tree: PyTree, candidates: int, mesh: Mesh) -> PyTree:
-    """The merged models of a step: `[C, ...]`, C over `pop`."""
+class Step(NamedTuple):
+    """What is merged in a step.
 
-    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        assert isinstance(leaf.sharding, NamedSharding)
-        where = NamedSharding(mesh, PartitionSpec("pop", *leaf.sharding.spec))
-        return jax.ShapeDtypeStruct((candidates, *leaf.shape), leaf.dtype, sharding=where)
+    Attributes:
+        tree: one checkpoint, as `placed` gives it.
+        checkpoints: K.
+        candidates: on all devices.
+        mesh: of the run.
+        layers: `Model.layers` where they are rematerialised; "": whole models are merged.
+        storage: how a pool on the devices is held; see `pool.load`.
+    """
 
-    return jax.tree.map(one, tree)
+    tree: PyTree
+    checkpoints: int
+    candidates: int
+    mesh: Mesh
+    layers: str = ""
+    storage: str = "exact"
+
+    @property
+    def here(self) -> int:
+        """Candidates of a place of the `pop` axis."""
+        return -(-self.candidates // self.mesh.shape["pop"])
+
+    @property
+    def once(self) -> PyTree:
+        """The leaves that are merged before the models run."""
+        return without(self.tree, self.layers) if self.layers else self.tree
+
+    @property
+    def layer(self) -> int:
+        """Bytes on a device of a layer that is merged late; 0 where none is."""
+        if not self.layers:
+            return 0
+        return sum(shares(self.tree[self.layers]).values()) // self.depth
+
+    @property
+    def depth(self) -> int:
+        """Layers that are merged late, L."""
+        return jax.tree.leaves(self.tree[self.layers])[0].shape[0] if self.layers else 0
+
+    def merged(self) -> PyTree:
+        """The merged models: `[C, ...]`, C over `pop`; layers may be `Deferred`."""
+
+        def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            assert isinstance(leaf.sharding, NamedSharding)
+            where = NamedSharding(self.mesh, PartitionSpec("pop", *leaf.sharding.spec))
+            return jax.ShapeDtypeStruct((self.candidates, *leaf.shape), leaf.dtype, sharding=where)
+
+        models = jax.tree.map(one, self.once)
+        if not self.layers:
+            return models
+        layers = self.tree[self.layers]
+        shape = (self.candidates, self.depth, self.checkpoints)
+        over_pop = NamedSharding(self.mesh, PartitionSpec("pop"))
+        weights = jax.ShapeDtypeStruct(shape, np.float32, sharding=over_pop)
+        return {**models, self.layers: deferred([layers] * self.checkpoints, weights)}
 
 
 def state_bytes(model: Model, tree: PyTree, call: Call) -> int:
