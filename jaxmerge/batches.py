@@ -145,8 +145,11 @@ def encode(
             kind = _kind(request)
             writing.setdefault(kind, []).append(_prompt(place, request, tokenizer, limits, where))
             continue
-        pairs = _windows if isinstance(request, Rolling) else _pair
-        for trunk, tokens in pairs(request, tokenizer, limits, where):
+        if isinstance(request, Rolling):
+            pairs = _windows(request, tokenizer, limits, where)
+        else:
+            pairs = [_pair(request, tokenizer, limits, where)]
+        for trunk, tokens in pairs:
             scored[place] += len(tokens)
             branch, tree = _Branch(place, tokens), growing.get(tuple(trunk))
             if branching and tree and tree.has_room(branch, limits):
@@ -179,11 +182,10 @@ def _prompt(
     return _Prompt(place, read, request.sampling.seed if request.sampling else 0)
 
 
-# What is read before, and what is scored after it.
-_Pairs = list[tuple[list[int], list[int]]]
+_Pair = tuple[list[int], list[int]]  # what is read before, and what is scored after it
 
 
-def _pair(request: Likelihood, tokenizer: Tokenizer, limits: Limits, where: str) -> _Pairs:
+def _pair(request: Likelihood, tokenizer: Tokenizer, limits: Limits, where: str) -> _Pair:
     read, scored = tokenizer.pair(request.prompt, request.continuation)
     if not read and scored[:1] == [tokenizer.prefix]:
         read, scored = scored[:1], scored[1:]
@@ -191,10 +193,10 @@ def _pair(request: Likelihood, tokenizer: Tokenizer, limits: Limits, where: str)
     _check(scored, request.continuation, where)
     # The last token is only looked for, never read.
     read = _fitted(read or [tokenizer.prefix], limits.context + 1 - len(scored), limits, where)
-    return [(read, scored)]
+    return read, scored
 
 
-def _windows(request: Rolling, tokenizer: Tokenizer, limits: Limits, where: str) -> _Pairs:
+def _windows(request: Rolling, tokenizer: Tokenizer, limits: Limits, where: str) -> list[_Pair]:
     """A text cut up: as many tokens as the context takes, each after one token before them."""
     tokens = tokenizer.prompt(Prompt(request.text, form=request.form))
     _check(tokens, request.text, where)

@@ -214,14 +214,18 @@ def attend(
     top = functools.reduce(jnp.maximum, [jnp.max(each, -1, keepdims=True) for each in logits])
     shares = [jnp.exp(each - top) for each in logits]
     # Divided by their sum at the end: C numbers of each query, and not S.
-    total_BxJxGxTx1 = sum(jnp.sum(share, axis=-1, keepdims=True) for share in shares)
+    totals = [jnp.sum(share, axis=-1, keepdims=True) for share in shares]
     dtype = q_BxTxHxC.dtype
     parts = [
         jnp.einsum("bjgts,bjsc->bjgtc", share.astype(dtype), v, preferred_element_type=jnp.float32)
         for share, (_, v, _) in zip(shares, seen)
     ]
-    out_BxJxGxTxC = (sum(parts) / total_BxJxGxTx1).astype(dtype)
+    out_BxJxGxTxC = (_sum(parts) / _sum(totals)).astype(dtype)
     return jnp.moveaxis(out_BxJxGxTxC, 3, 1).reshape(B, T, H, C)
+
+
+def _sum(parts: Sequence[Array]) -> Array:
+    return functools.reduce(jnp.add, parts)
 
 
 def norm(
