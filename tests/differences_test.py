@@ -26,7 +26,7 @@ from jaxmerge.merge.differences import (
     stored_sum,
 )
 from jaxmerge.planning.estimate import arithmetic
-from jaxmerge.planning.work import placed
+from jaxmerge.planning.work import Step, placed
 from jaxmerge.run import run
 from jaxmerge.sharding import make_mesh
 from jaxmerge.trees import named_leaves
@@ -166,9 +166,9 @@ def test_a_loaded_pool(tmp_path, storage):
         if shard.device == device
     )
     # The base stands in for what is kept exact of the others: integers and leaves without blocks.
-    tree = placed(sources[0].abstract, SHARDING_RULES, mesh)
-    assert held == arithmetic(tree, 3, 2, mesh, storage=storage).pool
-    assert held < arithmetic(tree, 3, 2, mesh).pool
+    step = Step(placed(sources[0].abstract, SHARDING_RULES, mesh), 3, 2, mesh)
+    assert held == arithmetic(step._replace(storage=storage)).pool
+    assert held < arithmetic(step).pool
 
     weights_K = np.array([0.25, -0.5, 1.25], np.float32)
     merged, expected = pool.merged(weights_K), exact.merged(weights_K)

@@ -236,6 +236,7 @@ def test_greedy_is_the_likeliest_token():
     """Looked for in the place of each, the likeliest tokens are greedy, all of them."""
     model, params = MODELS["grouped, tied"], make_params("grouped, tied")
     tokens_BxT, branch_BxT, asked_BxQ, _ = likelihood_rows()
+    assert model.branches is not None
     best_BxQ = jnp.argmax(model.branches(params, tokens_BxT, branch_BxT, asked_BxQ), axis=-1)
     scored = functools.partial(log_likelihood, model, params, tokens_BxT, branch_BxT, asked_BxQ)
     assert scored(best_BxQ).greedy_BxQ.all()
