@@ -102,14 +102,13 @@ def test_the_log_has_every_evaluation(finished):
 
 
 def test_tokens_are_counted(finished):
-    """Prompts as they are, and each choice with its question; written: 6 for each text at most."""
+    """Each question once and all its choices after it; written: 6 for each text at most."""
     workdir, found = finished
     log = _log(workdir)
     written = tiny.generation(search=10, test=20).splits["search"]
     asked = tiny.choice(search=10, test=20).splits["search"]
-    read = sum(len(example.prompt) for example in written) + sum(
-        len(example.prompt) + len(option) - 1 for example in asked for option in example.choices
-    )
+    read = sum(len(example.prompt) for example in [*written, *asked])
+    read += sum(len(option) - 1 for example in asked for option in example.choices)
     searched = {}
     for line in log:
         if line["split"] == "search":
