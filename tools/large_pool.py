@@ -74,6 +74,7 @@ def search(pool: str, base: Path, workdir: Path, residency: str) -> tuple[int, d
         "pool.base": base,
         "pool.residency": residency,
         "pool.dtype": "float32",  # stored in half of that, and far slower to evaluate on a CPU
+        "evaluate.candidates_per_step": 2,  # 0 would take as many as the memory here allows
         "objective.tasks": "('sums',)",
         "objective.search_examples": 4,
         "objective.test_examples": 4,
