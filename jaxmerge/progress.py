@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from statistics import median
 from types import TracebackType
 from typing import NamedTuple, TextIO
 
@@ -103,17 +104,20 @@ class Progress:
         if seconds:
             tokens = sum(sum((one.tokens or {}).values()) for one in self._recent)
             parts.append(f"{tqdm.format_sizeof(tokens / seconds)} tok/s")
-            parts.append(f"{tqdm.format_interval(self._left(seconds))} left")
+            parts.append(f"{tqdm.format_interval(self._left())} left")
         return ", ".join(parts)
 
-    def _left(self, seconds: float) -> float:
-        """Seconds to the end, from those that the recent candidates took."""
+    def _left(self) -> float:
+        """Seconds to the end, from those that recent candidates took for an example.
+
+        Their median: the first candidates compile, which may take longer than all that follows.
+        """
         plan = self._plan
         examples = sum(
             (count - self._done[split]) * plan.examples[split]
             for split, count in plan.evaluations.items()
         )
-        return examples * seconds / sum(sum(one.n.values()) for one in self._recent)
+        return examples * median(one.seconds / sum(one.n.values()) for one in self._recent)
 
     def __enter__(self) -> Progress:
         return self

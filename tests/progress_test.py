@@ -102,6 +102,17 @@ def test_the_time_left_is_known_at_once_when_resumed(clock, capsys):
     assert "17:55 left" in line
 
 
+def test_what_compiles_does_not_move_the_time_left(clock, capsys):
+    """The first candidate took an hour, those after it what they take."""
+    shown = Progress(PLAN)
+    first = _candidate(0, "search", 0.4, seconds=3600.0)
+    clock.now = 31
+    shown.candidates([first, *(_candidate(i, "search", 0.4) for i in range(1, 8))])
+    (line,) = capsys.readouterr().err.splitlines()
+    # 9,992 x 100 + 25 x 600 examples at 0.005 seconds.
+    assert "1:24:31 left" in line
+
+
 def test_analyses_do_not_count_as_the_best(clock, capsys):
     shown = _followed(1)
     clock.now = 31
