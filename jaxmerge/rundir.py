@@ -24,6 +24,10 @@ from jaxmerge.errors import JaxmergeError
 
 ANALYSIS = "analysis:"  # begins the origin of what only an analysis asked for
 
+# Sizes of which 0 stands for what the directory has: it was chosen when that was made.
+_CHOSEN = tuple(
+    f"evaluate.{name}" for name in ("candidates_per_step", "batch_size", "batch_tokens")
+)
 # Fields of a config that say where a run computes, not what: it can go on elsewhere.
 _WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
 
@@ -223,6 +227,7 @@ def check_same_config(
         f"{field}: {before.get(field, absent)!r} there, {after.get(field, absent)!r} now"
         for field in sorted({*before, *after})
         if before.get(field, absent) != after.get(field, absent)
+        and not (field in _CHOSEN and after.get(field) == 0)
     ]
     moved = tuple(line for line in lines if line.startswith(_WHERE))
     if len(lines) > len(moved):
