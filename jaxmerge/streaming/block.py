@@ -17,6 +17,7 @@ from jaxmerge.checkpoints import digest
 from jaxmerge.merge.linear import weighted_sum
 
 _PAGE = mmap.PAGESIZE
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by bytes
 
 
 class Kind(NamedTuple):
@@ -66,7 +67,7 @@ class Block:
     ):
         self._kind, self._weights, self.size = kind, jnp.asarray(weights_PxK, jnp.float32), size
         outputs = len(weights_PxK)
-        self._dense = len(kind.stored) > 1 and bool(np.all(weights_PxK != 0))
+        dense = len(kind.stored) > 1 and bool(np.all(weights_PxK != 0))
         self._rows: dict[str, np.ndarray] = {}
         self._positions: dict[str, np.ndarray] = {}
         at = 0
@@ -83,40 +84,71 @@ class Block:
         for dtype in (*kind.stored, *[kind.written] * outputs):
             self._places.append((dtype.name, placed[dtype.name]))
             placed[dtype.name] += 1
-
-    @property
-    def rows(self) -> list[np.ndarray]:
-        """Where the values of each checkpoint belong, and then those of each result are."""
-        return [self._rows[name][row] for name, row in self._places]
+        # Where the values of each checkpoint belong, and then those of each result are.
+        self.rows = [self._rows[name][row] for name, row in self._places]
+        stored = len(kind.stored)
+        self._program = program(kind, tuple(self._places[:stored]), dense)
+        self._on_device = {name: shared(bits(rows)) for name, rows in self._rows.items()}
+        self._words = {name: _Words(self._rows[name], self._positions[name]) for name in self._rows}
 
     def merge(self, count: int) -> None:
         """Sets the rows of the results to the merges of the first `count` values of the others."""
         stored = len(self._kind.stored)
-        for row in self.rows[:stored]:
-            row[count:] = 0
-        held = {name: jax.device_put(rows) for name, rows in self._rows.items()}
-        run = program(self._kind, tuple(self._places[:stored]), self._dense)
-        merged_PxB = np.asarray(run(held, self._weights))
+        if count < self.size:
+            for row in self.rows:
+                row[count:] = 0
+        merged_PxB = np.asarray(self._program(self._on_device, self._weights))
         for row, merged in zip(self.rows[stored:], merged_PxB):
-            row[:count], row[count:] = merged[:count], 0
+            row[:count] = merged[:count]
 
     def digest(self, shape: tuple[int, ...], first: int, count: int) -> Digested:
         """Digests all rows, as values [first, first + count) of leaves of this shape."""
         lanes, bad = {}, {}
-        for name, rows in self._rows.items():
-            dtype = rows.dtype
-            per_word = digest.values_per_word(shape, dtype)
-            words, used = self.size // per_word, -(-count // per_word)
-            positions = self._positions[name][:words]
-            digest.positions(shape, dtype, first // per_word, positions[:used])
-            positions[used:] = 0
-            of_rows = digest.words(rows, per_word)
-            sums = digest.block_sums(jax.device_put(of_rows), jax.device_put(positions), dtype)
-            lanes[name], bad[name] = map(np.asarray, sums)
+        for name, words in self._words.items():
+            lanes[name], bad[name] = words.sums(shape, first, count)
         return Digested(
             np.stack([lanes[name][:, row] for name, row in self._places]),
             np.array([bad[name][row] == 0 for name, row in self._places]),
         )
+
+
+class _Words:
+    """The rows of one dtype as what is digested, and memory for the positions of their words."""
+
+    def __init__(self, rows: np.ndarray, positions: np.ndarray):
+        self._rows, self._positions = rows, positions
+        self._on_device: dict[int, tuple[Array, Array]] = {}  # by values in a word
+
+    def sums(self, shape: tuple[int, ...], first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `digest.block_sums`, of values [first, first + count) of leaves of this shape."""
+        dtype = self._rows.dtype
+        per_word = digest.values_per_word(shape, dtype)
+        words, used = self._rows.shape[1] // per_word, -(-count // per_word)
+        positions = self._positions[:words]
+        digest.positions(shape, dtype, first // per_word, positions[:used])
+        positions[used:] = 0
+        if per_word == 1 and dtype.itemsize < 4:  # words that are made anew, wider than the values
+            lanes, bad = digest.block_sums(digest.words(self._rows, 1), positions, dtype)
+        else:
+            if per_word not in self._on_device:
+                of_rows = digest.words(self._rows, per_word)
+                self._on_device[per_word] = shared(of_rows), shared(positions)
+            lanes, bad = digest.block_sums(*self._on_device[per_word], dtype)
+        return np.asarray(lanes), np.asarray(bad)
+
+
+def shared(values: np.ndarray) -> Array:
+    """An array of JAX on the host in the very memory of values in `pages`.
+
+    It may be given to programs again and again while the values change, as long as each program has
+    ended before they do: to hand the values over anew takes longer than to merge them.
+    """
+    return jax.dlpack.from_dlpack(values, copy=False)
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers, which every exchange of arrays knows."""
+    return values.view(_BITS[values.dtype.itemsize])
 
 
 def pages(size: int) -> np.ndarray:
@@ -129,7 +161,7 @@ Program = Callable[[dict[str, Array], Array], Array]
 
 @functools.cache
 def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Program:
-    """The compiled merge of rows: `(rows by dtype, weights_PxK) -> merged_PxB`.
+    """The compiled merge of rows: `(their bits by dtype, weights_PxK) -> merged_PxB`.
 
     Args:
         kind: of the block.
@@ -138,7 +170,10 @@ def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Pro
     """
 
     def merge(rows: dict[str, Array], weights_PxK: Array) -> Array:
-        leaves = [_cast(_row(rows[name], row), kind.merged) for name, row in places]
+        leaves = [
+            _cast(_values(rows[name][row], dtype), kind.merged)
+            for (name, row), dtype in zip(places, kind.stored)
+        ]
 
         def one(weights_K: Array) -> Array:
             return weighted_sum(leaves, weights_K, dense=dense)
@@ -149,12 +184,11 @@ def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Pro
     return jax.jit(merge, compiler_options={"xla_allow_excess_precision": False})
 
 
-def _row(rows: Array, row: int) -> Array:
-    """A row, cut out as integers: XLA's CPU compiler cuts bfloat16 by way of float32 and back."""
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
-        return rows[row]
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[rows.dtype.itemsize]
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(rows, bits)[row], rows.dtype)
+def _values(row: Array, dtype: np.dtype) -> Array:
+    """Values from their bits."""
+    if dtype == np.bool_:
+        return row != 0
+    return jax.lax.bitcast_convert_type(row, dtype)
 
 
 def _cast(leaf: Array, dtype: np.dtype) -> Array:
