@@ -44,7 +44,7 @@ _HOME = {  # public name -> module; none is the name of a module of the package
     "model_of": "models.decoder:described",
     "save": "checkpoints.orbax",
     "search_weights": "search.loop:search",
-    "survey": "checkpoints.pool",
+    "survey": "checkpoints.survey",
 }
 
 

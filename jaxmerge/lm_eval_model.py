@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from jaxmerge.batches import Limits
 from jaxmerge.checkpoints import orbax
-from jaxmerge.checkpoints.pool import FORMATS, load
+from jaxmerge.checkpoints.pool import load
 from jaxmerge.checkpoints.source import Source
+from jaxmerge.checkpoints.survey import FORMATS
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge import linear
 from jaxmerge.models import families

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from jaxmerge import card
 from jaxmerge import config as configs
-from jaxmerge.checkpoints.pool import Record, formats
+from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.stream import LeafStream
+from jaxmerge.checkpoints.survey import formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import export

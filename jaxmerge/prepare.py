@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,25 +101,19 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
             rematerialise=step.layers,
         ),
     )
-    limits = build_limits(config, huggingface_directory(config, sources))
-
-    def evaluator(of_split: Sequence[Task], split: str) -> Evaluator | Remembering:
-        made = Evaluator(
-            pool.merge,
-            model,
-            tokenizer,
-            of_split,
-            split,
-            mesh,
-            candidates_per_step=config.evaluate.candidates_per_step,
-            limits=limits,
-            vmap_candidates=config.evaluate.vmap_candidates,
-        )
-        return made if held is None else Remembering(made)
-
     splits = {"search": (tasks, "search"), "test": (tasks, "test"), "heldout": (heldout, "test")}
+    make = functools.partial(
+        Evaluator,
+        pool.merge,
+        model,
+        tokenizer,
+        mesh=mesh,
+        candidates_per_step=config.evaluate.candidates_per_step,
+        limits=build_limits(config, huggingface_directory(config, sources)),
+        vmap_candidates=config.evaluate.vmap_candidates,
+    )
     evaluators = parts.part(
-        "evaluators", lambda: {name: evaluator(*of_name) for name, of_name in splits.items()}
+        "evaluators", lambda: _evaluators(make, splits, remember=held is not None)
     )
     directory = open_directory(config, workdir, orbax="orbax" in config.export.formats)
     try:
@@ -137,6 +132,17 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         bounds_of([*tasks, *heldout]),
         (*warnings_of(tasks), *_moved(directory)),
     )
+
+
+def _evaluators(
+    make: Callable[[Sequence[Task], str], Evaluator],
+    splits: Mapping[str, tuple[Sequence[Task], str]],
+    *,
+    remember: bool,
+) -> dict[str, Evaluator | Remembering]:
+    """An evaluator for each of the tasks and splits; with a memory of scores if it is wanted."""
+    made = {name: make(*of_split) for name, of_split in splits.items()}
+    return {name: Remembering(one) if remember else one for name, one in made.items()}
 
 
 def made_of(config: Config) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from jaxmerge import config as configs
 from jaxmerge import formatting, processes, results, rundir, stats
-from jaxmerge.checkpoints.pool import Record, find, load
+from jaxmerge.checkpoints.pool import Record, load
 from jaxmerge.checkpoints.source import Source
+from jaxmerge.checkpoints.survey import find
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluate import Evaluator

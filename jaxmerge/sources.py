@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import jax
 
 from jaxmerge import processes, watch
-from jaxmerge.checkpoints.pool import Record, survey
+from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.source import Source
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.export import check_like
@@ -44,7 +45,7 @@ def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source
 
     Args:
         config: of the run.
-        by_tensor: see `pool.survey`.
+        by_tensor: see `survey.survey`.
 
     Raises:
         JaxmergeError: they can't be merged, having other leaves, shapes or vocabularies; or the

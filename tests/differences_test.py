@@ -13,7 +13,8 @@ import pytest
 from jaxmerge import config as configs
 from jaxmerge import results
 from jaxmerge.checkpoints import orbax
-from jaxmerge.checkpoints.pool import load, survey
+from jaxmerge.checkpoints.pool import load
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.differences import (
     BITS,

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmerge.checkpoints import huggingface, orbax, pool
 from jaxmerge.checkpoints.safetensors import in_file_order, make_header
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models import families
 from jaxmerge.models.decoder import SHARDING_RULES
@@ -47,7 +48,7 @@ def mixed(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("dtype", ["", "bfloat16"])
 def test_all_formats_side_by_side(mixed, dtype):
     """Alike, found in order, with the same fingerprint, in the same places."""
-    sources = pool.survey([str(mixed / "*")], base=str(mixed / "a_directory"), dtype=dtype)
+    sources = survey([str(mixed / "*")], base=str(mixed / "a_directory"), dtype=dtype)
     assert [source.format for source in sources] == ["huggingface", "orbax", "lora"]
     mesh = make_mesh(fsdp=2, tensor=2)
     loaded = pool.load(sources, mesh, SHARDING_RULES, dtype=dtype)
@@ -66,14 +67,14 @@ def test_all_formats_side_by_side(mixed, dtype):
 
 def test_an_adapter_needs_its_base(mixed):
     with pytest.raises(JaxmergeError, match="base is not here"):
-        pool.survey([str(mixed / "*")])
+        survey([str(mixed / "*")])
 
 
 def test_models_of_different_shapes(mixed):
     """Every leaf that differs is named, and what differs in the architecture."""
     other = huggingface_models.tiny("llama multi-head tied").directory
     with pytest.raises(JaxmergeError, match="can't be merged") as caught:
-        pool.survey([str(mixed / "a_directory"), other])
+        survey([str(mixed / "a_directory"), other])
     assert "no leaf unembedding" in caught.value.what
     assert "architecture kv_heads is 4, in a_directory 2" in caught.value.what
     assert "leaf layers/key is float32[2,4,8,32]" in caught.value.what
@@ -109,13 +110,14 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 from jaxmerge.checkpoints import pool
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.sharding import make_mesh
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
-sources, mesh = pool.survey([sys.argv[1] + "/*"]), make_mesh()
+sources, mesh = survey([sys.argv[1] + "/*"]), make_mesh()
 jax.numpy.ones(3).block_until_ready()
 baseline = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxmerge.checkpoints import orbax, pool
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.decoder import SHARDING_RULES
 from jaxmerge.sharding import make_mesh, shardings
@@ -35,7 +36,7 @@ def make_tree(seed: int, **changes: Any) -> PyTree:
 
 def survey_and_load(patterns: list[Path], **options: Any) -> pool.Pool:
     """What a run does before anything else."""
-    sources = pool.survey([str(pattern) for pattern in patterns])
+    sources = survey([str(pattern) for pattern in patterns])
     return pool.load(sources, make_mesh(fsdp=2, tensor=2), SHARDING_RULES, **options)
 
 
@@ -108,7 +109,7 @@ def test_patterns(saved):
     """Matches are sorted, what is no checkpoint is passed over, and the order of patterns holds."""
 
     def names(*patterns: str) -> list[str]:
-        return [source.name for source in pool.survey([str(saved / p) for p in patterns])]
+        return [source.name for source in survey([str(saved / p) for p in patterns])]
 
     assert names("*") == ["a", "b", "c"]
     assert names("[bc]") == ["b", "c"]
@@ -118,7 +119,7 @@ def test_patterns(saved):
 def test_a_relative_path(saved, monkeypatch):
     """From the working directory; the source is absolute."""
     monkeypatch.chdir(saved)
-    sources = pool.survey(["a", "./c"])
+    sources = survey(["a", "./c"])
     assert [source.path for source in sources] == [str(saved / "a"), str(saved / "c")]
 
 
@@ -127,11 +128,11 @@ def test_names_that_collide_get_parents(tmp_path):
     paths = [tmp_path / where for where in ("x/run1/last", "y/run1/last", "x/run2/last")]
     for k, path in enumerate(paths):
         save(path, make_tree(k))
-    assert [source.name for source in pool.survey(list(map(str, paths[1:])))] == [
+    assert [source.name for source in survey(list(map(str, paths[1:])))] == [
         "run1/last",
         "run2/last",
     ]
-    assert [source.name for source in pool.survey(list(map(str, paths)))] == [
+    assert [source.name for source in survey(list(map(str, paths)))] == [
         "x/run1/last",
         "y/run1/last",
         "x/run2/last",
@@ -260,7 +261,7 @@ def test_members_of_different_dtypes(saved, tmp_path):
     error = refused([saved / "a", other])
     assert error.what.endswith("other: leaf embedding is float32[8,4], in a bfloat16[8,4]")
     assert "pool.dtype" in error.expected
-    sources = pool.survey([str(saved / "a"), str(other)], dtype="float16")
+    sources = survey([str(saved / "a"), str(other)], dtype="float16")
     loaded = pool.load(sources, make_mesh(fsdp=2, tensor=2), SHARDING_RULES, dtype="float16")
     assert {str(tree["embedding"].dtype) for tree in loaded.trees} == {"float16"}
     assert [record.dtype for record in loaded.records] == [
@@ -278,7 +279,7 @@ def test_no_cast_helps_where_more_is_different(saved, tmp_path):
         path = save(tmp_path / name, make_tree(1, **changes))
         assert not refused([saved / "a", path]).expected
         with pytest.raises(JaxmergeError, match="can't be merged"):
-            pool.survey([str(saved / "a"), str(path)], dtype="float32")
+            survey([str(saved / "a"), str(path)], dtype="float32")
 
 
 # Run alone, with one CPU device: what the process needs at most while it loads a pool.
@@ -288,6 +289,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
 from jaxmerge.checkpoints import orbax, pool
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.sharding import make_mesh
 
 directory, count, megabytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -306,7 +308,7 @@ def status(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 def loaded(number):
-    sources = pool.survey([str(directory / f"model{k:02}") for k in range(number)])
+    sources = survey([str(directory / f"model{k:02}") for k in range(number)])
     return pool.load(sources, make_mesh(), ())
 
 for k in range(count):

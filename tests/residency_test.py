@@ -8,7 +8,8 @@ import pytest
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints import orbax
-from jaxmerge.checkpoints.pool import RESIDENCIES, load, survey
+from jaxmerge.checkpoints.pool import RESIDENCIES, load
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.run import run

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints import orbax
-from jaxmerge.checkpoints.pool import survey
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.linear import linear
 from jaxmerge.prepare import prepare

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from jaxmerge import config as configs
 from jaxmerge import merging
 from jaxmerge.checkpoints import digest, pool
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.linear import linear
 from jaxmerge.merging import merge
@@ -328,7 +329,7 @@ def test_formats_tell_blocks_from_leaves(tmp_path):
     assert [path.name for path in paths] == ["orbax", "huggingface"]
     shutil.copytree(paths[0], tmp_path / "pair" / "a")
     shutil.copytree(paths[0], tmp_path / "pair" / "b")
-    loaded = pool.load(pool.survey([f"{tmp_path}/pair/*"]), make_mesh(), ())
+    loaded = pool.load(survey([f"{tmp_path}/pair/*"]), make_mesh(), ())
     found = {name: np.asarray(leaf) for name, leaf in loaded.trees[0].items()}
     assert_bits(found, tensors_of(paths[1]))
 

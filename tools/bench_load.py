@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 
 from jaxmerge.checkpoints import pool
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.models.decoder import SHARDING_RULES
 from jaxmerge.sharding import make_mesh
 
@@ -73,8 +74,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="", help="see pool.dtype")
     args = parser.parse_args()
     files = sorted(glob.glob(os.path.join(args.checkpoints, "*.safetensors")))
-    survey = seconds(lambda: pool.survey([args.checkpoints], dtype=args.dtype))
-    sources, mesh = pool.survey([args.checkpoints], dtype=args.dtype), make_mesh()
+    surveying = seconds(lambda: survey([args.checkpoints], dtype=args.dtype))
+    sources, mesh = survey([args.checkpoints], dtype=args.dtype), make_mesh()
     timed = {
         "cat": lambda: cat(files),
         "fresh": lambda: fresh(files),
@@ -92,8 +93,8 @@ def main() -> None:
     for name, took in found.items():
         against = ", ".join(f"{found[other] / took:.2f} of {other}" for other in ("cat", "fresh"))
         print(f"{name:6}{took:7.2f} s {size / took / 1e9:6.2f} GB/s   {against}")
-    print(f"first load of the process {first:.2f} s, headers and configs {survey:.2f} s")
-    print(json.dumps({"bytes": size, "survey": survey, "first": first, "rounds": rounds}))
+    print(f"first load of the process {first:.2f} s, headers and configs {surveying:.2f} s")
+    print(json.dumps({"bytes": size, "survey": surveying, "first": first, "rounds": rounds}))
 
 
 if __name__ == "__main__":

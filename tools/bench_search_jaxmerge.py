@@ -24,6 +24,7 @@ import numpy as np
 from jaxmerge import run
 from jaxmerge.batches import Limits
 from jaxmerge.checkpoints import pool as pools
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.evaluate import Evaluator
 from jaxmerge.models.decoder import described
 from jaxmerge.planning.counting import products
@@ -106,7 +107,7 @@ def candidates(job: Job) -> dict[str, Any]:
 
 def _loaded(job: Job) -> Any:
     mesh = make_mesh()
-    sources = pools.survey(job.pool, dtype=job.dtype)
+    sources = survey(job.pool, dtype=job.dtype)
     model = described(sources[0].architecture)
     return pools.load(sources, mesh, model.sharding_rules, dtype=job.dtype), model, mesh
 

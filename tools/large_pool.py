@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.checkpoints import huggingface
-from jaxmerge.checkpoints.pool import find, load
+from jaxmerge.checkpoints.pool import load
+from jaxmerge.checkpoints.survey import find
 from jaxmerge.sharding import make_mesh
 from jaxmerge.trees import named_leaves
 

@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Float
 
 from jaxmerge import sharding
-from jaxmerge.checkpoints import digest, directory, huggingface, lora, orbax
+from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
+from jaxmerge.checkpoints.survey import FORMATS
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge import linear
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
 from jaxmerge.merge.rematerialised import rematerialising
-from jaxmerge.trees import PyTree, byte_count, differences, map_named, named_leaves, parameter_count
-
-# By the name in `Source.format`; the first that recognises a path reads it.
-FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
+from jaxmerge.trees import PyTree, byte_count, map_named, named_leaves, parameter_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,73 +109,6 @@ class Pool(NamedTuple):
         return lambda name: linear.linear([of_tree[name] for of_tree in leaves], weights_K)
 
 
-def formats(patterns: Sequence[str]) -> set[str]:
-    """The formats of the checkpoints that `survey` would find.
-
-    Raises:
-        JaxmergeError: a path has no checkpoint.
-    """
-    return {_format(path) for pattern in patterns for path in _find(pattern)}
-
-
-def find(
-    patterns: Sequence[str], *, subtree: str = "", base: str = "", by_tensor: bool = False
-) -> tuple[Source, ...]:
-    """Finds checkpoints, which need not be alike; reads no data.
-
-    Args:
-        patterns: directories, or patterns such as `pools/quickstart/*`, whose matches are sorted.
-        subtree: where in each Orbax checkpoint the parameters are; "" for all of it.
-        base: Hugging Face directory that adapters are laid upon; "": the one that each names.
-        by_tensor: every tensor of a Hugging Face directory is a leaf, see `directory.read`; the
-            checkpoints must all be such directories.
-
-    Raises:
-        JaxmergeError: a path has no checkpoint, or is named twice.
-    """
-    paths = [path for pattern in patterns for path in _find(pattern)]
-    return tuple(
-        huggingface.describe(name, path, by_tensor=True)
-        if by_tensor
-        else FORMATS[_format(path)].describe(name, path, subtree, base)
-        for name, path in zip(_names(paths), paths)
-    )
-
-
-def survey(
-    patterns: Sequence[str],
-    *,
-    subtree: str = "",
-    base: str = "",
-    dtype: str = "",
-    by_tensor: bool = False,
-) -> tuple[Source, ...]:
-    """Finds the checkpoints of a pool and compares their metadata; reads no data.
-
-    Args:
-        patterns: see `find`; `subtree`, `base` and `by_tensor` alike.
-        dtype: what `load` will cast to; floating-point dtypes may differ unless it is "".
-
-    Raises:
-        JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
-            then every difference of leaf names, shapes, dtypes and architectures is listed.
-    """
-    sources = find(patterns, subtree=subtree, base=base, by_tensor=by_tensor)
-    if by_tensor and any(each.architecture != sources[0].architecture for each in sources):
-        sources = tuple(
-            each._replace(architecture=directory.with_defaults(epath.Path(each.path)))
-            for each in sources
-        )
-    if len(sources) < 2:
-        raise JaxmergeError(
-            "a pool needs at least two checkpoints",
-            where="pool.checkpoints",
-            found=f"{len(sources)} in {list(patterns)}",
-        )
-    _check_alike(sources, dtype)
-    return sources
-
-
 def load(
     sources: Sequence[Source],
     mesh: Mesh,
@@ -196,7 +125,7 @@ def load(
     What is merged is the same bit for bit, wherever the pool lives.
 
     Args:
-        sources: from `survey`.
+        sources: from `survey.survey`.
         mesh: where the pool lies; need not be the mesh that saved it.
         rules: see `sharding.shardings`.
         dtype: cast floating-point leaves to this; "" keeps each as stored.
@@ -381,67 +310,3 @@ def _branch(tree: PyTree, path: Sequence[str]) -> PyTree:
     if not path or not isinstance(tree, Mapping):
         return tree
     return {path[0]: _branch(tree[path[0]], path[1:])}
-
-
-def _find(pattern: str) -> list[epath.Path]:
-    path = orbax.absolute(pattern)
-    if any(mark in path.name for mark in "*?["):
-        found = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
-        found = [match for match in found if _format(match)]
-    else:
-        found = [path] if path.exists() else []
-        if found and not _format(path):
-            raise JaxmergeError(
-                "this is no checkpoint",
-                where=str(path),
-                expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}",
-            )
-    if not found:
-        raise JaxmergeError("there is no checkpoint here", where=str(path))
-    return found
-
-
-def _format(path: epath.Path) -> str:
-    return next((name for name, module in FORMATS.items() if module.recognises(path)), "")
-
-
-def _names(paths: Sequence[epath.Path]) -> list[str]:
-    """The directory names, with as many parents as it takes to tell them apart."""
-    if not paths:
-        return []
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    twice = [str(path) for path, count in Counter(paths).items() if count > 1]
-    raise JaxmergeError(
-        "a checkpoint is listed more than once", where="pool.checkpoints", found=", ".join(twice)
-    )
-
-
-def _check_alike(sources: Sequence[Source], dtype: str) -> None:
-    """Raises unless leaves and architectures are the same, but for what casting mends."""
-    lines = _differences(sources, dtype)
-    if lines:
-        castable = not _differences(sources, "float32")
-        raise JaxmergeError(
-            "the checkpoints can't be merged:\n  " + "\n  ".join(lines),
-            where="pool.checkpoints",
-            expected="the same dtypes, or pool.dtype: it casts all to one" if castable else "",
-        )
-
-
-def _differences(sources: Sequence[Source], dtype: str) -> list[str]:
-    def cast(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        floating = dtype and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
-
-    lines = differences({source.name: jax.tree.map(cast, source.abstract) for source in sources})
-    first = sources[0]
-    return lines + [
-        f"{source.name}: architecture {key} is {source.architecture.get(key)!r}, "
-        f"in {first.name} {first.architecture.get(key)!r}"
-        for source in sources[1:]
-        for key in sorted({*first.architecture, *source.architecture})
-        if source.architecture.get(key) != first.architecture.get(key)
-    ]

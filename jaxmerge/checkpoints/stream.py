@@ -18,7 +18,7 @@ class LeafStream:
     """Reads one leaf of every checkpoint at a time, with the checks of `pool.load`.
 
     Args:
-        sources: from `pool.survey`.
+        sources: from `survey.survey`.
         device: where the leaves are put.
         dtype: cast floating-point leaves to this; "" keeps each as stored.
 

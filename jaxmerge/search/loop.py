@@ -103,12 +103,7 @@ def search(
     for generation in range(first, generations):
         z_PxD, state = strategy.ask(seed, generation, state)
         requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
-        if economy:
-            candidates = _raced(archive, economy, requests, objective, seed)
-            fitness_P = _fitness(candidates, objective, economy)
-        else:
-            candidates = archive.evaluate("search", requests)
-            fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
+        fitness_P = _evaluated(archive, economy, requests, objective, seed)
         # A process that went astray must not go on: its collectives would match nobody's.
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
@@ -125,19 +120,23 @@ def decision(origin: str) -> str:
     return f"{origin}:decision"
 
 
-def _raced(
+def _evaluated(
     archive: Archive,
-    economy: Economy,
+    economy: Economy | None,
     requests: Sequence[Request],
     objective: Objective,
     seed: int,
-) -> list[Candidate]:
-    """A generation, scored on its slices."""
+) -> Float[np.ndarray, " P"]:
+    """The fitness of a generation; with an economy, on its slices."""
+    if not economy:
+        candidates = archive.evaluate("search", requests)
+        return np.array([objective.of(candidate.scores) for candidate in candidates])
     chosen = economy.slices.of_generation(requests[0].generation)
     tests = len(requests) * (len(chosen) - 1)
     race = Race(objective, economy.selected, economy.confidence, tests, seed)
     keep = race.kept if economy.confidence else None
-    return archive.race(requests, economy.slices, chosen, keep)
+    candidates = archive.race(requests, economy.slices, chosen, keep)
+    return _fitness(candidates, objective, economy)
 
 
 def _fitness(

@@ -64,7 +64,7 @@ def plan(
     """Looks at the headers of the checkpoints, and lays out the files of their merges.
 
     Args:
-        sources: Hugging Face directories, from `pool.survey` with `by_tensor`.
+        sources: Hugging Face directories, from `survey.survey` with `by_tensor`.
         merged_dtype: cast floating-point values to this before they are merged; "": as stored.
         dtype: of the floating-point tensors that are written; "": that in which they are merged.
         shard_bytes: see `huggingface.save`.
