@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from jaxmerge import processes
 from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.merge.differences import QuantisedMerger
 from jaxmerge.merge.linear import Merger, ResidentMerger
 from jaxmerge.models.model import Model
 from jaxmerge.requests import Response
@@ -106,6 +107,13 @@ class Evaluator:
             for asked in self._tasks
             if len(places[asked.task.name])
         ]
+        return made
+
+    def exact(self) -> Evaluator:
+        """Scores merges of the exact checkpoints, where the pool holds them in a few bits."""
+        made = copy.copy(self)
+        if isinstance(self._merge, QuantisedMerger):
+            made._merge = self._merge.exact
         return made
 
     def __call__(self, weights_PxK: Float[np.ndarray, "P K"]) -> Scores:

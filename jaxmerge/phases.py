@@ -112,6 +112,25 @@ def analyse(
     return analyses.analyse(study, [name for name in analyses.ANALYSES if wanted.get(name, True)])
 
 
+def stored(prepared: Prepared, winner: Candidate) -> dict[str, Any] | None:
+    """What a pool in a few bits does to the winner, for results.json; None: the pool is exact.
+
+    Args:
+        prepared: of the run.
+        winner: as scored on the test split.
+    """
+    weights_K = np.array(winner.weights, np.float32)
+    error = prepared.pool.stored_error(weights_K)
+    if error is None:
+        return None
+    exact = prepared.evaluators["test"].exact()(weights_K[None])
+    scores = {
+        task: {"stored": score, "exact": float(exact[task].mean(dtype=np.float64))}
+        for task, score in winner.scores.items()
+    }
+    return {**error, "scores": scores}
+
+
 def _economy(
     config: Config,
     directory: RunDirectory,

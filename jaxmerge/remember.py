@@ -51,6 +51,10 @@ class Remembering:
             self._parts[key] = Remembering(self._evaluator.part(places), self._most)
         return self._parts[key]
 
+    def exact(self) -> Evaluator:
+        """As of the evaluator, and without a memory: it is asked once."""
+        return self._evaluator.exact()
+
     def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Step]:
         """As of the evaluator: `candidates_per_step` rows at a time, as soon as they are known."""
         unknown: list[np.ndarray] = []

@@ -123,9 +123,8 @@ def run(
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
         findings["residency"] = pool.traffic(since=read_before)
-        error = pool.stored_error(np.array(list(findings["best"]["weights"].values()), np.float32))
-        if error:
-            findings["storage"] = error
+        if storage := phases.stored(prepared, tested[-1]):
+            findings["storage"] = storage
         directory.write_json("results.json", findings)
         if processes.first():
             report.write(directory.path)

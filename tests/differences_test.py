@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmerge import config as configs
-from jaxmerge import results
+from jaxmerge import results, scoring
 from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.pool import load
 from jaxmerge.checkpoints.survey import survey
@@ -26,6 +26,7 @@ from jaxmerge.merge.differences import (
     stored_bytes,
     stored_sum,
 )
+from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.planning.estimate import arithmetic
 from jaxmerge.planning.work import Step, placed
 from jaxmerge.run import run
@@ -53,7 +54,8 @@ def make_pool(storage: str, *, placed: bool = False) -> tuple[list[Any], Quantis
         {name: quantised(leaf, named[0][name], storage) for name, leaf in tree.items()}
         for tree in named[1:]
     ]
-    return trees, QuantisedMerger(trees[0], others, lambda name, weights_K: named[0][name])
+    exact = LeafwiseMerger(trees[0], lambda k, name: named[k][name])
+    return trees, QuantisedMerger(trees[0], others, exact)
 
 
 @each_storage
@@ -197,6 +199,11 @@ def test_a_run(tmp_path):
     assert found["storage"]["kind"] == "int8"
     # Differences of leaves of random models are of the size of the leaves; so are half steps.
     assert 0 < found["storage"]["worst"] < 0.05
+    assert found["storage"]["scores"].keys() == {*config.objective.tasks}
+    config.pool.checkpoints, config.pool.storage = (f"{tmp_path}/run/merged/orbax",), "exact"
+    [alone] = scoring.evaluate(config, str(tmp_path / "alone"))["checkpoints"]
+    for task, both in found["storage"]["scores"].items():
+        assert both == {"stored": found["best"]["test"][task], "exact": alone["test"][task]}
     assert "int8" in (tmp_path / "run" / "report.html").read_text()
     sources = survey([f"{tmp_path}/models/*"])
     exact = load(sources, make_mesh(), ()).merged(list(found["best"]["weights"].values()))

@@ -103,8 +103,9 @@ class Pool(NamedTuple):
         It is of the exact checkpoints, however they are stored.
         """
         weights_K = np.asarray(weights_K, np.float32)
-        if isinstance(self.merge, LeafwiseMerger | QuantisedMerger):
-            return functools.partial(self.merge.leaf, weights_K=weights_K)
+        exact = self.merge.exact if isinstance(self.merge, QuantisedMerger) else self.merge
+        if isinstance(exact, LeafwiseMerger):
+            return functools.partial(exact.leaf, weights_K=weights_K)
         leaves = [named_leaves(tree) for tree in self.trees]
         return lambda name: linear.linear([of_tree[name] for of_tree in leaves], weights_K)
 
@@ -160,7 +161,7 @@ def load(
         others = [_stored_leaves(tree, trees[0]) for tree in trees[1:]]
         like = jax.tree.map(_forget, trees[0])
         exact = _leafwise(sources, [like] * len(trees), where)
-        merge = QuantisedMerger(trees[0], others, exact.leaf)
+        merge = QuantisedMerger(trees[0], others, exact)
         trees = [like] * len(trees)
     elif rematerialise:
         merge = rematerialising(trees, rematerialise)

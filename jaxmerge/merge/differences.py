@@ -9,7 +9,7 @@ q_k, in one pass over what is stored.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmerge import processes
+from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import product, weighted_sum
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
@@ -126,20 +127,20 @@ class QuantisedMerger:
     Args:
         base: the first checkpoint, a tree of arrays on the devices.
         others: for each other checkpoint what is kept of its leaves, by name; see `quantised`.
-        leaf: `leaf(name, weights_K)` is a leaf of one merge of the exact checkpoints.
+        exact: the merge of the exact checkpoints.
 
     Attributes:
-        leaf: see above.
+        exact: see above.
     """
 
     def __init__(
         self,
         base: PyTree,
         others: Sequence[Mapping[str, Stored]],
-        leaf: Callable[[str, Float[np.ndarray, " K"]], Array],
+        exact: LeafwiseMerger,
     ):
         self._like, self._base = base, named_leaves(base)
-        self._others, self.leaf = tuple(map(dict, others)), leaf
+        self._others, self.exact = tuple(map(dict, others)), exact
         self.program = program(self._base, self._others)
 
     @property
@@ -163,7 +164,7 @@ class QuantisedMerger:
         rows = sharding.mesh.shape["pop"] if isinstance(sharding, NamedSharding) else 1
         merged = self.program(*self.stored, np.repeat(weights_K[None], rows, axis=0))
         return {
-            name: float(_distance(leaf, self.leaf(name, weights_K)))
+            name: float(_distance(leaf, self.exact.leaf(name, weights_K)))
             for name, leaf in merged.items()
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         }

@@ -197,12 +197,7 @@ def cost_section(results: Json) -> str:
             f"read and merged in {_duration(residency['seconds'])} since the last start"
         )
     if "storage" in results:
-        storage = results["storage"]
-        said["Storage"] = (
-            f"differences in {text(storage['kind'])}; the searched merge, as it was scored, is off "
-            f"the exported one by {storage['mean']:.1e} of its norm in the mean over leaves, by "
-            f"{storage['worst']:.1e} in the worst ({text(storage['leaf'])})"
-        )
+        said["Storage"] = _storage(results)
     return markup.section(
         "Cost",
         markup.facts(said),
@@ -210,6 +205,22 @@ def cost_section(results: Json) -> str:
         _shares("evaluations of", evaluations, ",d"),
         _shares("seconds of", seconds, ",.1f"),
         "</div>",
+    )
+
+
+def _storage(results: Json) -> str:
+    """How the pool was held, and what that did to the winner."""
+    storage, formats = results["storage"], formatting.of_results(results)
+    scores = [
+        f"{text(task)} {formats[task].score(both['exact'])} instead of "
+        f"{formats[task].score(both['stored'])}"
+        for task, both in storage["scores"].items()
+    ]
+    return (
+        f"differences in {text(storage['kind'])}; the searched merge, as it was scored, is off "
+        f"the exported one by {storage['mean']:.1e} of its norm in the mean over leaves, by "
+        f"{storage['worst']:.1e} in the worst ({text(storage['leaf'])}). The exported one scores, "
+        f"on test examples: {', '.join(scores)}"
     )
 
 
