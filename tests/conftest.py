@@ -16,6 +16,17 @@ jax.config.update("jax_default_matmul_precision", "highest")
 install_import_hook("jaxmerge", "beartype.beartype")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """With several workers slow tests run one after the other: they start processes of their own.
+
+    The others go to the workers file by file.
+    """
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        item.add_marker(pytest.mark.xdist_group("slow" if slow else item.path.stem))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def late_reads():
     """Passes over the reads that Orbax gives up after a damaged file, which end in a later test."""

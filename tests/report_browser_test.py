@@ -40,12 +40,20 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**pages, "comparison": report.compare(runs, root / "comparison.html")}
 
 
-@pytest.fixture
-def browser() -> Iterator[Browser]:
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """Without pages of earlier tests."""
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
 
 
 def opened(browser: Browser, path: Path, **context: Any) -> tuple[Page, list[str]]:
