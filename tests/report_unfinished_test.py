@@ -87,6 +87,14 @@ def test_every_stage_has_a_page(tmp_path: Path, lines: int, aggregate: str) -> N
     assert len(plotted(source)["models"]) + len(plotted(source)["points"]) == lines
 
 
+def test_weights_may_be_whole_numbers(tmp_path: Path) -> None:
+    directory = interrupted(tmp_path / "run", BEFORE_SEARCH + 3)
+    config = json.loads((directory / "config.json").read_text())
+    config["objective"] |= {"weights": [1] * len(TASKS), "aggregate": "weighted"}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert report.write(directory).exists()
+
+
 def test_a_log_that_was_not_begun(tmp_path: Path) -> None:
     directory = interrupted(tmp_path / "run", 5)
     (directory / "candidates.jsonl").write_text("")

@@ -176,7 +176,7 @@ def _defined(config: Json, where: str) -> Objective:
     _require(config, ("objective", "search", "baselines"), where)
     _require(config["objective"], ("tasks",), where)
     fields = config["objective"]
-    weights = fields.get("weights", [])
+    weights = tuple(map(float, fields.get("weights", [])))  # JSON keeps whole numbers whole
     # Before there were aggregates weights were all it took.
     aggregate = fields.get("aggregate", "weighted" if weights else "mean")
     return define(fields["tasks"], weights, aggregate)
