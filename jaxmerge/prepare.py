@@ -115,13 +115,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     evaluators = parts.part(
         "evaluators", lambda: _evaluators(make, splits, remember=held is not None)
     )
-    directory = open_directory(config, workdir, orbax="orbax" in config.export.formats)
-    try:
-        record_pool(directory, pool.records)
-        record_tasks(directory, [*tasks, *heldout])
-    except JaxmergeError:
-        directory.close()
-        raise
+    directory = _recorded(config, workdir, pool, [*tasks, *heldout])
     return Prepared(
         directory,
         sources,
@@ -132,6 +126,18 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         bounds_of([*tasks, *heldout]),
         (*warnings_of(tasks), *_moved(directory)),
     )
+
+
+def _recorded(config: Config, workdir: str, pool: Pool, tasks: Sequence[Task]) -> RunDirectory:
+    """The run directory, with a record of the pool and the tasks."""
+    directory = open_directory(config, workdir, orbax="orbax" in config.export.formats)
+    try:
+        record_pool(directory, pool.records)
+        record_tasks(directory, tasks)
+    except JaxmergeError:
+        directory.close()
+        raise
+    return directory
 
 
 def _evaluators(
