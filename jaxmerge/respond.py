@@ -98,7 +98,7 @@ class Responder:
                 found=str(tokenizer.vocabulary),
             )
         data = mesh.shape["data"]
-        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self._model, self._tokenizer, self._mesh = model.at(mesh), tokenizer, mesh
         self._limits = limits._replace(multiple=data)
         self._stop = tokenizer.stops[0]
         on_cpu = mesh.devices.flat[0].platform == "cpu"

@@ -104,10 +104,11 @@ def test_causal(config):
         assert (before[:, t:] != after[:, t:]).any(axis=-1).all()
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
 @each_config
-def test_prefill_and_decode_give_the_logits_of_apply(config):
+def test_prefill_and_decode_give_the_logits_of_apply(config, layerwise):
     """Token by token with a cache, rows padded on the left by different amounts."""
-    model, params = decoder(config), make_params(config)
+    model, params = decoder(config, layerwise=layerwise), make_params(config)
     B, T = TOKENS_BxT.shape
     expected = np.asarray(compiled_apply(config)(params, TOKENS_BxT))
     start, padding_B = 5, np.array([0, 1, 4])

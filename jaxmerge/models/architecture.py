@@ -79,6 +79,11 @@ class DecoderConfig:
             "experts_per_token must be from 1 to experts",
         )
 
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Of each layer the number of its kind of attention."""
+        return self.pattern or (0,) * self.layers
+
     @staticmethod
     def from_plain(fields: Mapping[str, Any]) -> DecoderConfig:
         """The config that `plain` wrote, also after a way through JSON.

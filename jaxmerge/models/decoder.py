@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.architecture import DecoderConfig
-from jaxmerge.models.deferred import made
+from jaxmerge.models.deferred import any_deferred, made
 from jaxmerge.models.layers import Block, Where, norm, softcap
 from jaxmerge.models.model import Model
 from jaxmerge.models.rope import turns
@@ -38,7 +38,7 @@ class Cache(NamedTuple):
 class Past(NamedTuple):
     """What was read before a call: the cache, its tokens' positions, and which slots count."""
 
-    cache: Cache
+    cache: Cache | tuple[Cache, ...]  # of each layer by itself: see `_Decoding`
     positions_BxS: Int[Array, "B S"]
     mask_BxS: Bool[Array, "B S"]
 
@@ -86,15 +86,27 @@ class Decoder(nn.Module):
             past: tokens that were read before, all before these.
         """
         config = self.config
+        where = self.where(positions_BxT, mask_BxTxT, past)
+        kind_L = jnp.asarray(config.kinds, jnp.int32)
+        x_BxTxD, made = self.layers(
+            self.embedded(tokens_BxT), where, kind_L, past and tuple(past.cache)
+        )
+        return self.final_norm(x_BxTxD), Cache(*made)
+
+    def embedded(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What goes into the first layer."""
+        config = self.config
         x_BxTxD = self.embedding[tokens_BxT]
         if config.embedding_scale != 1:
             x_BxTxD *= jnp.asarray(config.embedding_scale, x_BxTxD.dtype)
-        where = self._where(positions_BxT, mask_BxTxT, past)
-        kind_L = jnp.asarray(config.pattern or (0,) * config.layers, jnp.int32)
-        x_BxTxD, made = self.layers(x_BxTxD, where, kind_L, past and tuple(past.cache))
-        return self.final_norm(x_BxTxD), Cache(*made)
+        return x_BxTxD
 
-    def _where(self, positions_BxT: Array, mask_BxTxT: Array, past: Past | None) -> Where:
+    def normed(self, x_BxTxD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states out of what comes out of the last layer."""
+        return self.final_norm(x_BxTxD)
+
+    def where(self, positions_BxT: Array, mask_BxTxT: Array, past: Past | None) -> Where:
+        """Where tokens stand; arguments as in a call."""
         kinds = self.config.attention
         ropes = [kind.rope for kind in kinds]
         turning = max((rope.width for rope in ropes if rope), default=0) or self.config.head_width
@@ -137,7 +149,7 @@ SHARDING_RULES = (
 
 
 class _Decoding(NamedTuple):
-    cache: Cache
+    cache: Cache | tuple[Cache, ...]  # [L, B, J, S, C], or of each layer [B, J, S, C]
     padding_B: Int[Array, " B"]
     slot: Int[Array, ""]  # the next slot to write, the same for every row
 
@@ -147,9 +159,16 @@ def _causal(T: int) -> Bool[Array, "1 T T"]:
 
 
 @functools.cache
-def decoder(config: DecoderConfig) -> Model:
-    """The decoder of this shape as a `Model`: always the same, so that its programs are shared."""
-    module = Decoder(config)
+def decoder(config: DecoderConfig, *, layerwise: bool = False) -> Model:
+    """The decoder of this shape as a `Model`: always the same, so that its programs are shared.
+
+    Args:
+        config: its shape.
+        layerwise: whether `decode` has the layers one after the other instead of in a scan, and a
+            cache for each. XLA on CPUs copies what a scan takes of a cache, all of it for each
+            token; the program grows with the layers.
+    """
+    module, block = Decoder(config), Block(config)
 
     def run(params, tokens_BxT, mask_BxTxT, past=None, positions_BxT=None) -> Any:
         if positions_BxT is None:  # each token sees those before it, and itself
@@ -178,16 +197,26 @@ def decoder(config: DecoderConfig) -> Model:
         text_Bx1xT = (jnp.arange(T)[None] >= padding_B[:, None])[:, None]
         hidden, made = run(params, tokens_BxT, text_Bx1xT & _causal(T))
         room = ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))
-        cache = Cache(*(jnp.pad(each, room) for each in made))
+        keys, values = (jnp.pad(each, room) for each in made)
+        cache = Cache(keys, values)
+        # What is made a layer at a time must be made in the scan: else all layers may be at once.
+        if layerwise and not any_deferred(params["layers"]):
+            cache = tuple(map(Cache, keys, values))
         return logits(params, hidden[:, -1]), _Decoding(cache, padding_B, jnp.int32(T))
 
     def decode(params, tokens_B, state):
-        slot_1xS = jnp.arange(state.cache.keys_LxBxJxSxC.shape[3])[None]
+        slot_1xS = jnp.arange(jax.tree.leaves(state.cache)[0].shape[-2])[None]
         begins_Bx1 = state.padding_B[:, None]
         written_BxS = (slot_1xS < state.slot) & (slot_1xS >= begins_Bx1)
         past = Past(state.cache, slot_1xS - begins_Bx1, written_BxS)
         itself_Bx1x1 = jnp.ones((len(tokens_B), 1, 1), bool)
-        hidden, made = run(params, tokens_B[:, None], itself_Bx1x1, past, state.slot - begins_Bx1)
+        positions_Bx1 = state.slot - begins_Bx1
+        if not isinstance(past.cache, Cache):
+            hidden, cache = one_after_the_other(
+                params, tokens_B[:, None], positions_Bx1, itself_Bx1x1, past, state.slot
+            )
+            return logits(params, hidden[:, 0]), state._replace(cache=cache, slot=state.slot + 1)
+        hidden, made = run(params, tokens_B[:, None], itself_Bx1x1, past, positions_Bx1)
         # Written once for all layers: a cache that went through the scan would be copied each time.
         cache = Cache(
             *(
@@ -195,14 +224,26 @@ def decoder(config: DecoderConfig) -> Model:
                 for old, new in zip(state.cache, made)
             )
         )
-        return logits(params, hidden[:, 0]), _Decoding(cache, state.padding_B, state.slot + 1)
+        return logits(params, hidden[:, 0]), state._replace(cache=cache, slot=state.slot + 1)
+
+    def one_after_the_other(params, tokens_BxT, positions_BxT, mask_BxTxT, past, slot) -> Any:
+        of_module = functools.partial(module.apply, {"params": params})
+        where = of_module(positions_BxT, mask_BxTxT, past, method="where")
+        x_BxTxD, caches = of_module(tokens_BxT, method="embedded"), []
+        for number, (kind, cache) in enumerate(zip(config.kinds, past.cache)):
+            of_layer = {"params": jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"])}
+            done: Any = block.apply(of_layer, x_BxTxD, where, kind, tuple(cache), slot)
+            x_BxTxD, (keys, values) = done
+            caches.append(Cache(keys, values))
+        return of_module(x_BxTxD, method="normed"), tuple(caches)
 
     def init(key):
         tokens = jnp.zeros((1, 1), jnp.int32)
         return module.init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
 
     def rows(state, rows_B):
-        cache = Cache(*(each[:, rows_B] for each in state.cache))
+        before = (slice(None),) * isinstance(state.cache, Cache)
+        cache = jax.tree.map(lambda each: each[(*before, rows_B)], state.cache)
         return _Decoding(cache, state.padding_B[rows_B], state.slot)
 
     return Model(
@@ -214,6 +255,7 @@ def decoder(config: DecoderConfig) -> Model:
         init=init,
         sharding_rules=SHARDING_RULES,
         layers="layers",
+        on_cpu=None if layerwise else decoder(config, layerwise=True),
         vocabulary=config.vocab,
         architecture={"model": "decoder", **config.plain()},
     )

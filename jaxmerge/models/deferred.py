@@ -34,6 +34,11 @@ def _is_deferred(leaf: Any) -> bool:
     return isinstance(leaf, Deferred)
 
 
+def any_deferred(params: Params) -> bool:
+    """Whether a leaf is made a layer at a time."""
+    return any(map(_is_deferred, jax.tree.leaves(params, is_leaf=_is_deferred)))
+
+
 def made(layer: Params) -> Params:
     """The parameters of one layer, every leaf of them an array."""
     return jax.tree.map(

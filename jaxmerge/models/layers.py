@@ -74,17 +74,19 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, where: Where, kind, past) -> Any:
+    def __call__(self, x_BxTxD, where: Where, kind, past, slot=None) -> Any:
         """The residual after this layer, and the keys and values of x, each `[B, J, T, C]`.
 
         Args:
             kind: which kind of attention this layer has.
             past: this layer's keys and values of earlier tokens, each `[B, J, S, C]`, or None.
+            slot: where to write those of x into `past`, which is then what is returned; None: they
+                are returned by themselves.
         """
         block = self.config.block
         before, after = block != "post", block in ("post", "both")
         normed = self._norm("attention_norm", before, x_BxTxD)
-        attended, made = self._attention(normed, where, kind, past)
+        attended, made = self._attention(normed, where, kind, past, slot)
         attended = self._norm("post_attention_norm", after, attended)
         if block == "parallel":
             return x_BxTxD + attended + self._feed_forward(normed), made
@@ -121,7 +123,7 @@ class Block(nn.Module):
         axes = 2 if config.query_key_norm == "joint" else 1
         return norm(config, name=name, shape=shape, axes=axes)(x_BxTxHxC)
 
-    def _rotate(self, x_BxTxHxC: Array, where: Where, kind: Array) -> Float[Array, "B T H C"]:
+    def _rotate(self, x_BxTxHxC: Array, where: Where, kind: Array | int) -> Float[Array, "B T H C"]:
         ropes = [kind.rope for kind in self.config.attention]
         if not any(ropes):
             return x_BxTxHxC
@@ -129,7 +131,7 @@ class Block(nn.Module):
         cos_BxTxW, sin_BxTxW = where.cos_RxBxTxW[kind], where.sin_RxBxTxW[kind]
         return rotate(x_BxTxHxC, cos_BxTxW, sin_BxTxW, interleaved)
 
-    def _attention(self, x_BxTxD, where: Where, kind, past):
+    def _attention(self, x_BxTxD, where: Where, kind, past, slot):
         config = self.config
         D, H, J, C = x_BxTxD.shape[-1], config.heads, config.kv_heads, config.head_width
         q_BxTxHxC = self._query_key_norm("query_norm", self._heads("query", x_BxTxD, H))
@@ -138,12 +140,17 @@ class Block(nn.Module):
         q_BxTxHxC = self._rotate(q_BxTxHxC, where, kind)
         k_BxTxJxC = self._rotate(k_BxTxJxC, where, kind)
         made = jnp.swapaxes(k_BxTxJxC, 1, 2), jnp.swapaxes(v_BxTxJxC, 1, 2)
+        kept = made
+        if slot is not None:
+            # Before it is read, where the mask hides them: else XLA would keep a copy to read from.
+            written = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+            kept = past = tuple(written(old, new, slot) for old, new in zip(past, made))
         pasts = [(*past, where.past_RxBxTxS[kind])] if past else []
         seen = [*pasts, (*made, where.kin_RxBxTxT[kind])]
         out_BxTxHC = attend(config, q_BxTxHxC, seen).reshape(*x_BxTxD.shape[:2], H * C)
         matrix_DxHC = self._matrix("out", D, H, C, inputs=H * C).reshape(D, H * C)
         out = jnp.einsum("btf,df->btd", out_BxTxHC, matrix_DxHC)
-        return self._bias("out_bias", config.out_bias, out), made
+        return self._bias("out_bias", config.out_bias, out), kept
 
     def _feed_forward(self, x_BxTxD):
         config = self.config

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 Params = Any  # a pytree of arrays; see also `Model.layers`
@@ -36,6 +37,7 @@ class Model:
         sharding_rules: see `jaxmerge.sharding.shardings`.
         layers: the top-level entry of the parameters whose leaves are stacked over layers
             `[L, ...]` and may be `Deferred`, to be made a layer at a time; "" where there is none.
+        on_cpu: the same model as it is faster on CPUs; None: there is no other. See `at`.
         vocabulary: tokens it knows, or 0 where it doesn't say.
         architecture: what `checkpoints.orbax.save` writes beside the parameters, so that the
             checkpoint can be opened without being told; {} where there is no such description.
@@ -49,8 +51,14 @@ class Model:
     init: Callable[[Array], Params] | None = None
     sharding_rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ((".*", ()),)
     layers: str = ""
+    on_cpu: Model | None = None
     vocabulary: int = 0
     architecture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def at(self, mesh: Mesh) -> Model:
+        """The model as it is fastest on the devices of a mesh."""
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        return self.on_cpu if on_cpu and self.on_cpu else self
 
 
 class _Written(NamedTuple):
