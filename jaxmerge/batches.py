@@ -19,6 +19,7 @@ from jaxmerge.requests import Generate, Likelihood, Prompt, Request, Rolling
 from jaxmerge.tokenizer import Tokenizer
 
 _PER_MICROBATCH = 128  # what a microbatch costs besides its tokens, in tokens; and it may compile
+_PER_STEP = 32  # the same of each token that its rows write: all parameters are read again
 
 # Branches of a row have at most so many times the tokens of its trunk. Each branch spares reading
 # the trunk again, and lengthens what attention masks out for all others.
@@ -160,7 +161,10 @@ def encode(
     rows = [*trees, *(row for rows in writing.values() for row in rows)]
     return Encoded(
         _microbatches(trees, limits, _pad_right),
-        {kind: _microbatches(prompts, limits, _pad_left) for kind, prompts in writing.items()},
+        {
+            kind: _microbatches(prompts, limits, _pad_left, steps=kind.max_new_tokens)
+            for kind, prompts in writing.items()
+        },
         scored,
         sum(row.length for row in rows),
     )
@@ -230,20 +234,25 @@ def _fitted(tokens: list[int], room: int, limits: Limits, where: str) -> list[in
 
 
 def _microbatches(
-    rows: Sequence[_Prompt | _Tree], limits: Limits, pad: Callable[..., Microbatch]
+    rows: Sequence[_Prompt | _Tree],
+    limits: Limits,
+    pad: Callable[..., Microbatch],
+    *,
+    steps: int = 0,
 ) -> list[Microbatch]:
     """Rows sorted by length and cut into microbatches, each with the length it is padded to.
 
     Of all cuts into the sizes that are allowed, the one of the fewest tokens, padding and what a
-    microbatch costs by itself included.
+    microbatch costs by itself included, of which more where it writes for some steps.
     """
+    alone = _PER_MICROBATCH + _PER_STEP * steps
     rows = sorted(rows, key=lambda row: -row.length)
     widths = [_padded(row.length) for row in rows]
     cost = [0] * (len(rows) + 1)  # of all rows from here on
     size = [0] * len(rows)
     for i in reversed(range(len(rows))):
         cost[i], size[i] = min(
-            (B * widths[i] + _PER_MICROBATCH + cost[min(i + B, len(rows))], B)
+            (B * widths[i] + alone + cost[min(i + B, len(rows))], B)
             for B in _sizes(widths[i], limits)
         )
     microbatches, i = [], 0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxmerge.batches import Encoded, Limits, Writing, encode
+from jaxmerge.batches import Encoded, Limits, Microbatch, Writing, encode
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.requests import Generate, Likelihood, Prompt, Request, Rolling, Sampling
 from jaxmerge.tokenizer import Bytes
@@ -174,13 +174,27 @@ def realistic_lengths() -> dict[str, np.ndarray]:
 def test_little_is_spent_on_padding(mix):
     """Under 15% of the tokens of a task are padding, rows that fill up included."""
     lengths = realistic_lengths()[mix]
-    (batches,) = encode(
-        generations(*("x" * length for length in lengths)), TOKENIZER, Limits()
-    ).writing.values()
+    prompts = [Prompt(f"{i}".ljust(length, "x")) for i, length in enumerate(lengths)]
+    batches = encode([Likelihood(prompt, "y") for prompt in prompts], TOKENIZER, Limits()).scoring
     spent = sum(arrays[0].size for _, arrays in batches)
     assert 1 - lengths.sum() / spent < 0.15
     # Each shape is a program to compile.
     assert len({arrays[0].shape for _, arrays in batches}) <= 6 * 8
+
+
+def written_after(lengths: np.ndarray, new_tokens: int) -> list[Microbatch]:
+    """The microbatches of prompts of these lengths."""
+    requests = [Generate(Prompt("x" * length), new_tokens) for length in lengths]
+    (batches,) = encode(requests, TOKENIZER, Limits()).writing.values()
+    return batches
+
+
+def test_long_texts_are_written_in_few_microbatches():
+    """Each step of a microbatch reads all parameters: rather padding than more steps."""
+    lengths = np.arange(40, 104)
+    assert len(written_after(lengths, 1)) > 2
+    ((_, (tokens_BxT, *_)),) = written_after(lengths, 512)
+    assert tokens_BxT.shape == (64, 104)
 
 
 def test_few_lengths():

@@ -106,7 +106,7 @@ def candidates(job: Job) -> dict[str, Any]:
 
 
 def _loaded(job: Job) -> Any:
-    mesh = make_mesh()
+    mesh = make_mesh(pop=job.devices)
     sources = survey(job.pool, dtype=job.dtype)
     model = described(sources[0].architecture)
     return pools.load(sources, mesh, model.sharding_rules, dtype=job.dtype), model, mesh

@@ -152,6 +152,7 @@ class _Decoding(NamedTuple):
     cache: Cache | tuple[Cache, ...]  # [L, B, J, S, C], or of each layer [B, J, S, C]
     padding_B: Int[Array, " B"]
     slot: Int[Array, ""]  # the next slot to write, the same for every row
+    layers: tuple[Any, ...] = ()  # the parameters of each layer by itself, where it has a cache so
 
 
 def _causal(T: int) -> Bool[Array, "1 T T"]:
@@ -198,11 +199,15 @@ def decoder(config: DecoderConfig, *, layerwise: bool = False) -> Model:
         hidden, made = run(params, tokens_BxT, text_Bx1xT & _causal(T))
         room = ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))
         keys, values = (jnp.pad(each, room) for each in made)
-        cache = Cache(keys, values)
+        cache, layers = Cache(keys, values), ()
         # What is made a layer at a time must be made in the scan: else all layers may be at once.
         if layerwise and not any_deferred(params["layers"]):
             cache = tuple(map(Cache, keys, values))
-        return logits(params, hidden[:, -1]), _Decoding(cache, padding_B, jnp.int32(T))
+            layers = tuple(
+                jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"])
+                for number in range(config.layers)
+            )
+        return logits(params, hidden[:, -1]), _Decoding(cache, padding_B, jnp.int32(T), layers)
 
     def decode(params, tokens_B, state):
         slot_1xS = jnp.arange(jax.tree.leaves(state.cache)[0].shape[-2])[None]
@@ -213,7 +218,7 @@ def decoder(config: DecoderConfig, *, layerwise: bool = False) -> Model:
         positions_Bx1 = state.slot - begins_Bx1
         if not isinstance(past.cache, Cache):
             hidden, cache = one_after_the_other(
-                params, tokens_B[:, None], positions_Bx1, itself_Bx1x1, past, state.slot
+                params, tokens_B[:, None], positions_Bx1, itself_Bx1x1, past, state
             )
             return logits(params, hidden[:, 0]), state._replace(cache=cache, slot=state.slot + 1)
         hidden, made = run(params, tokens_B[:, None], itself_Bx1x1, past, positions_Bx1)
@@ -226,13 +231,14 @@ def decoder(config: DecoderConfig, *, layerwise: bool = False) -> Model:
         )
         return logits(params, hidden[:, 0]), state._replace(cache=cache, slot=state.slot + 1)
 
-    def one_after_the_other(params, tokens_BxT, positions_BxT, mask_BxTxT, past, slot) -> Any:
+    def one_after_the_other(params, tokens_BxT, positions_BxT, mask_BxTxT, past, state) -> Any:
         of_module = functools.partial(module.apply, {"params": params})
         where = of_module(positions_BxT, mask_BxTxT, past, method="where")
         x_BxTxD, caches = of_module(tokens_BxT, method="embedded"), []
-        for number, (kind, cache) in enumerate(zip(config.kinds, past.cache)):
-            of_layer = {"params": jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"])}
-            done: Any = block.apply(of_layer, x_BxTxD, where, kind, tuple(cache), slot)
+        for kind, cache, layer in zip(config.kinds, past.cache, state.layers):
+            done: Any = block.apply(
+                {"params": layer}, x_BxTxD, where, kind, tuple(cache), state.slot
+            )
             x_BxTxD, (keys, values) = done
             caches.append(Cache(keys, values))
         return of_module(x_BxTxD, method="normed"), tuple(caches)
@@ -244,7 +250,7 @@ def decoder(config: DecoderConfig, *, layerwise: bool = False) -> Model:
     def rows(state, rows_B):
         before = (slice(None),) * isinstance(state.cache, Cache)
         cache = jax.tree.map(lambda each: each[(*before, rows_B)], state.cache)
-        return _Decoding(cache, state.padding_B[rows_B], state.slot)
+        return state._replace(cache=cache, padding_B=state.padding_B[rows_B])
 
     return Model(
         apply=apply,
