@@ -286,6 +286,33 @@ def test_a_population_needs_no_temporaries(method, dtype, sizes):
     assert memory.temp_size_in_bytes <= 64 * P * K
 
 
+@each_dtype
+@pytest.mark.parametrize("spare", [False, True])
+def test_rows_at_a_time_change_no_bit(dtype, spare):
+    """With a zero, a single and an extrapolating weight; all of the memory is written."""
+    leaves = [tree["layers"]["gate"] for tree in make_trees(dtype)]
+    weights = jnp.concatenate([make_weights(), jnp.eye(K)])
+    whole = linear.of_population(linear.weighted_sum, leaves, weights)
+    old = [jnp.full((len(weights), *leaves[0].shape), jnp.nan, dtype)] * spare
+    for rows in (1, 4, 16):
+        merged = linear.of_population(linear.weighted_sum, leaves, weights, rows, *old)
+        assert_same_bits(merged, whole)
+
+
+def test_how_many_rows_at_a_time(monkeypatch):
+    """As many as divide the leaf and fit in float32; all where it would gain nothing, or copy."""
+    mesh = make_mesh()
+    assert linear.rows_at_a_time((32, 11008, 4096), 8, mesh) == 0  # these are CPUs
+    monkeypatch.setattr(type(mesh.devices.flat[0]), "platform", "tpu")
+    assert linear.rows_at_a_time((32, 11008, 4096), 8, None) == 0
+    assert linear.rows_at_a_time((32, 11008, 4096), 8, mesh) == 64  # 8 MiB of float32
+    assert linear.rows_at_a_time((3, 96, 2048), 8, mesh) == 96  # 128 would fit, but not into 288
+    assert linear.rows_at_a_time((8192, 2**16), 8, mesh) == 32  # the least
+    assert linear.rows_at_a_time((64, 256), 8, mesh) == 0
+    assert linear.rows_at_a_time((32, 1000, 4096), 8, mesh) == 0
+    assert linear.rows_at_a_time((2**24,), 8, mesh) == 0
+
+
 @each_method
 def test_integer_leaves_are_copied(method):
     """Once for one merge, P times for a population; never averaged, whatever the weights."""

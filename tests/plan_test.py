@@ -336,6 +336,29 @@ def test_no_slice_has_a_collective_in_the_merge():
         assert merge.collectives == {}
 
 
+def _merge_of_a_population(dtype: str, storage: str) -> tuple[Program, int]:
+    """Four candidates of eight checkpoints on a chip, and the bytes of a leaf."""
+    jax.config.update("jax_platforms", "cpu")
+    mesh = make_mesh(devices=absent_devices(chips.topology("v5e:1x1"))[:1])
+    leaf = jax.ShapeDtypeStruct((4, 2048, 2048), dtype)
+    tree = work.placed({"gate": leaf}, ((".*", ()),), mesh)
+    step = work.Step(tree, 8, 4, mesh, storage=storage)
+    return estimate.compile_merge(step, streamed=False), leaf.size * leaf.dtype.itemsize
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("dtype", "storage"), [("bfloat16", "exact"), ("float32", "exact"), ("bfloat16", "int8")]
+)
+def test_a_population_on_a_chip_has_no_wide_copy_of_the_pool(dtype, storage):
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        merge, leaf = process.submit(_merge_of_a_population, dtype, storage).result()
+    assert not merge.refused
+    assert merge.temporaries < leaf / 2  # a copy of all in float32 would be 16
+
+
 def test_refusals_say_what_would_suffice():
     """The mesh, the change and the slice, each where there is one."""
     error = plans.refusal(Answer(None, "the mesh has no place", "x = 1", "v5e:2x2"), "v5e:1x1")

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxmerge import processes
 from jaxmerge.merge.leafwise import LeafwiseMerger
-from jaxmerge.merge.linear import product, weighted_sum
+from jaxmerge.merge.linear import of_population, product, rows_at_a_time, weighted_sum
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
 BITS = {"int8": 8, "int4": 4}  # by the name of the storage
@@ -208,17 +208,22 @@ def program(base: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Any
         others: what is kept of those of the others.
     """
 
-    def merge(base: Any, others: Any, weights_CxK: Array) -> dict[str, Array]:
-        def one(weights_K: Array) -> dict[str, Array]:
-            return {
-                name: stored_sum(leaf, [other[name] for other in others], weights_K)
-                for name, leaf in base.items()
-            }
-
-        return jax.vmap(one)(weights_CxK)
-
     placed = {name: leaf.sharding for name, leaf in base.items()}
     meshes = [each.mesh for each in placed.values() if isinstance(each, NamedSharding)]
+
+    def of_leaf(stored: tuple[Array, list[Stored]], weights_K: Array) -> Array:
+        return stored_sum(*stored, weights_K)
+
+    def merge(base: Any, others: Any, weights_CxK: Array) -> dict[str, Array]:
+        merged = {}
+        for name, leaf in base.items():
+            kept = [other[name] for other in others]
+            differs = any(isinstance(each, Difference) for each in kept)
+            mesh = meshes[0] if meshes and differs else None
+            rows = rows_at_a_time(leaf.shape, 1 + len(kept), mesh)
+            merged[name] = of_population(of_leaf, (leaf, kept), weights_CxK, rows)
+        return merged
+
     if not meshes:
         return jax.jit(merge)
     # Blocks lie within shards, so that every shard is made of the same shards of what is stored.

@@ -8,13 +8,14 @@ and over the shards of a mesh.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmerge import processes
@@ -52,6 +53,9 @@ def weighted_sum(
     return total.astype(dtype)
 
 
+_ON_CHIP = 2**23  # bytes of K leaves in float32 that a TPU's vector memory has room for
+_TILE = 32  # rows that lie together on a TPU, at most: those of one-byte types
+
 ZERO = -0.0  # what sums start from: +0.0 is not neutral, since -0.0 + 0.0 = 0.0
 
 
@@ -78,6 +82,69 @@ def product(weight: Array, value: Array) -> Array:
     zero = (weight != weight).astype(bits)  # but for NaN, which no compiler can leave out
     product = jax.lax.bitcast_convert_type(weight * value, bits)
     return jax.lax.bitcast_convert_type(product + zero, value.dtype)
+
+
+def of_population(
+    merge: Callable[[Any, Array], Array],
+    stored: PyTree,
+    weights_PxK: Float[Array, "P K"],
+    rows: int = 0,
+    spare: Array | None = None,
+) -> Array:
+    """`merge(stored, weights_K)` for P weight vectors, `[P, ...]`.
+
+    Args:
+        merge: the merge of a leaf for one candidate.
+        stored: what it is made of: arrays with the axes of the leaf, the last of any size.
+        weights_PxK: of the candidates.
+        rows: of the leaf, axes but the last taken as one, that are merged at a time; 0: all.
+        spare: an array like the result that may be written over.
+    """
+    of_candidates = jax.vmap(merge, in_axes=(None, 0))
+    if not rows:
+        return of_candidates(stored, weights_PxK)
+    *axes, _ = jax.tree.leaves(stored)[0].shape
+    P, R = len(weights_PxK), math.prod(axes)
+    stored = jax.tree.map(lambda each: each.reshape(R, each.shape[-1]), stored)
+    if spare is None:
+        # A row of each candidate rather than zeros: it varies over the axes of the mesh that the
+        # result varies over.
+        row = of_candidates(jax.tree.map(lambda each: each[:1], stored), weights_PxK)
+        spare = jnp.broadcast_to(row, (P, R, row.shape[-1]))
+
+    def some_rows(i: Array, merged_PxRxD: Array) -> Array:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * rows, slice_size=rows)
+        made = of_candidates(jax.tree.map(cut, stored), weights_PxK)
+        return jax.lax.dynamic_update_slice_in_dim(merged_PxRxD, made, i * rows, axis=1)
+
+    merged_PxRxD = spare.reshape(P, R, spare.shape[-1])
+    merged_PxRxD = jax.lax.fori_loop(0, R // rows, some_rows, merged_PxRxD)
+    return merged_PxRxD.reshape(P, *axes, spare.shape[-1])
+
+
+def rows_at_a_time(
+    shape: tuple[int, ...], checkpoints: int, mesh: Mesh | AbstractMesh | None
+) -> int:
+    """How many rows of a leaf `of_population` had best merge at a time; 0: all of them.
+
+    On a TPU, XLA converts all K leaves to float32 before it merges several candidates of them, and
+    writes that to memory. Of a few rows it stays in the chip's vector memory.
+
+    Args:
+        shape: of a shard of the leaf.
+        checkpoints: K.
+        mesh: where it lies.
+    """
+    on_tpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu"
+    # Axes before the last two can be taken as one without moving anything.
+    if not on_tpu or len(shape) < 2 or shape[-2] % _TILE:
+        return 0
+    rows = math.prod(shape[:-1])
+    most = _ON_CHIP // (4 * checkpoints * shape[-1])
+    if rows <= most:
+        return 0
+    fitting = (each for each in range(most // _TILE * _TILE, _TILE, -_TILE) if rows % each == 0)
+    return next(fitting, _TILE)
 
 
 def linear(
@@ -213,11 +280,18 @@ def _program(
     population: bool,
     into: bool,
 ) -> Callable[..., PyTree]:
-    def merge(trees: tuple[PyTree, ...], weights: Array) -> PyTree:
-        def one(weights_K: Array) -> PyTree:
-            return jax.tree.map(lambda *leaves: weighted_sum(leaves, weights_K), *trees)
+    def merge(trees: tuple[PyTree, ...], weights: Array, *old: PyTree) -> PyTree:
+        def merged(*leaves: Array) -> Array:
+            if not population:
+                return weighted_sum(leaves, weights)
+            pool, spare = leaves[: len(trees)], leaves[len(trees) :]
+            dtype = pool[0].dtype
+            converted = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+            several = len(weights) > 1
+            rows = rows_at_a_time(pool[0].shape, len(pool), mesh) if converted and several else 0
+            return of_population(weighted_sum, pool, weights, rows, *spare)
 
-        return jax.vmap(one)(weights) if population else one(weights)
+        return jax.tree.map(merged, *trees, *old)
 
     if mesh is None:
         return _jitted(merge, into)
@@ -232,19 +306,13 @@ def _program(
         is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
     )
 
-    def merge_shards(trees: tuple[PyTree, ...], weights: Array) -> PyTree:
-        in_specs = ((tree_specs,) * len(trees), PartitionSpec(*outer))
+    def merge_shards(trees: tuple[PyTree, ...], weights: Array, *old: PyTree) -> PyTree:
+        in_specs = ((tree_specs,) * len(trees), PartitionSpec(*outer), *(out_specs for _ in old))
         local = jax.shard_map(merge, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-        return local(trees, weights)
+        return local(trees, weights, *old)
 
     return _jitted(merge_shards, into)
 
 
-def _jitted(merge: Callable[[tuple[PyTree, ...], Array], PyTree], into: bool) -> Any:
-    if not into:
-        return jax.jit(merge)
-
-    def merge_into(trees: tuple[PyTree, ...], weights: Array, old: PyTree) -> PyTree:
-        return merge(trees, weights)
-
-    return jax.jit(merge_into, donate_argnums=2, keep_unused=True)
+def _jitted(merge: Callable[..., PyTree], into: bool) -> Any:
+    return jax.jit(merge, donate_argnums=2, keep_unused=True) if into else jax.jit(merge)
