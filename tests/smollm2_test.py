@@ -1,5 +1,6 @@
 """A real model: SmolLM2-135M-Instruct, converted from its package, against transformers."""
 
+import fcntl
 import functools
 import random
 import subprocess
@@ -35,9 +36,13 @@ NEW_TOKENS = 16
 def directory(tmp_path_factory):
     """The model as tools/smollm2.py makes it, in bfloat16; made once and kept where pools are."""
     path = ROOT / "pools" / "smollm2-instruct"
-    if not path.exists():
-        command = [sys.executable, str(ROOT / "tools" / "smollm2.py"), f"--out={path}"]
-        subprocess.run(command, check=True)
+    path.parent.mkdir(exist_ok=True)
+    # Tests in several processes may come here at the same time.
+    with open(path.parent / ".smollm2-instruct.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            command = [sys.executable, str(ROOT / "tools" / "smollm2.py"), f"--out={path}"]
+            subprocess.run(command, check=True)
     return str(path)
 
 
