@@ -8,8 +8,10 @@ one breaks or falls silent, all the others end, and each says which process is m
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -33,6 +35,15 @@ def begin(index: int, count: int, from_first: Callable[[Callable[[], bytes]], by
     """Has this process watch the others, and be watched, until it calls `leave`; see `Watch`."""
     global _watch
     _watch = _watch or Watch(index, count, from_first)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _speak_first)
+
+
+# JAX's client aborts the process some 15 ms after process 0 is gone, from a thread of its own, and
+# Python's handlers run in the main thread, which may be at work. So C's handler has it wait.
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _speak_first(_: int) -> None:
+    """Gives the watch time to say who is gone and to end the process; else the abort goes on."""
+    time.sleep(_GRACE)
 
 
 def leave(why: str = "") -> None:

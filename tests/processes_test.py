@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -142,6 +143,37 @@ def test_killed_at_random_instants_the_other_ends_and_both_go_on(
         assert code == 0, err
     assert _log(two.command.workdir) == _log(uninterrupted.workdir)
     assert _results(two.command)["best"] == _results(uninterrupted)["best"]
+
+
+BUSY = """
+import os, signal, sys, time
+from jaxmerge import processes, watch
+
+processes.connect(sys.argv[1], 2, int(sys.argv[2]))
+watch.begin(int(sys.argv[2]), 2, processes.from_first)
+if sys.argv[2] == "0":
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.setswitchinterval(1)  # the main thread lets no other thread speak for a second
+while True:
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_the_watch_speaks_before_jax_aborts_a_process_that_is_busy():
+    """JAX aborts as soon as it misses process 0, without words of ours and with another code."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUSY, where, index], stderr=subprocess.PIPE, text=True
+        )
+        for index in "01"
+    ]
+    (killed, _, _), (code, _, err) = map(_ended, started)
+    assert (killed, code) == (-signal.SIGKILL, watch.LOST), err
+    assert "process 0 is gone" in err
 
 
 @pytest.mark.slow
