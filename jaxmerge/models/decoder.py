@@ -12,7 +12,7 @@ Letters in names are the dimensions of the package glossary (`jaxmerge.__doc__`)
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.deferred import any_deferred, made
 from jaxmerge.models.layers import Block, Where, norm, softcap
-from jaxmerge.models.model import Model
+from jaxmerge.models.model import Model, Params
 from jaxmerge.models.rope import turns
 
 
@@ -36,9 +36,8 @@ class Cache(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What was read before a call: the cache, its tokens' positions, and which slots count."""
+    """The slots of the caches at a call: the positions of their tokens, and which slots count."""
 
-    cache: Cache | tuple[Cache, ...]  # of each layer by itself: see `_Decoding`
     positions_BxS: Int[Array, "B S"]
     mask_BxS: Bool[Array, "B S"]
 
@@ -76,6 +75,7 @@ class Decoder(nn.Module):
         positions_BxT: Int[Array, "B T"],
         mask_BxTxT: Bool[Array, "B T T"],
         past: Past | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states after the final norm, and the keys and values of these tokens (S = T).
 
@@ -83,13 +83,13 @@ class Decoder(nn.Module):
             tokens_BxT: token ids.
             positions_BxT: how many tokens stand before each.
             mask_BxTxT: which of these tokens each may look at, as far as windows allow.
-            past: tokens that were read before, all before these.
+            past: where the tokens of `cache` stand, all before these.
+            cache: of tokens that were read before.
         """
-        config = self.config
         where = self.where(positions_BxT, mask_BxTxT, past)
-        kind_L = jnp.asarray(config.kinds, jnp.int32)
+        kind_L = jnp.asarray(self.config.kinds, jnp.int32)
         x_BxTxD, made = self.layers(
-            self.embedded(tokens_BxT), where, kind_L, past and tuple(past.cache)
+            self.embedded(tokens_BxT), where, kind_L, cache and tuple(cache)
         )
         return self.final_norm(x_BxTxD), Cache(*made)
 
@@ -105,7 +105,12 @@ class Decoder(nn.Module):
         """Hidden states out of what comes out of the last layer."""
         return self.final_norm(x_BxTxD)
 
-    def where(self, positions_BxT: Array, mask_BxTxT: Array, past: Past | None) -> Where:
+    def where(
+        self,
+        positions_BxT: Int[Array, "B T"],
+        mask_BxTxT: Bool[Array, "B T T"],
+        past: Past | None,
+    ) -> Where:
         """Where tokens stand; arguments as in a call."""
         kinds = self.config.attention
         ropes = [kind.rope for kind in kinds]
@@ -155,10 +160,6 @@ class _Decoding(NamedTuple):
     layers: tuple[Any, ...] = ()  # the parameters of each layer by itself, where it has a cache so
 
 
-def _causal(T: int) -> Bool[Array, "1 T T"]:
-    return jnp.tril(jnp.ones((T, T), bool))[None]
-
-
 @functools.cache
 def decoder(config: DecoderConfig, *, layerwise: bool = False) -> Model:
     """The decoder of this shape as a `Model`: always the same, so that its programs are shared.
@@ -169,102 +170,143 @@ def decoder(config: DecoderConfig, *, layerwise: bool = False) -> Model:
             cache for each. XLA on CPUs copies what a scan takes of a cache, all of it for each
             token; the program grows with the layers.
     """
-    module, block = Decoder(config), Block(config)
 
-    def run(params, tokens_BxT, mask_BxTxT, past=None, positions_BxT=None) -> Any:
-        if positions_BxT is None:  # each token sees those before it, and itself
-            positions_BxT = jnp.maximum(jnp.sum(mask_BxTxT, axis=-1) - 1, 0)
-        return module.apply({"params": params}, tokens_BxT, positions_BxT, mask_BxTxT, past)
-
-    def logits(params, hidden) -> Any:
-        return module.apply({"params": params}, hidden, method="logits")
-
-    def apply(params, tokens_BxT):
-        B, T = tokens_BxT.shape
-        return logits(params, run(params, tokens_BxT, jnp.broadcast_to(_causal(T), (B, T, T)))[0])
-
-    def branches(params, tokens_BxT, branch_BxT, asked_BxQ):
-        before_BxTxT, after_BxTxT = branch_BxT[:, None], branch_BxT[:, :, None]
-        kin_BxTxT = (before_BxTxT == 0) | (before_BxTxT == after_BxTxT)
-        hidden, _ = run(params, tokens_BxT, kin_BxTxT & _causal(tokens_BxT.shape[1]))
-        # A product with one-hot rows, which is exact: on a gather from B over `data` inside a
-        # manual `pop`, XLA's partitioner aborts the process (jaxlib 0.10.2).
-        asked_BxQxT = jax.nn.one_hot(asked_BxQ, hidden.shape[1], dtype=hidden.dtype)
-        taken = jnp.einsum("bqt,btd->bqd", asked_BxQxT, hidden, precision="highest")
-        return logits(params, taken)
-
-    def prefill(params, tokens_BxT, padding_B, slots):
-        T = tokens_BxT.shape[1]
-        text_Bx1xT = (jnp.arange(T)[None] >= padding_B[:, None])[:, None]
-        hidden, made = run(params, tokens_BxT, text_Bx1xT & _causal(T))
-        room = ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))
-        keys, values = (jnp.pad(each, room) for each in made)
-        cache, layers = Cache(keys, values), ()
-        # What is made a layer at a time must be made in the scan: else all layers may be at once.
-        if layerwise and not any_deferred(params["layers"]):
-            cache = tuple(map(Cache, keys, values))
-            layers = tuple(
-                jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"])
-                for number in range(config.layers)
-            )
-        return logits(params, hidden[:, -1]), _Decoding(cache, padding_B, jnp.int32(T), layers)
-
-    def decode(params, tokens_B, state):
-        slot_1xS = jnp.arange(jax.tree.leaves(state.cache)[0].shape[-2])[None]
-        begins_Bx1 = state.padding_B[:, None]
-        written_BxS = (slot_1xS < state.slot) & (slot_1xS >= begins_Bx1)
-        past = Past(state.cache, slot_1xS - begins_Bx1, written_BxS)
-        itself_Bx1x1 = jnp.ones((len(tokens_B), 1, 1), bool)
-        positions_Bx1 = state.slot - begins_Bx1
-        if not isinstance(past.cache, Cache):
-            hidden, cache = one_after_the_other(
-                params, tokens_B[:, None], positions_Bx1, itself_Bx1x1, past, state
-            )
-            return logits(params, hidden[:, 0]), state._replace(cache=cache, slot=state.slot + 1)
-        hidden, made = run(params, tokens_B[:, None], itself_Bx1x1, past, positions_Bx1)
-        # Written once for all layers: a cache that went through the scan would be copied each time.
-        cache = Cache(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(old, new, state.slot, axis=3)
-                for old, new in zip(state.cache, made)
-            )
-        )
-        return logits(params, hidden[:, 0]), state._replace(cache=cache, slot=state.slot + 1)
-
-    def one_after_the_other(params, tokens_BxT, positions_BxT, mask_BxTxT, past, state) -> Any:
-        of_module = functools.partial(module.apply, {"params": params})
-        where = of_module(positions_BxT, mask_BxTxT, past, method="where")
-        x_BxTxD, caches = of_module(tokens_BxT, method="embedded"), []
-        for kind, cache, layer in zip(config.kinds, past.cache, state.layers):
-            done: Any = block.apply(
-                {"params": layer}, x_BxTxD, where, kind, tuple(cache), state.slot
-            )
-            x_BxTxD, (keys, values) = done
-            caches.append(Cache(keys, values))
-        return of_module(x_BxTxD, method="normed"), tuple(caches)
-
-    def init(key):
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return module.init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
-
-    def rows(state, rows_B):
-        before = (slice(None),) * isinstance(state.cache, Cache)
-        cache = jax.tree.map(lambda each: each[(*before, rows_B)], state.cache)
-        return state._replace(cache=cache, padding_B=state.padding_B[rows_B])
+    def of(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return functools.partial(function, config, **options)
 
     return Model(
-        apply=apply,
-        prefill=prefill,
-        decode=decode,
-        rows=rows,
-        branches=branches,
-        init=init,
+        apply=of(_apply),
+        prefill=of(_prefill, layerwise=layerwise),
+        decode=of(_decode),
+        rows=_rows,
+        branches=of(_branches),
+        init=of(_init),
         sharding_rules=SHARDING_RULES,
         layers="layers",
         on_cpu=None if layerwise else decoder(config, layerwise=True),
         vocabulary=config.vocab,
         architecture={"model": "decoder", **config.plain()},
     )
+
+
+def _init(config: DecoderConfig, key: Array) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
+
+
+def _of(config: DecoderConfig, params: Params, method: str, *arguments: Any) -> Any:
+    """What a method of the decoder makes of its arguments."""
+    return Decoder(config).apply({"params": params}, *arguments, method=method)
+
+
+def _read(
+    config: DecoderConfig, params: Params, tokens_BxT: Array, mask_BxTxT: Array
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Hidden states, and keys and values, of tokens that see those before them and themselves."""
+    positions_BxT = jnp.maximum(jnp.sum(mask_BxTxT, axis=-1) - 1, 0)
+    return _of(config, params, "__call__", tokens_BxT, positions_BxT, mask_BxTxT)
+
+
+def _apply(config: DecoderConfig, params: Params, tokens_BxT: Array) -> Array:
+    B, T = tokens_BxT.shape
+    hidden, _ = _read(config, params, tokens_BxT, jnp.broadcast_to(_causal(T), (B, T, T)))
+    return _of(config, params, "logits", hidden)
+
+
+def _branches(
+    config: DecoderConfig, params: Params, tokens_BxT: Array, branch_BxT: Array, asked_BxQ: Array
+) -> Array:
+    before_BxTxT, after_BxTxT = branch_BxT[:, None], branch_BxT[:, :, None]
+    kin_BxTxT = (before_BxTxT == 0) | (before_BxTxT == after_BxTxT)
+    T = tokens_BxT.shape[1]
+    hidden, _ = _read(config, params, tokens_BxT, kin_BxTxT & _causal(T))
+    # A product with one-hot rows, which is exact: on a gather from B over `data` inside a manual
+    # `pop`, XLA's partitioner aborts the process (jaxlib 0.10.2).
+    asked_BxQxT = jax.nn.one_hot(asked_BxQ, T, dtype=hidden.dtype)
+    taken = jnp.einsum("bqt,btd->bqd", asked_BxQxT, hidden, precision="highest")
+    return _of(config, params, "logits", taken)
+
+
+def _prefill(
+    config: DecoderConfig,
+    params: Params,
+    tokens_BxT: Array,
+    padding_B: Array,
+    slots: int,
+    *,
+    layerwise: bool,
+) -> tuple[Array, _Decoding]:
+    T = tokens_BxT.shape[1]
+    text_Bx1xT = (jnp.arange(T)[None] >= padding_B[:, None])[:, None]
+    hidden, made = _read(config, params, tokens_BxT, text_Bx1xT & _causal(T))
+    room = ((0, 0), (0, 0), (0, 0), (0, slots - T), (0, 0))
+    keys, values = (jnp.pad(each, room) for each in made)
+    cache, layers = Cache(keys, values), ()
+    # What is made a layer at a time must be made in the scan: else all layers may be at once.
+    if layerwise and not any_deferred(params["layers"]):
+        cache = tuple(map(Cache, keys, values))
+        layers = tuple(
+            jax.tree.map(lambda leaf, n=number: leaf[n], params["layers"])
+            for number in range(config.layers)
+        )
+    logits_BxV = _of(config, params, "logits", hidden[:, -1])
+    return logits_BxV, _Decoding(cache, padding_B, jnp.int32(T), layers)
+
+
+def _decode(
+    config: DecoderConfig, params: Params, tokens_B: Array, state: _Decoding
+) -> tuple[Array, _Decoding]:
+    slot_1xS = jnp.arange(jax.tree.leaves(state.cache)[0].shape[-2])[None]
+    begins_Bx1 = state.padding_B[:, None]
+    written_BxS = (slot_1xS < state.slot) & (slot_1xS >= begins_Bx1)
+    past = Past(slot_1xS - begins_Bx1, written_BxS)
+    itself_Bx1x1 = jnp.ones((len(tokens_B), 1, 1), bool)
+    token = tokens_B[:, None], state.slot - begins_Bx1, itself_Bx1x1, past
+    if isinstance(state.cache, Cache):
+        hidden, cache = _in_a_scan(config, params, token, state.cache, state.slot)
+    else:
+        hidden, cache = _one_after_the_other(config, params, token, state.cache, state)
+    logits_BxV = _of(config, params, "logits", hidden[:, 0])
+    return logits_BxV, state._replace(cache=cache, slot=state.slot + 1)
+
+
+_Token = tuple[Array, Array, Array, Past]  # tokens, positions, mask and past of a call
+
+
+def _in_a_scan(
+    config: DecoderConfig, params: Params, token: _Token, cache: Cache, slot: Array
+) -> tuple[Array, Cache]:
+    hidden, made = _of(config, params, "__call__", *token, cache)
+    # Written once for all layers: a cache that went through the scan would be copied each time.
+    written = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=3)
+    return hidden, Cache(*(written(old, new, slot) for old, new in zip(cache, made)))
+
+
+def _one_after_the_other(
+    config: DecoderConfig,
+    params: Params,
+    token: _Token,
+    caches: tuple[Cache, ...],
+    state: _Decoding,
+) -> tuple[Array, tuple[Cache, ...]]:
+    tokens_BxT, *place = token
+    where, written = _of(config, params, "where", *place), []
+    x_BxTxD, block = _of(config, params, "embedded", tokens_BxT), Block(config)
+    for kind, cache, layer in zip(config.kinds, caches, state.layers):
+        done: Any = block.apply({"params": layer}, x_BxTxD, where, kind, tuple(cache), state.slot)
+        x_BxTxD, (keys, values) = done
+        written.append(Cache(keys, values))
+    return _of(config, params, "normed", x_BxTxD), tuple(written)
+
+
+def _rows(state: _Decoding, rows_B: Array) -> _Decoding:
+    before = (slice(None),) * isinstance(state.cache, Cache)
+    cache = jax.tree.map(lambda each: each[(*before, rows_B)], state.cache)
+    return state._replace(cache=cache, padding_B=state.padding_B[rows_B])
+
+
+def _causal(T: int) -> Bool[Array, "1 T T"]:
+    return jnp.tril(jnp.ones((T, T), bool))[None]
 
 
 def described(architecture: Mapping[str, Any]) -> Model:
