@@ -145,10 +145,8 @@ class RunDirectory:
             return
         first = candidates[0]
         for task, scores_CxN in scores.items():
-            file = self._examples(first.split, task)
-            file.parent.mkdir(parents=True, exist_ok=True)
             data = np.ascontiguousarray(scores_CxN, "<f4")
-            with open(file, "r+b" if file.exists() else "w+b") as stream:
+            with _open_or_create(self._examples(first.split, task)) as stream:
                 stream.seek(first.row * data.shape[1] * 4)
                 stream.write(data.tobytes())
                 _sync(stream)
@@ -269,6 +267,14 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _open_or_create(file: Path) -> IO[bytes]:
+    try:
+        return open(file, "r+b")
+    except FileNotFoundError:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return open(file, "w+b")
 
 
 def _sync(stream: Any) -> None:

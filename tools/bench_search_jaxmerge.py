@@ -181,16 +181,18 @@ def prefill(job: Job) -> dict[str, Any]:
 def overhead(job: Job) -> dict[str, Any]:
     """Where the seconds of a whole run go.
 
-    `evaluating` is inside `Evaluator.steps`: merging, asking, judging, and what compiles there.
+    `evaluating` is inside `Evaluator.steps`: merging, asking, judging, and what compiles there; and
+    outside of it as long as the devices are at work on the next step, as far as that is certain.
     `compiling` is what tracing and XLA take elsewhere. The rest is the overhead: `search` from the
     beginning of the first evaluation to the end of the last, `around` before and after that.
+    `recording` is what is outside of `Evaluator.steps` between two steps, whatever devices do.
     """
     sys.path.insert(0, str(Path(job.config).parent))
     config = importlib.import_module(Path(job.config).stem).get_config()
     config.update_from_flattened_dict(job.changes)
     clock, rounds = _Clock(), []
     for _ in range(job.rounds):
-        clock.evaluated, clock.compiled = [], []
+        clock.evaluated, clock.compiled, clock.recording = [], [], 0.0
         with tempfile.TemporaryDirectory() as directory:
             started = time.perf_counter()
             phases = run.run(config, directory)["seconds"]
@@ -204,6 +206,7 @@ def overhead(job: Job) -> dict[str, Any]:
                 "evaluating": evaluating,
                 "compiling": compiling,
                 "search": searching - clock.compiling(between),
+                "recording": clock.recording,
                 "around": whole - searching - evaluating - compiling + clock.compiling(between),
                 **{f"phase {name}": took for name, took in phases.items()},
             }
@@ -212,25 +215,41 @@ def overhead(job: Job) -> dict[str, Any]:
 
 
 class _Clock:
-    """When evaluators were at work, and when something was compiled."""
+    """When evaluators or their devices were at work, and when something was compiled."""
 
     def __init__(self) -> None:
         self.evaluated: list[tuple[float, float]] = []
         self.compiled: list[tuple[float, float]] = []
-        original, clock = Evaluator.steps, self
+        self.recording = 0.0  # seconds between two steps
+        self._launched: Any = ()
+        originals, clock = (Evaluator._launch, Evaluator.steps), self
+
+        def launch(self: Evaluator, weights_CxK: np.ndarray) -> Any:
+            clock._launched = originals[0](self, weights_CxK)
+            return clock._launched
 
         def steps(self: Evaluator, weights_PxK: np.ndarray) -> Iterator[Any]:
-            left = original(self, weights_PxK)
+            left, yielded = originals[1](self, weights_PxK), 0.0
             while True:
                 started = time.perf_counter()
+                if yielded:
+                    clock.recording += started - yielded
+                if yielded and clock._at_work():
+                    started = yielded
                 step = next(left, None)
-                clock.evaluated.append((started, time.perf_counter()))
+                yielded = time.perf_counter()
+                clock.evaluated.append((started, yielded))
                 if step is None:
                     return
                 yield step
 
-        Evaluator.steps = steps
+        Evaluator._launch, Evaluator.steps = launch, steps
         jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _at_work(self) -> bool:
+        """Whether devices have not ended what was launched last."""
+        arrays: list[Any] = jax.tree.leaves(self._launched)
+        return not all(each.is_ready() for each in arrays if isinstance(each, jax.Array))
 
     def evaluating(self) -> float:
         """Seconds inside evaluators."""
