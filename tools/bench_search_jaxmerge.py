@@ -248,8 +248,8 @@ class _Clock:
 
     def _at_work(self) -> bool:
         """Whether devices have not ended what was launched last."""
-        arrays: list[Any] = jax.tree.leaves(self._launched)
-        return not all(each.is_ready() for each in arrays if isinstance(each, jax.Array))
+        of_arrays = [each for each in jax.tree.leaves(self._launched) if hasattr(each, "is_ready")]
+        return not all(each.is_ready() for each in of_arrays)
 
     def evaluating(self) -> float:
         """Seconds inside evaluators."""
