@@ -11,8 +11,8 @@ made in --directory, with as many threads as there are cores. What is measured:
    steady state, with all cores on one candidate, or a candidate on each core; mergekit's linear
    merge in memory with lm-eval at batch size 1 (as mergekit-evolve ships) and 32; and transformers
    with batches by hand. All of them answer the same questions, and the answers are compared.
-2. SmolLM2-135M on questions of reasoning-gym: jaxmerge against transformers with batches by hand,
-   both in float32 and bfloat16, the faster of each compared.
+2. SmolLM2-135M on questions of reasoning-gym: jaxmerge, as above, against transformers with batches
+   by hand, both in float32 and bfloat16, the fastest of each compared.
 3. FLOP/s of a prefill over that of one large matrix product in the same type.
 4. What a run of configs/quickstart.py spends on anything but merging, evaluating and compiling;
    `search` is that between the first evaluation and the last, `around` that before and after. The
@@ -152,17 +152,20 @@ def measure_smollm2(bench: Bench, args: argparse.Namespace, directory: Path) -> 
     for dtype in ("float32", "bfloat16"):
         job = {
             "pool": workload.twice(args.smollm2, directory),
-            "weights": [[0.5, 0.5]] * args.rounds,
+            "weights": [[0.5, 0.5]] * args.rounds * _CORES,
             "questions": str(questions),
             "new_tokens": args.new_tokens,
             "dtype": dtype,
             "rounds": args.rounds,
         }
-        bench.ours(f"jaxmerge SmolLM2 {dtype}", what="candidates", **job)
+        name = f"SmolLM2 {dtype}"
+        bench.ours(f"jaxmerge {name}", what="candidates", devices=1, **job)
+        several = f"jaxmerge {name}, {_CORES} at a time"
+        bench.ours(several, what="candidates", devices=_CORES, **job)
         if not args.no_peers:
-            name, script = f"transformers SmolLM2 {dtype}", "bench_search_peers.py"
-            peer = peer_python(directory)
-            bench.run(name, peer, script, peer="transformers", batch=32, warm=True, **job)
+            peer, script = peer_python(directory), "bench_search_peers.py"
+            batch = {"batch": 32, "warm": True}
+            bench.run(f"transformers {name}", peer, script, peer="transformers", **batch, **job)
     if args.no_peers:
         return []
     best = {
@@ -240,7 +243,8 @@ def report(bench: Bench, ratios: Sequence[Ratio]) -> dict[str, Any]:
 
 def _same_questions(bench: Bench, name: str) -> str:
     """The measurement of jaxmerge that was asked the same in the same type."""
-    return f"jaxmerge {name[name.index('SmolLM2') :]}" if "SmolLM2" in name else "jaxmerge"
+    kind = name.partition(",")[0].partition("SmolLM2")
+    return f"jaxmerge {''.join(kind[1:])}" if kind[1] else "jaxmerge"
 
 
 def _shown(found: Mapping[str, float]) -> str:
