@@ -18,12 +18,15 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.requests import Generate, Likelihood, Prompt, Request, Rolling
 from jaxmerge.tokenizer import Tokenizer
 
-_PER_MICROBATCH = 128  # what a microbatch costs besides its tokens, in tokens; and it may compile
+_PER_READING = 128  # what rows that are read together cost besides their tokens, in tokens
 _PER_STEP = 32  # the same of each token that its rows write: all parameters are read again
 
 # Branches of a row have at most so many times the tokens of its trunk. Each branch spares reading
 # the trunk again, and lengthens what attention masks out for all others.
 _BRANCHING = 8
+
+# Rows that are written together are read apart in quarters at the finest, so that few programs are.
+_PARTS = 4
 
 
 class Limits(NamedTuple):
@@ -53,6 +56,18 @@ class Writing(NamedTuple):
     top_p: float
 
 
+class Part(NamedTuple):
+    """Rows of a microbatch that are read together.
+
+    Attributes:
+        rows: how many.
+        skipped: how much of the padding on their left is not even read.
+    """
+
+    rows: int
+    skipped: int
+
+
 class Microbatch(NamedTuple):
     """B rows that go through a model together.
 
@@ -60,10 +75,12 @@ class Microbatch(NamedTuple):
         requests: the place of the request that each output is of, `[B]` of texts that are written,
             `[B, Q]` of tokens that are scored; -1 where something only fills up.
         arrays: what the model's program takes besides parameters; each `[B, ...]`.
+        parts: which of its rows are read apart, before all are written together; (): none.
     """
 
     requests: Int[np.ndarray, " B"] | Int[np.ndarray, "B Q"]
     arrays: tuple[np.ndarray, ...]
+    parts: tuple[Part, ...] = ()
 
 
 class Encoded(NamedTuple):
@@ -124,6 +141,7 @@ def encode(
     limits: Limits,
     where: str = "",
     branching: bool = True,
+    joining: bool = True,
 ) -> Encoded:
     """All requests, tokenised and batched.
 
@@ -133,6 +151,7 @@ def encode(
         limits: see `Limits`.
         where: whose requests they are, for error messages.
         branching: whether the model can read rows with branches (`Model.branches`).
+        joining: whether it can write on together what it has read apart (`Model.joined`).
 
     Raises:
         JaxmergeError: a prompt or continuation is empty, or too long for the model.
@@ -162,7 +181,9 @@ def encode(
     return Encoded(
         _microbatches(trees, limits, _pad_right),
         {
-            kind: _microbatches(prompts, limits, _pad_left, steps=kind.max_new_tokens)
+            kind: _microbatches(
+                prompts, limits, _pad_left, steps=kind.max_new_tokens, joining=joining
+            )
             for kind, prompts in writing.items()
         },
         scored,
@@ -239,27 +260,56 @@ def _microbatches(
     pad: Callable[..., Microbatch],
     *,
     steps: int = 0,
+    joining: bool = False,
 ) -> list[Microbatch]:
     """Rows sorted by length and cut into microbatches, each with the length it is padded to.
 
-    Of all cuts into the sizes that are allowed, the one of the fewest tokens, padding and what a
-    microbatch costs by itself included, of which more where it writes for some steps.
+    Of all cuts into the sizes that are allowed, the one of the fewest tokens: those that are read,
+    padding included, what each reading costs by itself, and the same of each step of writing.
     """
-    alone = _PER_MICROBATCH + _PER_STEP * steps
     rows = sorted(rows, key=lambda row: -row.length)
     widths = [_padded(row.length) for row in rows]
     cost = [0] * (len(rows) + 1)  # of all rows from here on
     size = [0] * len(rows)
+    parts: list[tuple[Part, ...]] = [()] * len(rows)
     for i in reversed(range(len(rows))):
-        cost[i], size[i] = min(
-            (B * widths[i] + alone + cost[min(i + B, len(rows))], B)
-            for B in _sizes(widths[i], limits)
-        )
+        choices = []
+        for B in _sizes(widths[i], limits):
+            read, cut = _read_apart(widths[i : i + B], B, _PARTS if joining else 1)
+            choices.append((read + _PER_STEP * steps + cost[min(i + B, len(rows))], B, cut))
+        cost[i], size[i], parts[i] = min(choices)
     microbatches, i = [], 0
     while i < len(rows):
-        microbatches.append(pad(rows[i : i + size[i]], size[i], widths[i]))
+        padded = pad(rows[i : i + size[i]], size[i], widths[i])
+        microbatches.append(padded._replace(parts=parts[i]))
         i += size[i]
     return microbatches[::-1]  # short ones first
+
+
+def _read_apart(widths: Sequence[int], B: int, most: int) -> tuple[int, tuple[Part, ...]]:
+    """What B rows of falling widths cost to read, in tokens, and in which parts that is least.
+
+    Args:
+        widths: of the rows that there are, the others only fill up.
+        B: rows in all.
+        most: parts at most.
+    """
+    whole = B * widths[0] + _PER_READING
+    if most == 1 or (widths[-1] == widths[0] and len(widths) == B):
+        return whole, ()
+    cuts = [*range(0, B, -(-B // most)), B]
+    best: dict[int, tuple[int, tuple[Part, ...]]] = {B: (0, ())}  # of the rows from a cut on
+    for i, start in reversed([*enumerate(cuts[:-1])]):
+        T = widths[start] if start < len(widths) else _padded(1)
+        best[start] = min(
+            (
+                (end - start) * T + _PER_READING + best[end][0],
+                (Part(end - start, widths[0] - T), *best[end][1]),
+            )
+            for end in cuts[i + 1 :]
+        )
+    read, parts = best[0]
+    return read, parts if len(parts) > 1 else ()
 
 
 def _sizes(T: int, limits: Limits) -> set[int]:

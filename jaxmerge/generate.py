@@ -126,6 +126,7 @@ def generate(
     stops: tuple[int, ...],
     draw: Draw | None = None,
     rows: Sequence[int] = (),
+    parts: Sequence[tuple[int, int]] = (),
 ) -> Int[Array, "B M"]:
     """A continuation of each prompt; ends early when every row has ended.
 
@@ -139,13 +140,16 @@ def generate(
         draw: None takes the likeliest token.
         rows: falling numbers below B: as soon as no more rows than that are unfinished, only they
             go on.
+        parts: how many rows are read together, and how much of the padding that all of these have
+            is left out; one after the other. (): all rows are read together.
 
     Returns:
         The new tokens; the first stop in a row and everything after it is `stops[0]`.
     """
     B, T = prompts_BxT.shape
     choice = _Choice(stops, draw, following_AxV)
-    logits_BxV, state = model.prefill(params, prompts_BxT, padding_B, T + max_new_tokens - 1)
+    slots = T + max_new_tokens - 1
+    logits_BxV, state = _read(model, params, prompts_BxT, padding_B, slots, parts or [(B, 0)])
     first_B = choice.pick(jnp.int32(0), logits_BxV, padding_B >= T, seeds_B)
     matched_B = choice.after(jnp.zeros(B, jnp.int32), first_B)
     out_BxM = jnp.full((B, max_new_tokens), stops[0], jnp.int32).at[:, 0].set(first_B)
@@ -161,6 +165,28 @@ def generate(
         of_rows = [None if each is None else each[kept_N] for each in of_rows]
         written = _Written(step, *of_rows, model.rows(state, kept_N))
     return out_BxM.at[row_N].set(_written_on(model, params, choice, written, 0).out_NxM)
+
+
+def _read(
+    model: Model,
+    params: Params,
+    prompts_BxT: Array,
+    padding_B: Array,
+    slots: int,
+    parts: Sequence[tuple[int, int]],
+) -> tuple[Array, State]:
+    """`Model.prefill`, in parts."""
+    logits, states, end = [], [], 0
+    for rows, skipped in parts:
+        here, end = slice(end, end + rows), end + rows
+        prompts, padding = prompts_BxT[here, skipped:], padding_B[here] - skipped
+        of_part, state = model.prefill(params, prompts, padding, slots - skipped)
+        logits.append(of_part)
+        states.append(state)
+    if len(parts) == 1:
+        return logits[0], states[0]
+    assert model.joined is not None
+    return jnp.concatenate(logits), model.joined(states, [skipped for _, skipped in parts])
 
 
 def _written_on(

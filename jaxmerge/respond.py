@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxmerge import batches, processes
-from jaxmerge.batches import Limits, Writing
+from jaxmerge.batches import Limits, Microbatch, Part, Writing
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.generate import Draw, generate, log_likelihood, stop_states
 from jaxmerge.models.deferred import apart, joined
@@ -40,7 +40,7 @@ class Group(NamedTuple):
     """Microbatches that share a program: `program(merged, *microbatch.arrays, *shared)`."""
 
     program: Callable[..., Any]
-    microbatches: Sequence[batches.Microbatch | Placed]
+    microbatches: Sequence[Microbatch | Placed]
     shared: tuple[Any, ...]  # arrays that all of them take
     writing: Writing | None = None  # what is generated; None: likelihoods
 
@@ -128,17 +128,25 @@ class Responder:
         Raises:
             JaxmergeError: as `prepare`.
         """
-        branching = self._model.branches is not None
-        encoded = batches.encode(requests, self._tokenizer, self._limits, where, branching)
+        # Rows that are left, or joined, of several devices would have to be spread anew.
+        alone = self._mesh.shape["data"] == 1
+        encoded = batches.encode(
+            requests,
+            self._tokenizer,
+            self._limits,
+            where,
+            branching=self._model.branches is not None,
+            joining=self._model.joined is not None and alone,
+        )
         groups = []
         if encoded.scoring:
             program = self._program(_scoring(self._model))
             groups.append(Group(program, encoded.scoring, ()))
         for kind, microbatches in encoded.writing.items():
-            # Rows that are left of several devices would have to be spread anew.
-            alone = self._mesh.shape["data"] == 1
-            program = self._program(_writing(self._model, kind, self._tokenizer.stops, alone))
-            groups.append(Group(program, microbatches, self._stop_states(kind.until), kind))
+            shared = self._stop_states(kind.until)
+            for parts, those in _by_parts(microbatches).items():
+                run = _writing(self._model, kind, self._tokenizer.stops, alone, parts)
+                groups.append(Group(self._program(run), those, shared, kind))
         return Prepared(requests, encoded.scored, groups, encoded.read)
 
     def launch(self, prepared: Prepared, merged: Params) -> Outputs:
@@ -229,10 +237,23 @@ class Responder:
         return text[: min(first)] if first else text
 
 
+def _by_parts(
+    microbatches: Sequence[Microbatch],
+) -> dict[tuple[Part, ...], list[Microbatch]]:
+    found: dict[tuple[Part, ...], list[Microbatch]] = {}
+    for each in microbatches:
+        found.setdefault(each.parts, []).append(each)
+    return found
+
+
 # Cached, as is the program made of them: splits, tasks and runs share what is compiled.
 @functools.cache
 def _writing(
-    model: Model, kind: Writing, stops: tuple[int, ...], compacted: bool
+    model: Model,
+    kind: Writing,
+    stops: tuple[int, ...],
+    compacted: bool,
+    parts: tuple[Part, ...],
 ) -> Callable[..., Any]:
     draw = Draw(kind.temperature, kind.top_p) if kind.temperature else None
 
@@ -246,6 +267,7 @@ def _writing(
             stops=stops,
             draw=draw,
             rows=[B // 2, B // 4] if compacted and B >= _COMPACTED else [],
+            parts=parts,
         )
         return (made,)
 

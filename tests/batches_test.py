@@ -1,5 +1,7 @@
 """Tokens, padding and the cut into microbatches, with one token per byte."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -27,7 +29,7 @@ def generations(*texts: str, **options) -> list[Request]:
 def read_back(encoded: Encoded) -> dict[int, list[tuple[str, str]]]:
     """By request: what is read and what is scored, of each of its branches."""
     found: dict[int, list[tuple[str, str]]] = {}
-    for requests_BxQ, (tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ) in encoded.scoring:
+    for requests_BxQ, (tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ), _ in encoded.scoring:
         rows = zip(requests_BxQ, tokens_BxT, branch_BxT, asked_BxQ, targets_BxQ)
         for requests, tokens, branch, asked, targets in rows:
             assert (tokens[branch < 0] == 0).all()
@@ -53,7 +55,7 @@ def test_prompts_are_padded_on_the_left():
     texts = random_texts(23, 60)
     seen = []
     (batches,) = encode(generations(*texts), TOKENIZER, Limits(rows=8)).writing.values()
-    for requests_B, (tokens_BxT, padding_B, seeds_B) in batches:
+    for requests_B, (tokens_BxT, padding_B, seeds_B), _ in batches:
         assert len(requests_B) == len(tokens_BxT) == len(padding_B) == len(seeds_B)
         for request, tokens, padding in zip(requests_B, tokens_BxT, padding_B):
             if request < 0:
@@ -94,7 +96,7 @@ def test_options_share_their_question():
     assert together.scored.tolist() == alone.scored.tolist() == [1, 3, 2, 2, 2, 3, 3]
     assert together.read == 12 + (0 + 2 + 1 + 2) + 18 + (1 + 1 + 2)
     assert alone.read == 4 * 12 + (0 + 2 + 1 + 2) + 3 * 18 + (1 + 1 + 2)
-    ((requests_BxQ, _),) = together.scoring
+    ((requests_BxQ, *_),) = together.scoring
     assert (requests_BxQ >= 0).any(axis=1).sum() == 2
 
 
@@ -124,7 +126,7 @@ def test_generations_that_differ_in_how_they_are_written_are_apart():
         Writing(5, (), 0.5, 0.9),
         Writing(6, (), 0.0, 1.0),
     }
-    ((requests_B, (_, _, seeds_B)),) = writing[Writing(5, (), 0.5, 0.9)]
+    ((requests_B, (_, _, seeds_B), _),) = writing[Writing(5, (), 0.5, 0.9)]
     assert dict(zip(requests_B.tolist(), seeds_B.tolist())) == {2: 7, 3: 8}
 
 
@@ -134,9 +136,9 @@ def test_only_the_last_rows_fill_up(rows):
     (batches,) = encode(
         generations(*random_texts(10, 20)), TOKENIZER, Limits(rows)
     ).writing.values()
-    real = [int((requests_B >= 0).sum()) for requests_B, _ in batches]
+    real = [int((requests_B >= 0).sum()) for requests_B, *_ in batches]
     assert sum(real) == 10
-    for count, (requests_B, _) in zip(real, batches):
+    for count, (requests_B, *_) in zip(real, batches):
         assert len(requests_B) <= rows
         assert (requests_B[:count] >= 0).all()
 
@@ -145,14 +147,14 @@ def test_rows_are_a_multiple_of_the_devices():
     (batches,) = encode(
         generations(*random_texts(50, 80)), TOKENIZER, Limits(rows=10, multiple=4)
     ).writing.values()
-    assert all(len(requests_B) % 4 == 0 for requests_B, _ in batches)
+    assert all(len(requests_B) % 4 == 0 for requests_B, *_ in batches)
 
 
 def test_a_microbatch_has_no_more_tokens_than_asked_for():
     """Unless a single row has."""
     limits = Limits(rows=64, tokens=512)
     (batches,) = encode(generations(*random_texts(200, 700)), TOKENIZER, limits).writing.values()
-    shapes = {arrays[0].shape for _, arrays in batches}
+    shapes = {arrays[0].shape for _, arrays, _ in batches}
     assert all(B * T <= 512 or B == 1 for B, T in shapes)
     assert any(B == 1 and T > 512 for B, T in shapes)
     assert any(B > 4 for B, T in shapes)
@@ -176,25 +178,56 @@ def test_little_is_spent_on_padding(mix):
     lengths = realistic_lengths()[mix]
     prompts = [Prompt(f"{i}".ljust(length, "x")) for i, length in enumerate(lengths)]
     batches = encode([Likelihood(prompt, "y") for prompt in prompts], TOKENIZER, Limits()).scoring
-    spent = sum(arrays[0].size for _, arrays in batches)
+    spent = sum(arrays[0].size for _, arrays, _ in batches)
     assert 1 - lengths.sum() / spent < 0.15
     # Each shape is a program to compile.
-    assert len({arrays[0].shape for _, arrays in batches}) <= 6 * 8
+    assert len({arrays[0].shape for _, arrays, _ in batches}) <= 6 * 8
 
 
-def written_after(lengths: np.ndarray, new_tokens: int) -> list[Microbatch]:
+def written_after(
+    lengths: Sequence[int], new_tokens: int, *, joining: bool = True
+) -> list[Microbatch]:
     """The microbatches of prompts of these lengths."""
     requests = [Generate(Prompt("x" * length), new_tokens) for length in lengths]
-    (batches,) = encode(requests, TOKENIZER, Limits()).writing.values()
+    (batches,) = encode(requests, TOKENIZER, Limits(), joining=joining).writing.values()
     return batches
 
 
 def test_long_texts_are_written_in_few_microbatches():
     """Each step of a microbatch reads all parameters: rather padding than more steps."""
-    lengths = np.arange(40, 104)
-    assert len(written_after(lengths, 1)) > 2
-    ((_, (tokens_BxT, *_)),) = written_after(lengths, 512)
+    lengths = range(40, 104)
+    assert len(written_after(lengths, 1, joining=False)) > 2
+    ((_, (tokens_BxT, *_), _),) = written_after(lengths, 512, joining=False)
     assert tokens_BxT.shape == (64, 104)
+
+
+def read_in_parts(lengths: Sequence[int], new_tokens: int) -> int:
+    """Tokens that are read before texts are written together, padding included."""
+    spent, ((_, (tokens_BxT, padding_B, _), parts),) = 0, written_after(lengths, new_tokens)
+    B, T = tokens_BxT.shape
+    assert sum(part.rows for part in parts) == B
+    end = 0
+    for rows, skipped in parts:
+        assert (padding_B[end : end + rows] >= skipped).all()  # nothing of a prompt is left out
+        assert skipped < T
+        end += rows
+        spent += rows * (T - skipped)
+    return spent
+
+
+def test_prompts_of_unlike_length_are_read_apart():
+    """And written together: of 16 that are padded to 320 tokens, 4 are read in 20."""
+    lengths = [*range(300, 310), *range(16, 22)]
+    assert read_in_parts(lengths, 256) == 12 * 320 + 4 * 20
+    lengths = [300, *range(28, 15, -1)]  # and two rows that fill up
+    assert read_in_parts(lengths, 256) == 4 * 320 + 12 * 28
+
+
+def test_what_would_spare_little_is_read_together():
+    """Another reading counts as 128 tokens; and a model that can't join what it read has none."""
+    assert written_after([40] * 8 + [32] * 8, 256)[0].parts == ()
+    assert written_after([80] * 8 + [32] * 8, 256)[0].parts == ((8, 0), (8, 48))
+    assert written_after([80] * 8 + [32] * 8, 256, joining=False)[0].parts == ()
 
 
 def test_few_lengths():
@@ -202,7 +235,7 @@ def test_few_lengths():
     texts = ["x" * length for length in range(1, 513)]
     (batches,) = encode(generations(*texts), TOKENIZER, Limits(rows=1)).writing.values()
     # 4, 8, ..., 64 by 4; then 8 in each of 64-128, 128-256, 256-512.
-    assert len({arrays[0].shape for _, arrays in batches}) == 16 + 3 * 8
+    assert len({arrays[0].shape for _, arrays, _ in batches}) == 16 + 3 * 8
 
 
 @pytest.mark.parametrize(
@@ -243,7 +276,7 @@ def test_a_prompt_that_is_too_long():
         assert "truncate" in caught.value.expected
         encode([request], TOKENIZER, Limits(context=15))
     encoded = encode(requests, TOKENIZER, Limits(context=8, truncate=True))
-    ((_, (tokens_BxT, padding_B, _)),) = next(iter(encoded.writing.values()))
+    ((_, (tokens_BxT, padding_B, _), _),) = next(iter(encoded.writing.values()))
     assert TOKENIZER.decode(tokens_BxT[0, padding_B[0] :].tolist()) == "789"  # and 5 are written
     assert read_back(encoded) == {1: [("3456789", "ab")]}  # 8 are read
     with pytest.raises(JaxmergeError, match="too long"):

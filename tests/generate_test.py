@@ -92,6 +92,23 @@ def test_left_padding_changes_nothing(padding, width, cache):
     np.testing.assert_array_equal(found, expected(name))
 
 
+@pytest.mark.parametrize("parts", [((2, 4), (2, 0)), ((1, 7), (1, 2), (2, 0))], ids=str)
+@pytest.mark.parametrize("how", ["scan", "layerwise", "apply"])
+def test_rows_read_apart_write_the_same(how, parts):
+    """Those of which less padding is read, too, and rows that leave the batch afterwards."""
+    name = "grouped, tied"
+    model = {
+        "scan": MODELS[name],
+        "layerwise": decoder(CONFIGS[name], layerwise=True),
+        "apply": from_apply(MODELS[name].apply),
+    }[how]
+    options = {"max_new_tokens": M, "stops": (int(expected(name)[1, 3]),)}
+    arguments = make_params(name), *prompts(255)
+    whole = jax.jit(functools.partial(generate, MODELS[name], **options))(*arguments)
+    apart = jax.jit(functools.partial(generate, model, **options, parts=parts, rows=(3, 1)))
+    np.testing.assert_array_equal(apart(*arguments), whole)
+
+
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "apply"])
 def test_rows_stop_at_the_stop_token(cache):
     """Each on its own: what comes before is unchanged, the token and all after it are the stop."""

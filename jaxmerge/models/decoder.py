@@ -12,7 +12,7 @@ Letters in names are the dimensions of the package glossary (`jaxmerge.__doc__`)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -179,6 +179,7 @@ def decoder(config: DecoderConfig, *, layerwise: bool = False) -> Model:
         prefill=of(_prefill, layerwise=layerwise),
         decode=of(_decode),
         rows=_rows,
+        joined=_joined,
         branches=of(_branches),
         init=of(_init),
         sharding_rules=SHARDING_RULES,
@@ -303,6 +304,20 @@ def _rows(state: _Decoding, rows_B: Array) -> _Decoding:
     before = (slice(None),) * isinstance(state.cache, Cache)
     cache = jax.tree.map(lambda each: each[(*before, rows_B)], state.cache)
     return state._replace(cache=cache, padding_B=state.padding_B[rows_B])
+
+
+def _joined(states: Sequence[_Decoding], skipped: Sequence[int]) -> _Decoding:
+    def one(*caches: Array) -> Array:
+        before = ((0, 0),) * (caches[0].ndim - 2)
+        room = [(*before, (more, 0), (0, 0)) for more in skipped]
+        return jnp.concatenate([*map(jnp.pad, caches, room)], axis=-4)
+
+    padding = [state.padding_B + more for state, more in zip(states, skipped)]
+    return states[0]._replace(
+        cache=jax.tree.map(one, *(state.cache for state in states)),
+        padding_B=jnp.concatenate(padding),
+        slot=states[0].slot + skipped[0],
+    )
 
 
 def _causal(T: int) -> Bool[Array, "1 T T"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,9 @@ class Model:
             those after the last token.
         decode: `(params, tokens_B, state) -> (logits_BxV, state)`; one token on.
         rows: `(state, rows_N) -> state`; the state of some of its rows, by number.
+        joined: `(states, skipped) -> state`, or None where the model can't: the rows of several
+            states as those of one, when as many slots more are left free before the tokens of each
+            as `skipped` says, and all are then at the same slot.
         branches: `(params, tokens_BxT, branch_BxT, asked_BxQ) -> logits_BxQxV`, or None where the
             model can't. A row is a trunk (branch 0) and branches (1, 2, ...) that go on from it,
             side by side: each token reads the trunk and what stands before it on its own branch, as
@@ -47,6 +50,7 @@ class Model:
     prefill: Callable[..., tuple[Float[Array, "B V"], State]]
     decode: Callable[..., tuple[Float[Array, "B V"], State]]
     rows: Callable[[State, Int[Array, " N"]], State]
+    joined: Callable[[Sequence[State], Sequence[int]], State] | None = None
     branches: Callable[..., Float[Array, "B Q V"]] | None = None
     init: Callable[[Array], Params] | None = None
     sharding_rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ((".*", ()),)
@@ -95,4 +99,11 @@ def from_apply(apply: Apply) -> Model:
     def rows(written, rows_N):
         return jax.tree.map(lambda of_B: of_B[rows_N], written)
 
-    return Model(apply=apply, prefill=prefill, decode=decode, rows=rows)
+    def joined(states, skipped):
+        tokens = [
+            jnp.pad(state.tokens_BxS, ((0, 0), (0, more))) for state, more in zip(states, skipped)
+        ]
+        lengths = [state.length_B for state in states]
+        return _Written(jnp.concatenate(tokens), jnp.concatenate(lengths))
+
+    return Model(apply=apply, prefill=prefill, decode=decode, rows=rows, joined=joined)
