@@ -76,7 +76,7 @@ class _Choice(NamedTuple):
 
     def pick(self, step: Array, logits_NxV: Array, over_N: Array, seeds_N: Array | None) -> Array:
         if self.draw is None:
-            best_N = jnp.argmax(logits_NxV, axis=-1).astype(jnp.int32)
+            best_N = _likeliest(logits_NxV)
         else:
             assert seeds_N is not None
             best_N = _drawn(self.draw, logits_NxV, seeds_N, step)
@@ -208,6 +208,17 @@ def _written_on(
         return _Written(step + 1, next_N, matched_N, out_NxM, seeds_N, state)
 
     return jax.lax.while_loop(unfinished, one_token, written)
+
+
+def _likeliest(logits_BxV: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first token of highest logit; the last token where a logit is no number.
+
+    By two reductions: XLA's argmax is one of pairs, on CPUs 2 to 7 times slower (jaxlib 0.10.2).
+    """
+    V = logits_BxV.shape[-1]
+    token_1xV = jnp.arange(V, dtype=jnp.int32)[None]
+    top_Bx1 = jnp.max(logits_BxV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits_BxV >= top_Bx1, token_1xV, V - 1), axis=-1)
 
 
 def _drawn(

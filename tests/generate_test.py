@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge.generate import generate, log_likelihood
+from jaxmerge.generate import _likeliest, generate, log_likelihood
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, from_apply
 from tests import tiny
@@ -73,6 +73,16 @@ def test_a_cache_gives_the_tokens_of_no_cache(name):
     """Prefill and decode, rows of different lengths side by side."""
     np.testing.assert_array_equal(run(MODELS[name], make_params(name), *prompts()), expected(name))
     assert len(np.unique(expected(name))) > 5  # the texts are not one token again and again
+
+
+def test_the_likeliest_token():
+    """The first of those that are as likely; a token, too, where a logit is no number."""
+    nan, inf = float("nan"), float("inf")
+    logits_BxV = [[0, 2, 1, 2], [-1, -1, -1, -1], [-inf, -inf, -3, -inf], [inf, 0, inf, 0]]
+    found = _likeliest(jnp.asarray(logits_BxV, jnp.float32))
+    assert found.tolist() == np.argmax(logits_BxV, axis=-1).tolist() == [1, 0, 2, 0]
+    assert found.dtype == jnp.int32
+    assert _likeliest(jnp.array([[0, nan, 5, 1]])).tolist() == [3]
 
 
 @each_config
