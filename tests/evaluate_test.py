@@ -155,8 +155,9 @@ def test_a_mesh_gives_the_same_scores(sizes, per_step):
 def test_candidates_and_examples_lie_where_promised():
     """Candidates on `pop`, examples on `data`: a device holds its part of either."""
     evaluator = make_evaluator({"pop": 2, "data": 4}, tasks=[WRITE], candidates_per_step=4)
-    ((_, arrays),) = evaluator._tasks[0].prepared.groups[0].microbatches
-    tokens, padding, _ = map(jnp.asarray, arrays)  # they are on the devices already
+    (microbatch,) = evaluator._tasks[0].prepared.groups[0].microbatches
+    # They are on the devices already.
+    tokens, padding, _ = map(jnp.asarray, microbatch.arrays)
     assert {shard.data.shape[0] for shard in tokens.addressable_shards} == {8 // 4}
     assert {shard.data.shape for shard in padding.addressable_shards} == {(8 // 4,)}
     _, ((((output,),),),) = evaluator._launch(WEIGHTS_PxK[:4])
