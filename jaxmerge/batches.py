@@ -20,6 +20,7 @@ from jaxmerge.tokenizer import Tokenizer
 
 _PER_READING = 128  # what rows that are read together cost besides their tokens, in tokens
 _PER_STEP = 32  # the same of each token that its rows write: all parameters are read again
+_BEYOND = 5  # so many tokens beyond `Limits.cached` cost one more
 
 # Branches of a row have at most so many times the tokens of its trunk. Each branch spares reading
 # the trunk again, and lengthens what attention masks out for all others.
@@ -35,6 +36,8 @@ class Limits(NamedTuple):
     Attributes:
         rows: of a microbatch, at most.
         tokens: of a microbatch, padding included, at most, unless a single row has more.
+        cached: tokens that a processor's caches hold what a layer makes of; those beyond them are
+            slower to read. 0: it makes no difference.
         multiple: a microbatch has a multiple of as many rows.
         context: tokens that the model can read and write in all; 0: any number.
         truncate: whether what is too long loses its beginning, or is refused.
@@ -42,6 +45,7 @@ class Limits(NamedTuple):
 
     rows: int = 64
     tokens: int = 8192
+    cached: int = 0
     multiple: int = 1
     context: int = 0
     truncate: bool = False
@@ -113,6 +117,10 @@ class _Prompt(NamedTuple):
     def length(self) -> int:
         return len(self.tokens)
 
+    @property
+    def asked(self) -> int:
+        return 1
+
 
 class _Branch(NamedTuple):
     request: int
@@ -128,6 +136,11 @@ class _Tree(NamedTuple):
     @property
     def length(self) -> int:
         return len(self.trunk) + sum(len(branch.scored) - 1 for branch in self.branches)
+
+    @property
+    def asked(self) -> int:
+        """Tokens that are scored."""
+        return sum(len(branch.scored) for branch in self.branches)
 
     def has_room(self, branch: _Branch, limits: Limits) -> bool:
         """Whether another branch is worth having here."""
@@ -275,41 +288,56 @@ def _microbatches(
     for i in reversed(range(len(rows))):
         choices = []
         for B in _sizes(widths[i], limits):
-            read, cut = _read_apart(widths[i : i + B], B, _PARTS if joining else 1)
+            read, cut = _read_apart(widths[i : i + B], B, _PARTS if joining else 1, limits)
             choices.append((read + _PER_STEP * steps + cost[min(i + B, len(rows))], B, cut))
         cost[i], size[i], parts[i] = min(choices)
-    microbatches, i = [], 0
+    firsts, i = [], 0
     while i < len(rows):
-        padded = pad(rows[i : i + size[i]], size[i], widths[i])
-        microbatches.append(padded._replace(parts=parts[i]))
+        firsts.append(i)
         i += size[i]
-    return microbatches[::-1]  # short ones first
+    # Of one width, all ask for as many tokens: each shape is compiled.
+    asked: dict[int, int] = {}
+    for i in firsts:
+        most = max(row.asked for row in rows[i : i + size[i]])
+        asked[widths[i]] = max(asked.get(widths[i], 0), most)
+    return [
+        pad(rows[i : i + size[i]], size[i], widths[i], asked[widths[i]])._replace(parts=parts[i])
+        for i in reversed(firsts)  # short ones first
+    ]
 
 
-def _read_apart(widths: Sequence[int], B: int, most: int) -> tuple[int, tuple[Part, ...]]:
+def _read_apart(
+    widths: Sequence[int], B: int, most: int, limits: Limits
+) -> tuple[int, tuple[Part, ...]]:
     """What B rows of falling widths cost to read, in tokens, and in which parts that is least.
 
     Args:
         widths: of the rows that there are, the others only fill up.
         B: rows in all.
         most: parts at most.
+        limits: see `Limits`.
     """
-    whole = B * widths[0] + _PER_READING
-    if most == 1 or (widths[-1] == widths[0] and len(widths) == B):
-        return whole, ()
+    if most == 1:
+        return _reading(B * widths[0], limits), ()
     cuts = [*range(0, B, -(-B // most)), B]
     best: dict[int, tuple[int, tuple[Part, ...]]] = {B: (0, ())}  # of the rows from a cut on
     for i, start in reversed([*enumerate(cuts[:-1])]):
         T = widths[start] if start < len(widths) else _padded(1)
         best[start] = min(
             (
-                (end - start) * T + _PER_READING + best[end][0],
+                _reading((end - start) * T, limits) + best[end][0],
                 (Part(end - start, widths[0] - T), *best[end][1]),
             )
             for end in cuts[i + 1 :]
         )
     read, parts = best[0]
     return read, parts if len(parts) > 1 else ()
+
+
+def _reading(tokens: int, limits: Limits) -> int:
+    """What tokens that are read together cost, in tokens."""
+    beyond = max(tokens - limits.cached, 0) if limits.cached else 0
+    return tokens + beyond // _BEYOND + _PER_READING
 
 
 def _sizes(T: int, limits: Limits) -> set[int]:
@@ -327,7 +355,7 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _pad_left(rows: Sequence[_Prompt], B: int, T: int) -> Microbatch:
+def _pad_left(rows: Sequence[_Prompt], B: int, T: int, asked: int) -> Microbatch:
     requests_B, tokens_BxT = np.full(B, -1), np.zeros((B, T), np.int32)
     padding_B, seeds_B = np.full(B, T, np.int32), np.zeros(B, np.int32)
     for i, row in enumerate(rows):
@@ -336,10 +364,8 @@ def _pad_left(rows: Sequence[_Prompt], B: int, T: int) -> Microbatch:
     return Microbatch(requests_B, (tokens_BxT, padding_B, seeds_B))
 
 
-def _pad_right(rows: Sequence[_Tree], B: int, T: int) -> Microbatch:
-    most = max(sum(len(branch.scored) for branch in row.branches) for row in rows)
-    # Few numbers, since each is compiled: a power of two, or as many as there are tokens.
-    Q = min(max(4, 1 << (most - 1).bit_length()), -(-most // T) * T)
+def _pad_right(rows: Sequence[_Tree], B: int, T: int, asked: int) -> Microbatch:
+    Q = _padded(asked)
     requests_BxQ = np.full((B, Q), -1)
     tokens_BxT, branch_BxT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
     asked_BxQ, targets_BxQ = np.zeros((B, Q), np.int32), np.zeros((B, Q), np.int32)

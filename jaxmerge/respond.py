@@ -24,6 +24,8 @@ _WITHIN_A_MODEL = ("data", "fsdp", "tensor")  # mesh axes that need collectives
 
 _COMPACTED = 16  # rows; of fewer, those that are finished are not taken out: it would gain little
 
+_CACHED = 1024  # tokens: `Limits.cached` of a CPU, for models of some 100 values a token and layer
+
 _NOT_FINITE = -1e9  # nats that stand for a likelihood that is no number
 
 Outputs = list[tuple[Any, ...]]  # of the microbatches of each group: arrays `[C, B, ...]`
@@ -99,9 +101,9 @@ class Responder:
             )
         data = mesh.shape["data"]
         self._model, self._tokenizer, self._mesh = model.at(mesh), tokenizer, mesh
-        self._limits = limits._replace(multiple=data)
-        self._stop = tokenizer.stops[0]
         on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._limits = limits._replace(multiple=data, cached=_CACHED * data * on_cpu)
+        self._stop = tokenizer.stops[0]
         # Between CPU devices, collectives of programs that queue up can wait for each other's
         # threads for ever (jaxlib 0.10.2): there, one program at a time.
         collectives = any(mesh.shape[axis] > 1 for axis in _WITHIN_A_MODEL) or processes.several()
