@@ -201,6 +201,38 @@ def test_long_texts_are_written_in_few_microbatches():
     assert tokens_BxT.shape == (64, 104)
 
 
+@pytest.mark.parametrize("new_tokens", [1, 512])
+def test_joined_texts_are_written_in_one_microbatch(new_tokens):
+    """Long ones pad no short ones, so that however few tokens are written, all are together."""
+    ((_, (tokens_BxT, *_), parts),) = written_after(range(40, 104), new_tokens)
+    assert tokens_BxT.shape == (64, 104)
+    assert len(parts) > 1
+
+
+def scored_together(cached: int) -> list[Microbatch]:
+    """The microbatches of 64 questions of 100 characters and more."""
+    requests = [Likelihood(Prompt(f"{i}".ljust(99 + i // 8, "x")), "y" * 20) for i in range(64)]
+    return encode(requests, TOKENIZER, Limits(cached=cached)).scoring
+
+
+def test_likelihoods_go_through_in_what_the_caches_hold():
+    """Rather smaller microbatches than tokens that are slow to read; none where it is alike."""
+    assert max(arrays[0].size for _, arrays, _ in scored_together(cached=0)) > 4096
+    assert max(arrays[0].size for _, arrays, _ in scored_together(cached=1024)) <= 2 * 1024
+
+
+def test_microbatches_of_one_width_ask_for_as_many_tokens():
+    """Each shape is compiled; what is asked is padded by as little as the width is."""
+    continuations = [3, 5, 9, 9, 30, 37, 38, 41]
+    requests = [
+        Likelihood(Prompt(f"{i}".ljust(60 - count, "x")), "y" * count)
+        for i, count in enumerate(continuations)
+    ]
+    batches = encode(requests, TOKENIZER, Limits(rows=2)).scoring
+    assert len(batches) == 4
+    assert {arrays[2].shape[1] for _, arrays, _ in batches} == {44}
+
+
 def read_in_parts(lengths: Sequence[int], new_tokens: int) -> int:
     """Tokens that are read before texts are written together, padding included."""
     spent, ((_, (tokens_BxT, padding_B, _), parts),) = 0, written_after(lengths, new_tokens)

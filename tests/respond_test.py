@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmerge.batches import Limits
+from jaxmerge.batches import Limits, Microbatch
 from jaxmerge.generate import Draw, generate, stop_states
-from jaxmerge.requests import Generate, Likelihood, Likely, Prompt, Rolling, Sampling
+from jaxmerge.requests import Generate, Likelihood, Likely, Prompt, Response, Rolling, Sampling
 from jaxmerge.respond import Responder
-from jaxmerge.sharding import make_mesh
+from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tokenizer import Bytes
 from tests import tiny
 
@@ -249,3 +250,30 @@ def test_sampling_goes_through():
     one, other, again, cold, greedy = responder()(flat, asked)[0]
     assert one == again != other
     assert cold == greedy
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tensor": 2}, {"fsdp": 2}, {"pop": 2, "tensor": 2, "fsdp": 2}], ids=str
+)
+def test_prompts_that_are_read_apart_on_a_mesh(sizes):
+    """The caches of the parts are joined where they lie: the same texts as on one device."""
+    short_and_long = [
+        Generate(Prompt(f"{i}".ljust(width, "x")), 6) for width in (24, 80) for i in range(8)
+    ]
+
+    def texts(mesh: Mesh) -> list[tuple[Response, ...]]:
+        everywhere = Responder(MODEL, Bytes(), mesh, Limits())
+        (group,) = everywhere.encode(short_and_long).groups
+        assert [len(each.parts) for each in group.microbatches if isinstance(each, Microbatch)] == [
+            2
+        ]
+        merged = jax.tree.map(
+            lambda where, *leaves: jax.device_put(
+                np.stack(leaves), NamedSharding(mesh, PartitionSpec("pop", *where.spec))
+            ),
+            shardings(TREES[0], MODEL.sharding_rules, mesh),
+            *TREES[:2],
+        )
+        return everywhere(merged, short_and_long)
+
+    assert texts(make_mesh(**sizes)) == texts(make_mesh())
