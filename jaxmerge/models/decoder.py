@@ -291,13 +291,26 @@ def _one_after_the_other(
     state: _Decoding,
 ) -> tuple[Array, tuple[Cache, ...]]:
     tokens_BxT, *place = token
-    where, written = _of(config, params, "where", *place), []
+    where, written = _made_once(_of(config, params, "where", *place)), []
     x_BxTxD, block = _of(config, params, "embedded", tokens_BxT), Block(config)
     for kind, cache, layer in zip(config.kinds, caches, state.layers):
         done: Any = block.apply({"params": layer}, x_BxTxD, where, kind, tuple(cache), state.slot)
         x_BxTxD, (keys, values) = done
         written.append(Cache(keys, values))
     return _of(config, params, "normed", x_BxTxD), tuple(written)
+
+
+def _made_once(where: Where) -> Where:
+    """The same, with angles that are in memory.
+
+    XLA on CPUs would make cosine and sine again in each fusion that turns a head, and drops a
+    barrier before it fuses. A product it keeps apart; with ones on the diagonal it is exact.
+    """
+
+    def kept(angles_RxBxTxW: Array) -> Array:
+        return jnp.matmul(angles_RxBxTxW, jnp.eye(angles_RxBxTxW.shape[-1]), precision="highest")
+
+    return where._replace(cos_RxBxTxW=kept(where.cos_RxBxTxW), sin_RxBxTxW=kept(where.sin_RxBxTxW))
 
 
 def _rows(state: _Decoding, rows_B: Array) -> _Decoding:
