@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -26,6 +27,7 @@ CONFIGS = {
         GROUPED, layers=3, attention=(AttentionKind(rope=Rope(100.0)),), norm_epsilon=1e-2
     ),
 }
+OF_EXPERTS = dataclasses.replace(GROUPED, experts=4, experts_per_token=2)
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TOKENS_BxT = jax.random.randint(jax.random.key(1), (3, 10), 0, 256)
 
@@ -182,6 +184,30 @@ def test_bfloat16_stays_bfloat16():
     logits, state = model.prefill(params, TOKENS_BxT, jnp.zeros(3, jnp.int32), 12)
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(state.cache)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("read", ["apply", "branches", "decode"])
+@pytest.mark.parametrize("config", [GROUPED, OF_EXPERTS], ids=["dense", "experts"])
+def test_bfloat16_is_summed_in_float32(config, read):
+    """Else XLA makes float32 copies of all weights on CPUs."""
+    model = decoder(config, layerwise=read == "decode")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), make_params(config))
+    assert model.branches
+    branches = functools.partial(model.branches, asked_BxQ=jnp.ones((3, 2), jnp.int32))
+
+    def read_and_written(params):
+        logits, state = model.prefill(params, TOKENS_BxT, jnp.zeros(3, jnp.int32), 12)
+        return model.decode(params, jnp.argmax(logits, axis=-1), state)
+
+    programs = {
+        "apply": lambda params: model.apply(params, TOKENS_BxT),
+        "branches": lambda params: branches(params, TOKENS_BxT, TOKENS_BxT * 0),
+        "decode": read_and_written,
+    }
+    text = str(jax.make_jaxpr(programs[read])(params))
+    made = re.findall(r"(\w+)\[[\d,]*\] = dot_general\[", text)
+    assert len(made) >= 9
+    assert set(made) == {"f32"}
 
 
 @pytest.mark.parametrize(

@@ -224,8 +224,14 @@ def _branches(
     # A product with one-hot rows, which is exact: on a gather from B over `data` inside a manual
     # `pop`, XLA's partitioner aborts the process (jaxlib 0.10.2).
     asked_BxQxT = jax.nn.one_hot(asked_BxQ, T, dtype=hidden.dtype)
-    taken = jnp.einsum("bqt,btd->bqd", asked_BxQxT, hidden, precision="highest")
-    return _of(config, params, "logits", taken)
+    taken = jnp.einsum(
+        "bqt,btd->bqd",
+        asked_BxQxT,
+        hidden,
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return _of(config, params, "logits", taken.astype(hidden.dtype))
 
 
 def _prefill(

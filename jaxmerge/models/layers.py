@@ -112,7 +112,7 @@ class Block(nn.Module):
         (B, T, D), C = x_BxTxD.shape, self.config.head_width
         # As one matrix [H C, D]: of two output axes the CPU's compiler makes a transposed copy.
         matrix_HCxD = self._matrix(name, heads, C, D, inputs=D).reshape(heads * C, D)
-        projected = jnp.einsum("btd,fd->btf", x_BxTxD, matrix_HCxD).reshape(B, T, heads, C)
+        projected = product(x_BxTxD, matrix_HCxD).reshape(B, T, heads, C)
         return self._bias(f"{name}_bias", self.config.query_key_value_bias, projected, axes=2)
 
     def _query_key_norm(self, name: str, x_BxTxHxC: Array) -> Float[Array, "B T H C"]:
@@ -149,7 +149,7 @@ class Block(nn.Module):
         seen = [*pasts, (*made, where.kin_RxBxTxT[kind])]
         out_BxTxHC = attend(config, q_BxTxHxC, seen).reshape(*x_BxTxD.shape[:2], H * C)
         matrix_DxHC = self._matrix("out", D, H, C, inputs=H * C).reshape(D, H * C)
-        out = jnp.einsum("btf,df->btd", out_BxTxHC, matrix_DxHC)
+        out = product(out_BxTxHC, matrix_DxHC)
         return self._bias("out_bias", config.out_bias, out), kept
 
     def _feed_forward(self, x_BxTxD):
@@ -160,7 +160,7 @@ class Block(nn.Module):
 
         def project(name: str, x: Array, outputs: int) -> Array:
             matrix = self._matrix(name, outputs, x.shape[-1], inputs=x.shape[-1])
-            return self._bias(f"{name}_bias", biased, jnp.einsum("btd,fd->btf", x, matrix))
+            return self._bias(f"{name}_bias", biased, product(x, matrix))
 
         gate_BxTxF = ACTIVATIONS[config.activation](project("gate", x_BxTxD, F))
         return project("down", gate_BxTxF * project("up", x_BxTxD, F), D)
@@ -173,9 +173,7 @@ class Block(nn.Module):
         gate_ExFxD = self._matrix("expert_gate", E, F, D, inputs=D)
         up_ExFxD = self._matrix("expert_up", E, F, D, inputs=D)
         down_ExDxF = self._matrix("expert_down", E, D, F, inputs=F)
-        rated_BxTxE = jax.nn.softmax(
-            jnp.einsum("btd,ed->bte", x_BxTxD, router_ExD).astype(jnp.float32), axis=-1
-        )
+        rated_BxTxE = jax.nn.softmax(product(x_BxTxD, router_ExD).astype(jnp.float32), axis=-1)
         best_BxTxX, chosen_BxTxX = jax.lax.top_k(rated_BxTxE, config.experts_per_token)
         if config.normalize_experts:
             best_BxTxX /= jnp.sum(best_BxTxX, axis=-1, keepdims=True)
@@ -185,9 +183,9 @@ class Block(nn.Module):
 
         def one_expert(sum_BxTxD, expert):
             gate_FxD, up_FxD, down_DxF, share_BxT = expert
-            hidden_BxTxF = ACTIVATIONS[config.activation](x_BxTxD @ gate_FxD.T)
-            hidden_BxTxF *= (x_BxTxD @ up_FxD.T) * share_BxT[..., None]
-            return sum_BxTxD + hidden_BxTxF @ down_DxF.T, None
+            hidden_BxTxF = ACTIVATIONS[config.activation](product(x_BxTxD, gate_FxD))
+            hidden_BxTxF *= product(x_BxTxD, up_FxD) * share_BxT[..., None]
+            return sum_BxTxD + product(hidden_BxTxF, down_DxF), None
 
         # All tokens through all experts, one expert at a time so that only [B, T, F] is held.
         # jax.lax.ragged_dot would take each token through its own experts alone, but has no rule
@@ -229,6 +227,18 @@ def attend(
     ]
     out_BxJxGxTxC = (_sum(parts) / _sum(totals)).astype(dtype)
     return jnp.moveaxis(out_BxJxGxTxC, 3, 1).reshape(B, T, H, C)
+
+
+def product(
+    x: Float[Array, "*batch K"], matrix_FxK: Float[Array, "F K"]
+) -> Float[Array, "*batch F"]:
+    """x matrix^T, summed in float32 and rounded to the type of x.
+
+    XLA on CPUs uses bfloat16's own instructions only for what comes out in float32; for bfloat16
+    out of bfloat16 it makes float32 copies of both sides, each time.
+    """
+    summed = jnp.einsum("...k,fk->...f", x, matrix_FxK, preferred_element_type=jnp.float32)
+    return summed.astype(x.dtype)
 
 
 def _sum(parts: Sequence[Array]) -> Array:
