@@ -168,6 +168,17 @@ def test_missing_data_are_refused(copy, mesh, damage):
     assert len(str(caught.value).splitlines()) == 2
 
 
+def test_what_is_no_files_fault_is_not_called_one(copy, mesh, monkeypatch):
+    """A device without memory, as JAX says it."""
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax, "block_until_ready", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        load(copy, mesh)
+
+
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/_METADATA"])
 @pytest.mark.parametrize(
     "damage", [_cut(0.5), _cut(0.0), Path.unlink], ids=["50%", "empty", "gone"]

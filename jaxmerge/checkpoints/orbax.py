@@ -130,7 +130,12 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
         with _buffers_returned(), context:
             tree = ocp.load(source.path, wanted)
             jax.block_until_ready(tree)
-    except Exception as error:  # Orbax has no narrower type for a file that is cut short
+    except Exception as error:
+        # Orbax raises Exception itself for a file that is cut short. Narrower types that no file
+        # is the reason of, such as JAX's for a device without memory, go on as they are.
+        unreadable = (OSError, ValueError, ocp.errors.InvalidLayoutError)
+        if type(error) is not Exception and not isinstance(error, unreadable):
+            raise
         cause = error.__cause__ if type(error) is Exception else error
         raise JaxmergeError(
             "the checkpoint's data can't be read: a file is missing or cut short",
