@@ -141,11 +141,11 @@ def test_blocks_smaller_than_a_tensor(tmp_path, monkeypatch):
     assert caught.value.where == "merge.memory_bytes"
     least = int(caught.value.expected.removeprefix("at least "))
     sizes = set()
-    digested = pipeline.Block.digest
+    merged = pipeline.Block.merge
     monkeypatch.setattr(
         pipeline.Block,
-        "digest",
-        lambda block, *args: (sizes.add(block.size), digested(block, *args))[1],
+        "merge",
+        lambda block, *args: (sizes.add(block.size), merged(block, *args))[1],
     )
     config.merge.memory_bytes = least
     (blocks,) = merge(config, str(tmp_path / "blocks"))

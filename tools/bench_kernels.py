@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmerge.merge.linear import merger
-from jaxmerge.streaming.block import Kind, bits, pages, program, shared
+from jaxmerge.streaming.block import Kind, pages, program, shared
 
 _CORES = len(os.sched_getaffinity(0))
 _KERNEL_VALUES = 2**24  # of each checkpoint: more than any cache holds
@@ -58,7 +58,7 @@ class Kernels:
         self._rows = pages(2 * int(np.prod(shape))).view(dtype).reshape(shape)
         for block in self._rows:
             block[:] = rng.standard_normal(block.shape, np.float32).astype(dtype)
-        self._on_device = [{"bfloat16": shared(bits(block))} for block in self._rows]
+        self._on_device = [{"bfloat16": shared(block.view(np.uint32))} for block in self._rows]
         self._weights = rng.random((16, checkpoints), np.float32)
         self._out = np.zeros((16, shape[0], _BLOCK), dtype)
         kind = Kind((dtype,) * checkpoints, dtype, dtype)
@@ -73,7 +73,7 @@ class Kernels:
 
         def one(number: int) -> None:
             found = self._program(self._on_device[number], weights)
-            self._out[:merges, number] = np.asarray(found)
+            self._out[:merges, number] = np.asarray(found).view(self._out.dtype)
 
         return self._all_blocks(one)
 

@@ -158,7 +158,7 @@ def _leaf_digest(
 )
 def block_sums(
     words_RxW: UInt32[Array, "R W"], position_W: UInt32[Array, " W"], dtype: Any
-) -> tuple[UInt32[Array, "2 R"], UInt32[Array, " R"]]:
+) -> UInt32[Array, "R 3"]:
     """What a block of words adds to the digests of R leaves that are alike.
 
     The lanes of a leaf are the sums of those of its blocks, modulo 2^32. Words and positions that
@@ -170,10 +170,11 @@ def block_sums(
         dtype: of the leaves.
 
     Returns:
-        Lanes, and words that are not 0 where a value is NaN or infinite.
+        The two lanes of each leaf, and a word that is not 0 where a value is NaN or infinite.
     """
     position = jnp.broadcast_to(position_W[None], words_RxW.shape)
-    return _sums(words_RxW, position, dtype, (1,))
+    lanes, not_finite = _sums(words_RxW, position, dtype, (1,))
+    return jnp.stack([*lanes, not_finite], axis=1)
 
 
 def _sums(words: Array, position: Array, dtype: Any, axes: tuple[int, ...]) -> tuple[Array, Array]:

@@ -114,7 +114,7 @@ def read_values(
     name: str,
     first: int,
     out: np.ndarray,
-    read: Callable[[epath.Path, int, np.ndarray], None] = read_into,
+    read: Callable[[str, int, np.ndarray], None] = read_into,
 ) -> None:
     """Sets out[:] to the values of a tensor in C order, from `first` on, in the dtype of `out`.
 

@@ -44,7 +44,7 @@ _MAX_AXES = 32
 class Tensor(NamedTuple):
     """Where a tensor lies: bytes [start, stop) of a file, little-endian, in C order."""
 
-    file: epath.Path
+    file: str  # a path, or an address as `epath` knows it
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
@@ -93,13 +93,13 @@ def parse_json(text: bytes, where: str) -> Any:
         raise JaxmergeError("this is no JSON", where=where, found=str(error)) from error
 
 
-def read_into(file: epath.Path, start: int, out: np.ndarray) -> None:
+def read_into(file: str, start: int, out: np.ndarray) -> None:
     """Fills a contiguous array with the bytes of a file from `start` on.
 
     Raises:
         JaxmergeError: the file can't be read, or ends too early.
     """
-    _read(str(file), start, out, _pread if "://" not in str(file) else _seek_and_read)
+    _read(file, start, out, _pread if "://" not in file else _seek_and_read)
 
 
 class OpenFiles:
@@ -109,13 +109,13 @@ class OpenFiles:
         self._descriptors: dict[str, int] = {}
         self._opening = threading.Lock()
 
-    def read_into(self, file: epath.Path, start: int, out: np.ndarray) -> None:
+    def read_into(self, file: str, start: int, out: np.ndarray) -> None:
         """As the function `read_into`.
 
         Raises:
             JaxmergeError: the file can't be read, or ends too early.
         """
-        _read(str(file), start, out, self._pread if "://" not in str(file) else _seek_and_read)
+        _read(file, start, out, self._pread if "://" not in file else _seek_and_read)
 
     def close(self) -> None:
         """Closes all files; the next read opens them again."""
@@ -209,7 +209,7 @@ def _tensor(file: epath.Path, name: str, entry: Any, first: int) -> Tensor:
             expected=f"{expected} bytes for {code}{shape}",
             found=f"data_offsets [{start}, {stop}], which are {stop - start}",
         )
-    return Tensor(file, DTYPES[code], tuple(shape), first + start, first + stop)
+    return Tensor(str(file), DTYPES[code], tuple(shape), first + start, first + stop)
 
 
 def _check_ranges(file: epath.Path, tensors: Mapping[str, Tensor], first: int, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ from jaxmerge.checkpoints import digest
 from jaxmerge.merge.linear import weighted_sum
 
 _PAGE = mmap.PAGESIZE
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by bytes
 
 
 class Kind(NamedTuple):
@@ -33,6 +33,11 @@ class Kind(NamedTuple):
     merged: np.dtype
     written: np.dtype
 
+    @property
+    def in_words(self) -> bool:
+        """Whether all values have as many bytes, so that they go through the merge as words."""
+        return len({dtype.itemsize for dtype in (*self.stored, self.written)}) == 1
+
     def rows(self, outputs: int) -> Counter[np.dtype]:
         """How many rows of each dtype a block has: one for each checkpoint and each result."""
         return Counter(self.stored) + Counter({self.written: outputs})
@@ -45,11 +50,25 @@ class Kind(NamedTuple):
         return size * (held + 4 * len(rows) + result) + 2 * len(rows) * _PAGE
 
 
-class Digested(NamedTuple):
-    """What a block adds to the digests of the checkpoints and the results, in this order."""
+class Merged(NamedTuple):
+    """What a block gives.
 
+    Attributes:
+        values_PxC: the results.
+        lanes_Rx2: what the block adds to the digests of the checkpoints and then of the results.
+        finite_R: whether there is no NaN and nothing infinite in them.
+    """
+
+    values_PxC: np.ndarray
     lanes_Rx2: UInt32[np.ndarray, "R 2"]
     finite_R: np.ndarray
+
+
+class _Rows(NamedTuple):
+    """Rows of values of one dtype, and their bits as words, four bytes each."""
+
+    values: np.ndarray
+    words: Array | np.ndarray
 
 
 class Block:
@@ -66,75 +85,89 @@ class Block:
         self, kind: Kind, weights_PxK: Float[np.ndarray, "P K"], memory: np.ndarray, size: int
     ):
         self._kind, self._weights, self.size = kind, jnp.asarray(weights_PxK, jnp.float32), size
-        outputs = len(weights_PxK)
         dense = len(kind.stored) > 1 and bool(np.all(weights_PxK != 0))
-        self._rows: dict[str, np.ndarray] = {}
-        self._positions: dict[str, np.ndarray] = {}
-        at = 0
-        for dtype, count in kind.rows(outputs).items():
-            for held, shape, of in (
-                (self._rows, (count, self.size), dtype),
-                (self._positions, (self.size,), np.dtype(np.uint32)),
-            ):
-                stop = at + int(np.prod(shape)) * of.itemsize
-                held[dtype.name] = memory[at:stop].view(of).reshape(shape)
-                at = -(-stop // _PAGE) * _PAGE
-        placed: Counter[str] = Counter()
-        self._places: list[tuple[str, int]] = []  # of each checkpoint, then of each result
-        for dtype in (*kind.stored, *[kind.written] * outputs):
-            self._places.append((dtype.name, placed[dtype.name]))
-            placed[dtype.name] += 1
-        # Where the values of each checkpoint belong, and then those of each result are.
-        self.rows = [self._rows[name][row] for name, row in self._places]
-        stored = len(kind.stored)
-        self._program = program(kind, tuple(self._places[:stored]), dense)
-        self._on_device = {name: shared(bits(rows)) for name, rows in self._rows.items()}
-        self._words = {name: _Words(self._rows[name], self._positions[name]) for name in self._rows}
+        counts, at = Counter(kind.stored), 0
 
-    def merge(self, count: int) -> None:
-        """Sets the rows of the results to the merges of the first `count` values of the others."""
-        stored = len(self._kind.stored)
+        def take(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            nonlocal at
+            begin, stop = at, at + math.prod(shape) * dtype.itemsize
+            at = -(-stop // _PAGE) * _PAGE
+            return memory[begin:stop].view(dtype).reshape(shape)
+
+        stored = {dtype: take((count, size), dtype) for dtype, count in counts.items()}
+        self._stored = {
+            dtype: _Rows(rows, shared(rows.view(np.uint32))) for dtype, rows in stored.items()
+        }
+        self._positions = {
+            dtype: _Positions(take((size,), np.dtype(np.uint32)), dtype)
+            for dtype in {*counts, kind.written}
+        }
+        placed: Counter[np.dtype] = Counter()
+        self._places: list[tuple[np.dtype, int]] = []  # of each checkpoint
+        for dtype in kind.stored:
+            self._places.append((dtype, placed[dtype]))
+            placed[dtype] += 1
+        # Where the values of each checkpoint belong.
+        self.rows = [stored[dtype][row] for dtype, row in self._places]
+        self._program = program(kind, tuple((dtype.name, row) for dtype, row in self._places), dense)
+        self._inputs = {
+            dtype.name: self._stored[dtype].words if kind.in_words else shared(rows.view(_unsigned(dtype)))
+            for dtype, rows in stored.items()
+        }
+
+    def merge(self, shape: tuple[int, ...], first: int, count: int) -> Merged:
+        """Merges and digests what is in the rows.
+
+        Args:
+            shape: of the tensor.
+            first: place of the first value in the tensor, in C order.
+            count: of the values.
+        """
+        written = self._kind.written
         if count < self.size:
             for row in self.rows:
                 row[count:] = 0
-        merged_PxB = np.asarray(self._program(self._on_device, self._weights))
-        for row, merged in zip(self.rows[stored:], merged_PxB):
-            row[:count] = merged[:count]
+        made = self._program(self._inputs, self._weights)
+        values_PxB = np.asarray(made).view(written)
+        if count < self.size:  # what follows need not be +0, as digests have it
+            values_PxB = values_PxB.copy()
+            values_PxB[:, count:] = 0
+        as_made = count == self.size and made.dtype == np.uint32
+        words_PxW = made if as_made else values_PxB.view(np.uint32)
+        positions = {dtype: at.set(shape, first, count) for dtype, at in self._positions.items()}
+        of_stored = {
+            dtype: _sums(rows, shape, positions[dtype]) for dtype, rows in self._stored.items()
+        }
+        of_results = _sums(_Rows(values_PxB, words_PxW), shape, positions[written])
+        sums_Rx3 = np.stack([*(of_stored[dtype][row] for dtype, row in self._places), *of_results])
+        return Merged(values_PxB[:, :count], sums_Rx3[:, :2], sums_Rx3[:, 2] == 0)
 
-    def digest(self, shape: tuple[int, ...], first: int, count: int) -> Digested:
-        """Digests all rows, as values [first, first + count) of leaves of this shape."""
-        lanes, bad = {}, {}
-        for name, words in self._words.items():
-            lanes[name], bad[name] = words.sums(shape, first, count)
-        return Digested(
-            np.stack([lanes[name][:, row] for name, row in self._places]),
-            np.array([bad[name][row] == 0 for name, row in self._places]),
-        )
+
+def _sums(rows: _Rows, shape: tuple[int, ...], positions: Array) -> UInt32[np.ndarray, "R 3"]:
+    """See `digest.block_sums`."""
+    dtype = rows.values.dtype
+    per_word = digest.values_per_word(shape, dtype)
+    whole = per_word * dtype.itemsize == 4
+    words = rows.words if whole else digest.words(rows.values, per_word)
+    return np.asarray(digest.block_sums(words, positions, dtype))
 
 
-class _Words:
-    """The rows of one dtype as what is digested, and memory for the positions of their words."""
+class _Positions:
+    """The positions of the words of rows of one dtype, in memory that is used again."""
 
-    def __init__(self, rows: np.ndarray, positions: np.ndarray):
-        self._rows, self._positions = rows, positions
-        self._on_device: dict[int, tuple[Array, Array]] = {}  # by values in a word
+    def __init__(self, memory: np.ndarray, dtype: np.dtype):
+        self._memory, self._dtype = memory, dtype
+        self._on_device: dict[int, Array] = {}  # by values in a word
 
-    def sums(self, shape: tuple[int, ...], first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `digest.block_sums`, of values [first, first + count) of leaves of this shape."""
-        dtype = self._rows.dtype
-        per_word = digest.values_per_word(shape, dtype)
-        words, used = self._rows.shape[1] // per_word, -(-count // per_word)
-        positions = self._positions[:words]
-        digest.positions(shape, dtype, first // per_word, positions[:used])
-        positions[used:] = 0
-        if per_word == 1 and dtype.itemsize < 4:  # words that are made anew, wider than the values
-            lanes, bad = digest.block_sums(digest.words(self._rows, 1), positions, dtype)
-        else:
-            if per_word not in self._on_device:
-                of_rows = digest.words(self._rows, per_word)
-                self._on_device[per_word] = shared(of_rows), shared(positions)
-            lanes, bad = digest.block_sums(*self._on_device[per_word], dtype)
-        return np.asarray(lanes), np.asarray(bad)
+    def set(self, shape: tuple[int, ...], first: int, count: int) -> Array:
+        """Those of values [first, first + count) of leaves of this shape, and then 0."""
+        per_word = digest.values_per_word(shape, self._dtype)
+        used, size = -(-count // per_word), self._memory.size // per_word
+        digest.positions(shape, self._dtype, first // per_word, self._memory[:used])
+        self._memory[used:size] = 0
+        if per_word not in self._on_device:
+            self._on_device[per_word] = shared(self._memory[:size])
+        return self._on_device[per_word]
 
 
 def shared(values: np.ndarray) -> Array:
@@ -144,11 +177,6 @@ def shared(values: np.ndarray) -> Array:
     ended before they do: to hand the values over anew takes longer than to merge them.
     """
     return jax.dlpack.from_dlpack(values, copy=False)
-
-
-def bits(values: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers, which every exchange of arrays knows."""
-    return values.view(_BITS[values.dtype.itemsize])
 
 
 def pages(size: int) -> np.ndarray:
@@ -161,7 +189,9 @@ Program = Callable[[dict[str, Array], Array], Array]
 
 @functools.cache
 def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Program:
-    """The compiled merge of rows: `(their bits by dtype, weights_PxK) -> merged_PxB`.
+    """The compiled merge of rows: `(their bits by dtype, weights_PxK) -> bits of the results`.
+
+    Bits are those of words of four bytes with `kind.in_words`, else those of values.
 
     Args:
         kind: of the block.
@@ -171,24 +201,52 @@ def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Pro
 
     def merge(rows: dict[str, Array], weights_PxK: Array) -> Array:
         leaves = [
-            _cast(_values(rows[name][row], dtype), kind.merged)
+            [_cast(part, kind.merged) for part in _parts(rows[name][row], dtype)]
             for (name, row), dtype in zip(places, kind.stored)
         ]
 
         def one(weights_K: Array) -> Array:
-            return weighted_sum(leaves, weights_K, dense=dense)
+            merged = [weighted_sum(parts, weights_K, dense=dense) for parts in zip(*leaves)]
+            return _joined([part.astype(kind.written) for part in merged])
 
-        return jax.vmap(one)(weights_PxK).astype(kind.written)
+        return jax.vmap(one)(weights_PxK)
 
-    # XLA may pass over a rounding to fewer bits that is followed by a widening.
-    return jax.jit(merge, compiler_options={"xla_allow_excess_precision": False})
+    # XLA may pass over a rounding to fewer bits that is followed by a widening. And it takes half
+    # of the register unless told, see `digest.block_sums`.
+    options = {"xla_allow_excess_precision": False, "xla_cpu_prefer_vector_width": 512}
+    return jax.jit(merge, compiler_options=options)
 
 
-def _values(row: Array, dtype: np.dtype) -> Array:
-    """Values from their bits."""
+def _parts(bits: Array, dtype: np.dtype) -> list[Array]:
+    """The first values of all words, the second ones, and so on.
+
+    Values that share a word are merged apart: to widen half a register and to narrow it again
+    takes longer than their merge.
+    """
+    unsigned, width = _unsigned(dtype), 8 * dtype.itemsize
+    parts = [(bits >> at).astype(unsigned) for at in range(0, 8 * bits.dtype.itemsize, width)]
     if dtype == np.bool_:
-        return row != 0
-    return jax.lax.bitcast_convert_type(row, dtype)
+        return [part != 0 for part in parts]
+    return [jax.lax.bitcast_convert_type(part, dtype) for part in parts]
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    """The words of what `_parts` gives."""
+    unsigned = _unsigned(parts[0].dtype)
+    if parts[0].dtype == jnp.bool_:
+        bits = [part.astype(unsigned) for part in parts]
+    else:
+        bits = [jax.lax.bitcast_convert_type(part, unsigned) for part in parts]
+    if len(bits) == 1:
+        return bits[0]
+    width = 32 // len(bits)
+    shifted = (part.astype(jnp.uint32) << (i * width) for i, part in enumerate(bits))
+    return functools.reduce(jnp.bitwise_or, shifted)
+
+
+def _unsigned(dtype: np.dtype) -> np.dtype:
+    """Integers of as many bytes."""
+    return np.dtype(f"uint{8 * dtype.itemsize}")
 
 
 def _cast(leaf: Array, dtype: np.dtype) -> Array:

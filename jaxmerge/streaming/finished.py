@@ -111,8 +111,8 @@ class Finished:
 def _identity(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
     """Name, size and time of the files that tensors are in."""
     files = sorted({tensor.file for tensor in tensors.values()})
-    stats = [file.stat() for file in files]
-    return [[str(file), stat.length, stat.mtime] for file, stat in zip(files, stats)]
+    stats = [epath.Path(file).stat() for file in files]
+    return [[file, stat.length, stat.mtime] for file, stat in zip(files, stats)]
 
 
 def _say(file: Sequence[Any]) -> str:
@@ -135,13 +135,12 @@ def _checksum(path: Path, start: int, tensor: jax.ShapeDtypeStruct) -> str:
     positions = np.zeros(values.size // per_word, np.uint32)
     for first in range(0, size, max(values.size, 1)):
         count = min(values.size, size - first)
-        read_into(epath.Path(path), start + first * dtype.itemsize, values[:count])
+        read_into(str(path), start + first * dtype.itemsize, values[:count])
         values[count:] = 0
         digest.positions(shape, dtype, first // per_word, positions[: count // per_word])
         positions[count // per_word :] = 0
         words = digest.words(values, per_word)
-        sums, _ = digest.block_sums(words[None], positions, dtype)
-        lanes += np.asarray(sums)[:, 0]
+        lanes += np.asarray(digest.block_sums(words[None], positions, dtype))[0, :2]
     return digest.checksum(lanes)
 
 

@@ -113,13 +113,12 @@ class Pipeline:
                 block = blocks[part.kind]
                 for read, row in zip(self._reads, block.rows):
                     read(part.name, first, row[:count])
-                block.merge(count)
-                digested = block.digest(part.shape, first, count)
-                self._check_finite(part, K, digested.finite_R)
-                for output, row in enumerate(block.rows[K:]):
-                    write(output, part.name, first, row[:count])
+                merged = block.merge(part.shape, first, count)
+                self._check_finite(part, K, merged.finite_R)
+                for output, values in enumerate(merged.values_PxC):
+                    write(output, part.name, first, values)
                 with self._lock:
-                    lanes[part.name] += digested.lanes_Rx2
+                    lanes[part.name] += merged.lanes_Rx2
                     self.progress(count * sum(dtype.itemsize for dtype in part.kind.stored))
 
         def on_host(memory: np.ndarray) -> None:
