@@ -179,14 +179,15 @@ def block_sums(
 
 def _sums(words: Array, position: Array, dtype: Any, axes: tuple[int, ...]) -> tuple[Array, Array]:
     mixed = _mix(words ^ position)
+    carried, signs = _not_finite(words, dtype)
     # One reduction for all: several would keep `mixed`, as large as the leaf, in between.
-    *lanes, not_finite = jax.lax.reduce(
-        (mixed, mixed * (position | 1), _not_finite(words, dtype)),
+    *lanes, carried = jax.lax.reduce(
+        (mixed, mixed * (position | 1), carried),
         (jnp.uint32(0),) * 3,
         lambda one, other: (one[0] + other[0], one[1] + other[1], one[2] | other[2]),
         axes,
     )
-    return jnp.stack(lanes), not_finite
+    return jnp.stack(lanes), carried & signs
 
 
 # The bits of a value that are all ones where it is NaN or infinite, and in no other value.
@@ -199,10 +200,10 @@ _EXPONENT = {
 }
 
 
-def _not_finite(words: Array, dtype: jnp.dtype) -> Array:
-    """Words that are not 0 where one of their values is NaN or infinite."""
+def _not_finite(words: Array, dtype: jnp.dtype) -> tuple[Array, np.uint32]:
+    """Words, and the bits of them that are not 0 where one of the values is NaN or infinite."""
     if not jnp.issubdtype(dtype, jnp.floating):
-        return jnp.zeros_like(words)
+        return jnp.zeros_like(words), np.uint32(0)
     if dtype.name not in _EXPONENT:
         raise JaxmergeError(
             "the dtype is not known", expected=", ".join(_EXPONENT), found=dtype.name
@@ -210,11 +211,11 @@ def _not_finite(words: Array, dtype: jnp.dtype) -> Array:
     exponent = _EXPONENT[dtype.name]
     lowest, sign = exponent & -exponent, 1 << (8 * dtype.itemsize - 1)
     exponents, lowests, signs = (
-        jnp.uint32(sum(bits << shift for shift in range(0, 32, 8 * dtype.itemsize)))
+        np.uint32(sum(bits << shift for shift in range(0, 32, 8 * dtype.itemsize)))
         for bits in (exponent, lowest, sign)
     )
     # Added to all ones, the lowest bit carries into the place of the sign.
-    return ((words & exponents) + lowests) & signs
+    return (words & exponents) + lowests, signs
 
 
 def _words(leaf: Array) -> Array:

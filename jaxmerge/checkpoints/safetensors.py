@@ -64,13 +64,13 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
         raise JaxmergeError(
             "the file can't be read", where=str(file), found=error.strerror or str(error)
         ) from error
-    first = size - header.size
+    first, path = size - header.size, str(file)
     tensors = {
-        name: _tensor(file, name, entry, first)
+        name: _tensor(path, name, entry, first)
         for name, entry in header.entries.items()
         if name != "__metadata__"
     }
-    _check_ranges(file, tensors, first, size)
+    _check_ranges(path, tensors, first, size)
     return tensors
 
 
@@ -180,7 +180,7 @@ def _header(file: epath.Path, size: int) -> _Header:
     return _Header(entries, size - 8 - length)
 
 
-def _tensor(file: epath.Path, name: str, entry: Any, first: int) -> Tensor:
+def _tensor(file: str, name: str, entry: Any, first: int) -> Tensor:
     """A tensor as the header describes it, if dtype, shape and range are one."""
     where = f"{file}, tensor {name}"
     match entry:
@@ -209,10 +209,10 @@ def _tensor(file: epath.Path, name: str, entry: Any, first: int) -> Tensor:
             expected=f"{expected} bytes for {code}{shape}",
             found=f"data_offsets [{start}, {stop}], which are {stop - start}",
         )
-    return Tensor(str(file), DTYPES[code], tuple(shape), first + start, first + stop)
+    return Tensor(file, DTYPES[code], tuple(shape), first + start, first + stop)
 
 
-def _check_ranges(file: epath.Path, tensors: Mapping[str, Tensor], first: int, size: int) -> None:
+def _check_ranges(file: str, tensors: Mapping[str, Tensor], first: int, size: int) -> None:
     """Raises unless the tensors fill the file: the format allows neither gaps nor overlaps."""
     at = first
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][3:]):
@@ -227,7 +227,7 @@ def _check_ranges(file: epath.Path, tensors: Mapping[str, Tensor], first: int, s
     if at != size:
         raise JaxmergeError(
             "the file is cut short" if at > size else "the file goes on after the last tensor",
-            where=str(file),
+            where=file,
             expected=f"{at} bytes",
             found=f"{size} bytes",
         )

@@ -33,33 +33,30 @@ class Kind(NamedTuple):
     merged: np.dtype
     written: np.dtype
 
-    @property
-    def in_words(self) -> bool:
-        """Whether all values have as many bytes, so that they go through the merge as words."""
-        return len({dtype.itemsize for dtype in (*self.stored, self.written)}) == 1
-
-    def rows(self, outputs: int) -> Counter[np.dtype]:
-        """How many rows of each dtype a block has: one for each checkpoint and each result."""
-        return Counter(self.stored) + Counter({self.written: outputs})
+    def bits(self, dtype: np.dtype) -> np.dtype:
+        """What rows of a dtype are for the merge: words, if all values have as many bytes."""
+        alike = len({each.itemsize for each in (*self.stored, self.written)}) == 1
+        return np.dtype(np.uint32) if alike else _unsigned(dtype)
 
     def memory(self, outputs: int, size: int) -> int:
         """Bytes that a block of so many values takes, positions and results included."""
-        rows = self.rows(outputs)
-        held = sum(dtype.itemsize * count for dtype, count in rows.items())
-        result = outputs * self.written.itemsize
-        return size * (held + 4 * len(rows) + result) + 2 * len(rows) * _PAGE
+        stored = sum(dtype.itemsize for dtype in self.stored)
+        results = 2 * outputs * self.written.itemsize  # the end of a tensor is copied
+        dtypes = len({*self.stored, self.written})
+        return size * (stored + 4 * dtypes + results) + 2 * dtypes * _PAGE
 
 
 class Merged(NamedTuple):
     """What a block gives.
 
     Attributes:
-        values_PxC: the results.
+        values_PxC: the results. The next block takes their memory, if they are let go before;
+            otherwise it needs new memory, which has to be faulted in page by page.
         lanes_Rx2: what the block adds to the digests of the checkpoints and then of the results.
         finite_R: whether there is no NaN and nothing infinite in them.
     """
 
-    values_PxC: np.ndarray
+    values_PxC: Sequence[np.ndarray]
     lanes_Rx2: UInt32[np.ndarray, "R 2"]
     finite_R: np.ndarray
 
@@ -84,7 +81,8 @@ class Block:
     def __init__(
         self, kind: Kind, weights_PxK: Float[np.ndarray, "P K"], memory: np.ndarray, size: int
     ):
-        self._kind, self._weights, self.size = kind, jnp.asarray(weights_PxK, jnp.float32), size
+        self._kind, self.size = kind, size
+        self._weights = [jnp.asarray(weights_K, jnp.float32) for weights_K in weights_PxK]
         dense = len(kind.stored) > 1 and bool(np.all(weights_PxK != 0))
         counts, at = Counter(kind.stored), 0
 
@@ -102,18 +100,20 @@ class Block:
             dtype: _Positions(take((size,), np.dtype(np.uint32)), dtype)
             for dtype in {*counts, kind.written}
         }
-        placed: Counter[np.dtype] = Counter()
-        self._places: list[tuple[np.dtype, int]] = []  # of each checkpoint
-        for dtype in kind.stored:
-            self._places.append((dtype, placed[dtype]))
-            placed[dtype] += 1
+        places = [(dtype, kind.stored[:k].count(dtype)) for k, dtype in enumerate(kind.stored)]
         # Where the values of each checkpoint belong.
-        self.rows = [stored[dtype][row] for dtype, row in self._places]
-        self._program = program(kind, tuple((dtype.name, row) for dtype, row in self._places), dense)
+        self.rows = [stored[dtype][row] for dtype, row in places]
+        self._program = program(kind, tuple((dtype.name, row) for dtype, row in places), dense)
+        # Of the digests, which come dtype by dtype, and then those of the results.
+        by_dtype = [(dtype, row) for dtype, count in counts.items() for row in range(count)]
+        self._order = np.array([by_dtype.index(place) for place in places])
         self._inputs = {
-            dtype.name: self._stored[dtype].words if kind.in_words else shared(rows.view(_unsigned(dtype)))
-            for dtype, rows in stored.items()
+            dtype.name: shared(rows.view(kind.bits(dtype))) for dtype, rows in stored.items()
         }
+        bits = kind.bits(kind.written)
+        self._results = [
+            jnp.zeros((1, size * kind.written.itemsize // bits.itemsize), bits) for _ in weights_PxK
+        ]
 
     def merge(self, shape: tuple[int, ...], first: int, count: int) -> Merged:
         """Merges and digests what is in the rows.
@@ -123,24 +123,26 @@ class Block:
             first: place of the first value in the tensor, in C order.
             count: of the values.
         """
-        written = self._kind.written
         if count < self.size:
             for row in self.rows:
                 row[count:] = 0
-        made = self._program(self._inputs, self._weights)
-        values_PxB = np.asarray(made).view(written)
-        if count < self.size:  # what follows need not be +0, as digests have it
-            values_PxB = values_PxB.copy()
-            values_PxB[:, count:] = 0
-        as_made = count == self.size and made.dtype == np.uint32
-        words_PxW = made if as_made else values_PxB.view(np.uint32)
         positions = {dtype: at.set(shape, first, count) for dtype, at in self._positions.items()}
-        of_stored = {
-            dtype: _sums(rows, shape, positions[dtype]) for dtype, rows in self._stored.items()
-        }
-        of_results = _sums(_Rows(values_PxB, words_PxW), shape, positions[written])
-        sums_Rx3 = np.stack([*(of_stored[dtype][row] for dtype, row in self._places), *of_results])
-        return Merged(values_PxB[:, :count], sums_Rx3[:, :2], sums_Rx3[:, 2] == 0)
+        sums = [_sums(rows, shape, positions[dtype]) for dtype, rows in self._stored.items()]
+        of_stored = np.concatenate(sums)[self._order]
+        merged, of_results = [], []
+        for result, weights_K in enumerate(self._weights):
+            bits = self._program(self._inputs, weights_K, self._results[result])
+            self._results[result] = bits
+            values = np.asarray(bits).view(self._kind.written)
+            if count < self.size:  # what follows may be -0, and must be +0 for digests
+                values = values.copy()
+                values[:, count:] = 0
+            as_made = count == self.size and bits.dtype == np.uint32
+            rows = _Rows(values, bits if as_made else values.view(np.uint32))
+            of_results.append(_sums(rows, shape, positions[self._kind.written]))
+            merged.append(values[0, :count])
+        sums_Rx3 = np.concatenate([of_stored, *of_results])
+        return Merged(merged, sums_Rx3[:, :2], sums_Rx3[:, 2] == 0)
 
 
 def _sums(rows: _Rows, shape: tuple[int, ...], positions: Array) -> UInt32[np.ndarray, "R 3"]:
@@ -184,14 +186,14 @@ def pages(size: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, -(-size // _PAGE) * _PAGE), np.uint8)
 
 
-Program = Callable[[dict[str, Array], Array], Array]
+Program = Callable[[dict[str, Array], Array, Array], Array]
 
 
 @functools.cache
 def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Program:
-    """The compiled merge of rows: `(their bits by dtype, weights_PxK) -> bits of the results`.
+    """The compiled merge of rows: `(their bits by dtype, weights_K, old_1xW) -> bits_1xW`.
 
-    Bits are those of words of four bytes with `kind.in_words`, else those of values.
+    The third argument is a result that is not needed any more: the new one takes its memory.
 
     Args:
         kind: of the block.
@@ -199,22 +201,18 @@ def program(kind: Kind, places: tuple[tuple[str, int], ...], dense: bool) -> Pro
         dense: see `weighted_sum`.
     """
 
-    def merge(rows: dict[str, Array], weights_PxK: Array) -> Array:
+    def merge(rows: dict[str, Array], weights_K: Array, old_1xW: Array) -> Array:
         leaves = [
             [_cast(part, kind.merged) for part in _parts(rows[name][row], dtype)]
             for (name, row), dtype in zip(places, kind.stored)
         ]
-
-        def one(weights_K: Array) -> Array:
-            merged = [weighted_sum(parts, weights_K, dense=dense) for parts in zip(*leaves)]
-            return _joined([part.astype(kind.written) for part in merged])
-
-        return jax.vmap(one)(weights_PxK)
+        merged = [weighted_sum(parts, weights_K, dense=dense) for parts in zip(*leaves)]
+        return _joined([part.astype(kind.written) for part in merged])[None]
 
     # XLA may pass over a rounding to fewer bits that is followed by a widening. And it takes half
     # of the register unless told, see `digest.block_sums`.
     options = {"xla_allow_excess_precision": False, "xla_cpu_prefer_vector_width": 512}
-    return jax.jit(merge, compiler_options=options)
+    return jax.jit(merge, donate_argnums=2, keep_unused=True, compiler_options=options)
 
 
 def _parts(bits: Array, dtype: np.dtype) -> list[Array]:

@@ -105,28 +105,27 @@ class Pipeline:
         lanes = {part.name: np.zeros((K + P, 2), np.uint32) for part in parts}
         stretches = _Shared(_stretches(parts, sizes))
 
+        def merge_stretch(block: Block, part: Part, first: int, count: int) -> None:
+            for read, row in zip(self._reads, block.rows):
+                read(part.name, first, row[:count])
+            merged = block.merge(part.shape, first, count)
+            self._check_finite(part, K, merged.finite_R)
+            for output, values in enumerate(merged.values_PxC):
+                write(output, part.name, first, values)
+            with self._lock:
+                lanes[part.name] += merged.lanes_Rx2
+                self.progress(count * sum(dtype.itemsize for dtype in part.kind.stored))
+
         def work(memory: np.ndarray) -> None:
             blocks: dict[Kind, Block] = {}
-            for part, first, count in stretches:
-                if part.kind not in blocks:
-                    blocks[part.kind] = Block(part.kind, weights_PxK, memory, sizes[part.kind])
-                block = blocks[part.kind]
-                for read, row in zip(self._reads, block.rows):
-                    read(part.name, first, row[:count])
-                merged = block.merge(part.shape, first, count)
-                self._check_finite(part, K, merged.finite_R)
-                for output, values in enumerate(merged.values_PxC):
-                    write(output, part.name, first, values)
-                with self._lock:
-                    lanes[part.name] += merged.lanes_Rx2
-                    self.progress(count * sum(dtype.itemsize for dtype in part.kind.stored))
-
-        def on_host(memory: np.ndarray) -> None:
             with stretches, jax.default_device(self._device):
-                work(memory)
+                for part, first, count in stretches:
+                    if part.kind not in blocks:
+                        blocks[part.kind] = Block(part.kind, weights_PxK, memory, sizes[part.kind])
+                    merge_stretch(blocks[part.kind], part, first, count)
 
         with ThreadPoolExecutor(_WORKERS) as workers:
-            working = [workers.submit(on_host, each) for each in self._memory]
+            working = [workers.submit(work, each) for each in self._memory]
             for each in working:
                 each.result()
         return {
