@@ -10,7 +10,7 @@ from jaxmerge.merge.linear import linear
 from jaxmerge.streaming.block import Block, Kind, pages
 
 SIZE, K = 512, 3
-WEIGHTS_PxK = np.array([[0.5, -0.75, 0.125], [0.0, 1.0, 0.0]], np.float32)
+WEIGHTS_PxK = np.array([[0.5, -0.75, 0.125], [0, 1, 0], [-0.5, -0.25, -0.125]], np.float32)
 F32, BF16, F16 = (np.dtype(each) for each in ("float32", jnp.bfloat16, "float16"))
 # float8 is widened while it is read.
 WIDE = [dtype for dtype in DTYPES.values() if not dtype.name.startswith("float8")]
@@ -40,7 +40,7 @@ def _fill(block, kind, count, seed=0):
 @pytest.mark.parametrize("count", [SIZE, 78])
 @pytest.mark.parametrize("kind", [*SAME, *MIXED], ids=str)
 def test_results_and_digests(kind, count):
-    """A short block too, whose rest must not count although products with zero may be -0."""
+    """A short block too: its rest must not count, although sums of zeros may be -0."""
     block = _block(kind, WEIGHTS_PxK)
     stored = _fill(block, kind, count)
     merged = block.merge((count // 2, 2), 0, count)
