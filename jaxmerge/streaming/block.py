@@ -81,7 +81,7 @@ class Block:
     def __init__(
         self, kind: Kind, weights_PxK: Float[np.ndarray, "P K"], memory: np.ndarray, size: int
     ):
-        self._kind, self.size = kind, size
+        self.kind, self.size = kind, size
         self._weights = [jnp.asarray(weights_K, jnp.float32) for weights_K in weights_PxK]
         dense = len(kind.stored) > 1 and bool(np.all(weights_PxK != 0))
         counts, at = Counter(kind.stored), 0
@@ -127,25 +127,25 @@ class Block:
             for row in self.rows:
                 row[count:] = 0
         positions = {dtype: at.set(shape, first, count) for dtype, at in self._positions.items()}
-        sums = [_sums(rows, shape, positions[dtype]) for dtype, rows in self._stored.items()]
+        sums = [_row_sums(rows, shape, positions[dtype]) for dtype, rows in self._stored.items()]
         of_stored = np.concatenate(sums)[self._order]
         merged, of_results = [], []
         for result, weights_K in enumerate(self._weights):
             bits = self._program(self._inputs, weights_K, self._results[result])
             self._results[result] = bits
-            values = np.asarray(bits).view(self._kind.written)
+            values = np.asarray(bits).view(self.kind.written)
             if count < self.size:  # what follows may be -0, and must be +0 for digests
                 values = values.copy()
                 values[:, count:] = 0
             as_made = count == self.size and bits.dtype == np.uint32
             rows = _Rows(values, bits if as_made else values.view(np.uint32))
-            of_results.append(_sums(rows, shape, positions[self._kind.written]))
+            of_results.append(_row_sums(rows, shape, positions[self.kind.written]))
             merged.append(values[0, :count])
         sums_Rx3 = np.concatenate([of_stored, *of_results])
         return Merged(merged, sums_Rx3[:, :2], sums_Rx3[:, 2] == 0)
 
 
-def _sums(rows: _Rows, shape: tuple[int, ...], positions: Array) -> UInt32[np.ndarray, "R 3"]:
+def _row_sums(rows: _Rows, shape: tuple[int, ...], positions: Array) -> UInt32[np.ndarray, "R 3"]:
     """See `digest.block_sums`."""
     dtype = rows.values.dtype
     per_word = digest.values_per_word(shape, dtype)

@@ -117,12 +117,13 @@ class Pipeline:
                 self.progress(count * sum(dtype.itemsize for dtype in part.kind.stored))
 
         def work(memory: np.ndarray) -> None:
-            blocks: dict[Kind, Block] = {}
+            block: Block | None = None
             with stretches, jax.default_device(self._device):
                 for part, first, count in stretches:
-                    if part.kind not in blocks:
-                        blocks[part.kind] = Block(part.kind, weights_PxK, memory, sizes[part.kind])
-                    merge_stretch(blocks[part.kind], part, first, count)
+                    if block is None or block.kind != part.kind:
+                        del block  # one at a time: its results are memory too
+                        block = Block(part.kind, weights_PxK, memory, sizes[part.kind])
+                    merge_stretch(block, part, first, count)
 
         with ThreadPoolExecutor(_WORKERS) as workers:
             working = [workers.submit(work, each) for each in self._memory]
