@@ -127,7 +127,7 @@ def default() -> Config:
     # candidates are dropped before they have seen all of these; 0: none are.
     config.search.subset = 1.0
     config.search.racing = 0.0
-    config.search.finalists = 5  # with a subset: the best, scored on all examples to choose from
+    config.search.finalists = 3  # with a subset: scored on all examples, to choose the winner from
     config.search.save_seconds = 60.0  # between saves of the strategy's state
 
     config.baselines = tuple(BASELINES)  # names of jaxmerge.search.baselines.BASELINES

@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--pool", default="", help="pattern of checkpoints, if not the config's")
     parser.add_argument("--seeds", type=int, default=10, help="at least 2")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budgets", type=int, nargs="+", default=[40, 60, 80, 100])
     parser.add_argument("--subsets", type=float, nargs="+", default=[0.2, 0.125])
     parser.add_argument("--test", type=int, default=400, help="test examples of each task")
@@ -169,7 +170,7 @@ def main() -> None:
     runs: dict[str, dict[int, list[Found]]] = {
         way: {budget: [] for budget in args.budgets} for way in ways
     }
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for way, fields in ways.items():
             for budget in args.budgets:
                 config = copy.deepcopy(base)
@@ -178,7 +179,7 @@ def main() -> None:
                 workdir = args.out / f"{way}-{seed}-{budget}"
                 runs[way][budget].append(searched(config, workdir, held))
             print(seed, way, *runs[way][max(args.budgets)][-1], flush=True)
-        if seed:
+        if seed > args.first_seed:
             said = {**vars(args), "out": str(args.out), **summary(runs), "runs": runs}
             (args.out / "bench_racing.json").write_text(json.dumps(said, indent=1))
             print(table(said), flush=True)

@@ -33,8 +33,8 @@ class Economy(NamedTuple):
         slices: of the search examples; each generation is scored on those of a part.
         confidence: of the race in each generation; 0: there is none. See `racing.Race`.
         selected: of a generation, how many the strategy selects.
-        finalists: candidates that are scored on all examples at the end, those of the best
-            estimates in the later half of the generations.
+        finalists: candidates that are scored on all examples at the end: averages of those that
+            the strategy selected late, and those of the best estimates.
     """
 
     slices: Slices
@@ -157,19 +157,40 @@ def _fitness(
 def _decided(
     archive: Archive, economy: Economy, mine: Sequence[Candidate], objective: Objective
 ) -> list[Candidate]:
-    """The finalists, scored on all examples; or who has been already."""
-    standing = [one for one in mine if not one.dropped]
+    """The finalists, scored on all examples; or who has been already.
+
+    The best of many estimates owes much to chance. What the strategy selected from generation to
+    generation owes less, and in its average the errors of the estimates cancel out, as in that of
+    the iterates of a stochastic approximation (Polyak & Juditsky, SIAM J. Control 30, 1992).
+    """
     if economy.slices.parts == 1:
-        return standing
-    # Early ones are worse, and may owe a high estimate to the part that they were scored on.
-    standing = [one for one in standing if one.generation >= (mine[-1].generation + 1) // 2]
+        return [one for one in mine if not one.dropped]
+    generations = mine[-1].generation + 1
+    half, quarter = generations // 2, generations - max(1, generations // 4)
+    late = [one for one in mine if one.generation >= half]  # early ones are worse
+    standing = [one for one in late if not one.dropped]
     standing.sort(key=lambda one: (-objective.of(one.scores), one.id))
-    chosen = list({one.weights: one for one in standing}.values())[: economy.finalists]
-    requests = [
-        Request(decision(one.origin), one.name, np.array(one.weights, np.float32), one.generation)
-        for one in chosen
+    finalists = [
+        (_average(late, economy, objective, half), generations - 1),
+        (_average(late, economy, objective, quarter), generations - 1),
+        *((np.array(one.weights, np.float32), one.generation) for one in standing),
     ]
-    return archive.race(requests, economy.slices, range(len(economy.slices.places)))
+    origin, name = decision(mine[0].origin), mine[0].name
+    requests = [Request(origin, name, *finalist) for finalist in finalists]
+    chosen = list({request.key: request for request in requests}.values())[: economy.finalists]
+    return archive.race(chosen, economy.slices, range(len(economy.slices.places)))
+
+
+def _average(
+    late: Sequence[Candidate], economy: Economy, objective: Objective, first: int
+) -> Float[np.ndarray, " K"]:
+    """The mean weights of the candidates that were selected in the generations from `first` on."""
+    rows: list[tuple[float, ...]] = []
+    for generation in range(first, late[-1].generation + 1):
+        asked = [one for one in late if one.generation == generation]
+        order = np.argsort(-_fitness(asked, objective, economy), kind="stable")
+        rows += [asked[i].weights for i in order[: economy.selected]]
+    return np.mean(rows, axis=0).astype(np.float32)
 
 
 def _save(states: Path, generation: int, state: State) -> None:
