@@ -51,7 +51,7 @@ def differences(trees: Mapping[str, PyTree]) -> list[str]:
             f"{other}: leaf {name} is not in {first}" for name in found if name not in expected
         ]
         lines += [
-            f"{other}: leaf {name} is {_type(found[name])}, in {first} {_type(expected[name])}"
+            f"{other}: leaf {name} is {_said(found[name])}, in {first} {_said(expected[name])}"
             for name in expected
             if name in found and _type(found[name]) != _type(expected[name])
         ]
@@ -62,5 +62,9 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _type(leaf: Any) -> str:
+def _type(leaf: Any) -> tuple[Any, tuple[int, ...]]:
+    return leaf.dtype, leaf.shape
+
+
+def _said(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

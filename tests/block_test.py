@@ -12,6 +12,7 @@ from jaxmerge.streaming.block import Block, Kind, pages
 SIZE, K = 512, 3
 WEIGHTS_PxK = np.array([[0.5, -0.75, 0.125], [0, 1, 0], [-0.5, -0.25, -0.125]], np.float32)
 F32, BF16, F16 = (np.dtype(each) for each in ("float32", jnp.bfloat16, "float16"))
+WITHOUT_ZEROS_PxK = WEIGHTS_PxK[[0, 2]]
 # float8 is widened while it is read.
 WIDE = [dtype for dtype in DTYPES.values() if not dtype.name.startswith("float8")]
 SAME = [Kind((dtype,) * K, dtype, dtype) for dtype in WIDE]
@@ -37,16 +38,17 @@ def _fill(block, kind, count, seed=0):
     return [row[:count].copy() for row in block.rows]
 
 
+@pytest.mark.parametrize("weights_PxK", [WEIGHTS_PxK, WITHOUT_ZEROS_PxK], ids=len)
 @pytest.mark.parametrize("count", [SIZE, 78])
 @pytest.mark.parametrize("kind", [*SAME, *MIXED], ids=str)
-def test_results_and_digests(kind, count):
+def test_results_and_digests(kind, count, weights_PxK):
     """A short block too: its rest must not count, although sums of zeros may be -0."""
-    block = _block(kind, WEIGHTS_PxK)
+    block = _block(kind, weights_PxK)
     stored = _fill(block, kind, count)
     merged = block.merge((count // 2, 2), 0, count)
     trees = [{"x": jnp.asarray(each).astype(kind.merged)} for each in stored]
     expected = [
-        np.asarray(linear(trees, weights_K)["x"].astype(kind.written)) for weights_K in WEIGHTS_PxK
+        np.asarray(linear(trees, weights_K)["x"].astype(kind.written)) for weights_K in weights_PxK
     ]
     for ours, theirs in zip(merged.values_PxC, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -55,6 +57,30 @@ def test_results_and_digests(kind, count):
     found = [digest.checksum(lanes) for lanes in merged.lanes_Rx2]
     assert found == [each.checksum for each in digest.digests(leaves).values()]
     assert merged.finite_R.all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("weights_PxK", [WEIGHTS_PxK, WITHOUT_ZEROS_PxK], ids=len)
+@pytest.mark.parametrize("kind", [*SAME[:4], *MIXED], ids=str)
+def test_what_is_not_finite(kind, weights_PxK, value):
+    block, floating = _block(kind, weights_PxK), jnp.issubdtype(kind.merged, jnp.floating)
+    for k in range(K):
+        _fill(block, kind, SIZE)
+        if floating:
+            block.rows[k][-1] = value
+        finite_R = block.merge((SIZE,), 0, SIZE).finite_R
+        reached_P = weights_PxK[:, k] != 0
+        expected_R = ~np.concatenate([np.arange(K) == k, reached_P]) | (not floating)
+        assert finite_R.tolist() == expected_R.tolist()
+
+
+def test_results_that_are_too_large():
+    """The checkpoints are finite, and a result is not."""
+    kind = Kind((F32,) * K, F32, F16)
+    block = _block(kind, WITHOUT_ZEROS_PxK)
+    _fill(block, kind, SIZE)
+    block.rows[0][3] = 1e6
+    assert block.merge((SIZE,), 0, SIZE).finite_R.tolist() == [True] * K + [False] * 2
 
 
 def test_results_that_are_still_held_stay_as_they_are():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,21 +106,31 @@ def positions(
     shape: tuple[int, ...], dtype: np.dtype, first: int, out: UInt32[np.ndarray, " W"]
 ) -> None:
     """Sets out[:] to the positions of a leaf's words in C order, from word `first` on."""
-    *rows, last = _hashes(shape, dtype) or (np.zeros(1, np.uint32),)
+    *axes, last = _hashes(shape, dtype) or (np.zeros(1, np.uint32),)
     width = len(last)
-    start, stop = first // width, -(-(first + out.size) // width)
-    of_row = np.zeros(stop - start, np.uint32)
-    if rows:
-        places = np.unravel_index(np.arange(start, stop), [len(row) for row in rows])
-        for hashed, place in zip(rows, places):
-            of_row += hashed[place]
+    start = first // width
+    of_row = _of_rows(axes, start, -(-(first + out.size) // width))
     begin = first - start * width
     head = min(-first % width, out.size)
     tail = head + (out.size - head) // width * width
-    np.add(last[begin : begin + head], of_row[0], out=out[:head])
     middle = out[head:tail].reshape(-1, width)
     np.add(of_row[bool(head) :][: len(middle), None], last, out=middle)
-    np.add(last[: out.size - tail], of_row[-1], out=out[tail:])
+    if head:
+        np.add(last[begin : begin + head], of_row[0], out=out[:head])
+    if tail < out.size:
+        np.add(last[: out.size - tail], of_row[-1], out=out[tail:])
+
+
+def _of_rows(axes: Sequence[np.ndarray], start: int, stop: int) -> UInt32[np.ndarray, " _"]:
+    """The sums of the hashes of places [start, stop) of some axes, in C order."""
+    if len(axes) == 1:
+        return axes[0][start:stop]
+    of_row = np.zeros(stop - start, np.uint32)
+    if axes:
+        places = np.unravel_index(np.arange(start, stop), [len(axis) for axis in axes])
+        for hashed, place in zip(axes, places):
+            of_row += hashed[place]
+    return of_row
 
 
 @functools.cache

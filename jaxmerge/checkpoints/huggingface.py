@@ -73,6 +73,7 @@ def describe(
         architecture=checkpoint.architecture,
         checksums={},
         directory=str(path),
+        tensors=checkpoint.tensors,
     )
 
 

@@ -82,10 +82,12 @@ def parse_json(text: bytes, where: str) -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise JaxmergeError(f"{', '.join(twice)} is there twice", where=where)
-        return dict(pairs)
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            count = Counter(key for key, _ in pairs)
+            twice = ", ".join(key for key in made if count[key] > 1)
+            raise JaxmergeError(f"{twice} is there twice", where=where)
+        return made
 
     try:
         return json.loads(text.decode(), object_pairs_hook=unique)
@@ -123,11 +125,15 @@ class OpenFiles:
             os.close(self._descriptors.popitem()[1])
 
     def _pread(self, file: str, start: int, view: memoryview) -> int:
+        descriptor = self._descriptors.get(file)
+        return _pread_from(self._open(file) if descriptor is None else descriptor, start, view)
+
+    def _open(self, file: str) -> int:
         with self._opening:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
                 _read_ahead(self._descriptors[file])
-        return _pread_from(self._descriptors[file], start, view)
+        return self._descriptors[file]
 
 
 def write_at(descriptor: int, start: int, values: np.ndarray) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxmerge.checkpoints.safetensors import Tensor
 from jaxmerge.trees import PyTree
 
 
@@ -21,6 +23,7 @@ class Source(NamedTuple):
         checksums: per leaf name, written when it was saved; {} where it was saved by others.
         directory: where the Hugging Face config and tokenizer files are; "" where there are none.
         base: the checkpoint that an adapter is laid upon; "" for a whole model.
+        tensors: where each tensor of a Hugging Face directory lies; {} for other formats.
     """
 
     name: str
@@ -32,3 +35,4 @@ class Source(NamedTuple):
     checksums: Mapping[str, str]
     directory: str = ""
     base: str = ""
+    tensors: Mapping[str, Tensor] = MappingProxyType({})

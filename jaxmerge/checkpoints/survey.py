@@ -135,10 +135,11 @@ def _check_alike(sources: Sequence[Source], dtype: str) -> None:
 
 def _differences(sources: Sequence[Source], dtype: str) -> list[str]:
     def cast(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        floating = dtype and jnp.issubdtype(leaf.dtype, jnp.floating)
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
 
-    lines = differences({source.name: jax.tree.map(cast, source.abstract) for source in sources})
+    trees = {source.name: source.abstract for source in sources}
+    lines = differences(jax.tree.map(cast, trees) if dtype else trees)
     first = sources[0]
     return lines + [
         f"{source.name}: architecture {key} is {source.architecture.get(key)!r}, "

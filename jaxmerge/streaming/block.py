@@ -83,7 +83,7 @@ class Block:
     ):
         self.kind, self.size = kind, size
         self._weights = [jnp.asarray(weights_K, jnp.float32) for weights_K in weights_PxK]
-        dense = len(kind.stored) > 1 and bool(np.all(weights_PxK != 0))
+        dense = self._dense = len(kind.stored) > 1 and bool(np.all(weights_PxK != 0))
         counts, at = Counter(kind.stored), 0
 
         def take(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -127,7 +127,11 @@ class Block:
             for row in self.rows:
                 row[count:] = 0
         positions = {dtype: at.set(shape, first, count) for dtype, at in self._positions.items()}
-        sums = [_row_sums(rows, shape, positions[dtype]) for dtype, rows in self._stored.items()]
+        # Of what is not finite nothing finite is made if all weights count: then the results tell.
+        sums = [
+            _row_sums(rows, shape, positions[dtype], look=not self._dense)
+            for dtype, rows in self._stored.items()
+        ]
         of_stored = np.concatenate(sums)[self._order]
         merged, of_results = [], []
         for result, weights_K in enumerate(self._weights):
@@ -139,19 +143,28 @@ class Block:
                 values[:, count:] = 0
             as_made = count == self.size and bits.dtype == np.uint32
             rows = _Rows(values, bits if as_made else values.view(np.uint32))
-            of_results.append(_row_sums(rows, shape, positions[self.kind.written]))
+            of_results.append(_row_sums(rows, shape, positions[self.kind.written], look=True))
             merged.append(values[0, :count])
         sums_Rx3 = np.concatenate([of_stored, *of_results])
-        return Merged(merged, sums_Rx3[:, :2], sums_Rx3[:, 2] == 0)
+        finite_R = sums_Rx3[:, 2] == 0
+        if self._dense and not finite_R.all():
+            finite_R[: len(self.rows)] = [_finite(row) for row in self.rows]
+        return Merged(merged, sums_Rx3[:, :2], finite_R)
 
 
-def _row_sums(rows: _Rows, shape: tuple[int, ...], positions: Array) -> UInt32[np.ndarray, "R 3"]:
-    """See `digest.block_sums`."""
+def _finite(row: np.ndarray) -> bool:
+    return not jnp.issubdtype(row.dtype, jnp.floating) or bool(np.isfinite(row).all())
+
+
+def _row_sums(
+    rows: _Rows, shape: tuple[int, ...], positions: Array, *, look: bool
+) -> UInt32[np.ndarray, "R 3"]:
+    """See `digest.block_sums`; `look` for values that are not finite."""
     dtype = rows.values.dtype
     per_word = digest.values_per_word(shape, dtype)
     whole = per_word * dtype.itemsize == 4
     words = rows.words if whole else digest.words(rows.values, per_word)
-    return np.asarray(digest.block_sums(words, positions, dtype))
+    return np.asarray(digest.block_sums(words, positions, dtype if look else np.dtype(np.uint32)))
 
 
 class _Positions:
@@ -166,7 +179,8 @@ class _Positions:
         per_word = digest.values_per_word(shape, self._dtype)
         used, size = -(-count // per_word), self._memory.size // per_word
         digest.positions(shape, self._dtype, first // per_word, self._memory[:used])
-        self._memory[used:size] = 0
+        if used < size:
+            self._memory[used:size] = 0
         if per_word not in self._on_device:
             self._on_device[per_word] = shared(self._memory[:size])
         return self._on_device[per_word]

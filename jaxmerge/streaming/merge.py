@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 
 from jaxmerge.checkpoints import directory, huggingface
 from jaxmerge.checkpoints.digest import LeafDigest
 from jaxmerge.checkpoints.huggingface import WeightsFile
 from jaxmerge.checkpoints.pool import Record, check_values, record
-from jaxmerge.checkpoints.safetensors import OpenFiles, Tensor
+from jaxmerge.checkpoints.safetensors import OpenFiles
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.rundir import RunDirectory
@@ -41,7 +40,6 @@ class Plan(NamedTuple):
     """What is to be read and written."""
 
     sources: tuple[Source, ...]
-    tensors: tuple[dict[str, Tensor], ...]  # of each checkpoint
     kinds: dict[str, Kind]
     files: list[WeightsFile]
 
@@ -61,7 +59,7 @@ def plan(
     dtype: str = "",
     shard_bytes: int = 5 * 10**9,
 ) -> Plan:
-    """Looks at the headers of the checkpoints, and lays out the files of their merges.
+    """Lays out the files of the merges, from what is known of the checkpoints.
 
     Args:
         sources: Hugging Face directories, from `survey.survey` with `by_tensor`.
@@ -76,13 +74,7 @@ def plan(
         name: jax.ShapeDtypeStruct(leaf.shape, of_tensor[name].written)
         for name, leaf in leaves[0].items()
     }
-    read = [directory.read(epath.Path(source.path), by_tensor=True) for source in sources]
-    return Plan(
-        tuple(sources),
-        tuple(dict(checkpoint.tensors) for checkpoint in read),
-        of_tensor,
-        huggingface.split(written, shard_bytes),
-    )
+    return Plan(tuple(sources), of_tensor, huggingface.split(written, shard_bytes))
 
 
 def merge(
@@ -116,14 +108,14 @@ def merge(
             can't be averaged differs; a merge that is there is not what was written, or was made of
             other files.
     """
-    finished = Finished(run, plan.tensors, [output.path for output in outputs])
+    tensors = [source.tensors for source in plan.sources]
+    finished = Finished(run, tensors, [output.path for output in outputs])
     for output in outputs:
         if output.path.exists():
             finished.check_inputs(output.path)
     files = OpenFiles()
     reads = [
-        functools.partial(directory.read_values, tensors, read=files.read_into)
-        for tensors in plan.tensors
+        functools.partial(directory.read_values, each, read=files.read_into) for each in tensors
     ]
     paths = [source.path for source in plan.sources]
     pipeline = Pipeline(reads, paths, memory_bytes=memory_bytes, progress=progress)
