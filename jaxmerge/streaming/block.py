@@ -125,7 +125,7 @@ class Block:
         """
         if count < self.size:
             for row in self.rows:
-                row[count:] = 0
+                _clear(row[count:])
         positions = {dtype: at.set(shape, first, count) for dtype, at in self._positions.items()}
         # Of what is not finite nothing finite is made if all weights count: then the results tell.
         sums = [
@@ -140,7 +140,7 @@ class Block:
             values = np.asarray(bits).view(self.kind.written)
             if count < self.size:  # what follows may be -0, and must be +0 for digests
                 values = values.copy()
-                values[:, count:] = 0
+                _clear(values[0, count:])
             as_made = count == self.size and bits.dtype == np.uint32
             rows = _Rows(values, bits if as_made else values.view(np.uint32))
             of_results.append(_row_sums(rows, shape, positions[self.kind.written], look=True))
@@ -150,6 +150,11 @@ class Block:
         if self._dense and not finite_R.all():
             finite_R[: len(self.rows)] = [_finite(row) for row in self.rows]
         return Merged(merged, sums_Rx3[:, :2], finite_R)
+
+
+def _clear(values: np.ndarray) -> None:
+    """Sets contiguous values to 0, as bytes: NumPy sets values of bfloat16 one by one."""
+    values.view(np.uint8)[:] = 0
 
 
 def _finite(row: np.ndarray) -> bool:
