@@ -100,7 +100,7 @@ def economy(
         return None
     racing = bool(search.racing)
     parts = slices(individuals, subset=search.subset, racing=racing, seed=config.seed)
-    return Economy(parts, search.racing, population // 2, search.finalists)
+    return Economy(parts, search.racing, max(1, population // 2), search.finalists)
 
 
 def evaluations(config: Config, checkpoints: int) -> dict[str, int]:

@@ -138,8 +138,12 @@ def _differences(sources: Sequence[Source], dtype: str) -> list[str]:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
 
-    trees = {source.name: source.abstract for source in sources}
-    lines = differences(jax.tree.map(cast, trees) if dtype else trees)
+    lines = differences(
+        {
+            source.name: jax.tree.map(cast, source.abstract) if dtype else source.abstract
+            for source in sources
+        }
+    )
     first = sources[0]
     return lines + [
         f"{source.name}: architecture {key} is {source.architecture.get(key)!r}, "
