@@ -26,20 +26,38 @@ _BLOCK = 2**18
 _C = """
 #include <stdint.h>
 #include <immintrin.h>
-/* out = sum_k w_k x_k in float32, one product and one sum after the other, rounded to even */
-void merge(const uint16_t **x, const float *w, int count, uint16_t *out, long begin, long end) {
-  for (long i = begin; i < end; i += 16) {
-    __m512 total = _mm512_set1_ps(-0.0f);
-    for (int k = 0; k < count; k++) {
-      __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x[k] + i)));
-      __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-      __m512 product = _mm512_mul_ps(_mm512_set1_ps(w[k]), value);
-      total = _mm512_add_round_ps(total, product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+/* out_p = sum_k w_pk x_k in float32, one product and one sum after the other, rounded to even;
+   each of the K values is read and widened once for all merges, 32 places at a time */
+static inline __m512 widened(const uint16_t *x) {
+  __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+static inline __m512 plus(__m512 total, __m512 product) {
+  return _mm512_add_round_ps(total, product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline void store(uint16_t *out, __m512 total) {
+  __m512i bits = _mm512_castps_si512(total);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+}
+void merge(const uint16_t **x, const float *w, uint16_t **out, int merges, long size) {
+  for (long i = 0; i < size; i += 32) {
+    __m512 one[K], other[K];
+    for (int k = 0; k < K; k++) {
+      one[k] = widened(x[k] + i);
+      other[k] = widened(x[k] + i + 16);
     }
-    __m512i bits = _mm512_castps_si512(total);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    _mm256_storeu_si256((__m256i *)(out + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    for (int p = 0; p < merges; p++) {
+      __m512 first = _mm512_set1_ps(-0.0f), second = first;
+      for (int k = 0; k < K; k++) {
+        __m512 weight = _mm512_set1_ps(w[p * K + k]);
+        first = plus(first, _mm512_mul_ps(weight, one[k]));
+        second = plus(second, _mm512_mul_ps(weight, other[k]));
+      }
+      store(out[p] + i, first);
+      store(out[p] + i + 16, second);
+    }
   }
 }
 """
@@ -66,7 +84,7 @@ class Kernels:
         self._program = program(
             kind, tuple(("bfloat16", k) for k in range(checkpoints)), dense=True
         )
-        self.library = _compiled(directory)
+        self.library = _compiled(directory, checkpoints)
 
     def xla(self, merges: int) -> float:
         """Seconds of so many merges at a time, results copied out as the writer does."""
@@ -82,26 +100,28 @@ class Kernels:
 
         return self._all_blocks(one)
 
-    def c(self) -> float:
-        """Seconds of the loop in C, where there is one."""
+    def c(self, merges: int) -> float:
+        """Seconds of the same by the loop in C, where there is one."""
         library = self.library
         assert library
-        weights = self._weights[0].ctypes.data_as(ctypes.c_void_p)
+        weights = self._weights.ctypes.data_as(ctypes.c_void_p)
         K = self._rows.shape[1]
 
         def one(number: int) -> None:
             rows = (ctypes.c_void_p * K)(*(row.ctypes.data for row in self._rows[number]))
-            out = self._out[1, number].ctypes.data_as(ctypes.c_void_p)
-            library.merge(rows, weights, K, out, ctypes.c_long(0), ctypes.c_long(_BLOCK))
+            results = self._out[:merges, number]
+            out = (ctypes.c_void_p * merges)(*(result.ctypes.data for result in results))
+            library.merge(rows, weights, out, merges, ctypes.c_long(_BLOCK))
 
         return self._all_blocks(one)
 
     def agree(self) -> bool:
-        """Whether both give the same bits."""
-        self.c()
-        expected = self._out[1].tobytes()
-        self.xla(1)
-        return self._out[0].tobytes() == expected
+        """Whether both give the same bits, for all merges."""
+        self.c(len(self._weights))
+        expected = self._out.tobytes()
+        self._out[:] = 0
+        self.xla(len(self._weights))
+        return self._out.tobytes() == expected
 
     def _all_blocks(self, one: Callable[[int], None]) -> float:
         with ThreadPoolExecutor(_CORES) as threads:
@@ -136,12 +156,19 @@ class Population:
         return seconds(step)
 
 
-def _compiled(directory: Path) -> ctypes.CDLL | None:
+def _compiled(directory: Path, checkpoints: int) -> ctypes.CDLL | None:
     if not shutil.which("gcc") or "avx512bw" not in Path("/proc/cpuinfo").read_text():
         return None
     source, library = directory / "merge.c", directory / "merge.so"
     source.write_text(_C)
-    options = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+    options = [
+        "-O3",
+        "-march=native",
+        "-ffp-contract=off",
+        "-shared",
+        "-fPIC",
+        f"-DK={checkpoints}",
+    ]
     subprocess.run(["gcc", *options, source, "-o", library], check=True)
     return ctypes.CDLL(str(library))
 

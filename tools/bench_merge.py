@@ -11,7 +11,7 @@ environment with mergekit beside them. What is measured, from a warm page cache:
 - `limit`: the inputs through plain reads, by as many threads as there are cores, and then the
   output through plain writes and fsync.
 - `kernel`: the merge of eight checkpoints in memory, block after block by all cores, and the same
-  by a loop in C, where there is a gcc. `kernel P=16`: sixteen merges at a time.
+  by a loop in C, where there is a gcc. `kernel P=16` and `C, P=16`: sixteen merges at a time.
 - `population`: what a search's step does with a pool in memory, by one thread.
 
 Peak memory is the kernel's high-water mark of the command's process, also with twice as many
@@ -295,7 +295,8 @@ def main() -> None:
         "population P=16": lambda: population(16),
     }
     if kernels.library:
-        timed["kernel in C"] = kernels.c
+        timed["kernel in C"] = lambda: kernels.c(1)
+        timed["C, P=16"] = lambda: kernels.c(16)
     if not args.no_mergekit:
         commands = install_mergekit(directory)
         timed["mergekit"] = lambda: run_mergekit(commands, models, directory)
@@ -331,6 +332,7 @@ def report(
         "jaxmerge work / limit": ("jaxmerge work", "limit"),
         "C / kernel": ("kernel in C", "kernel"),
         "kernel P=16 / P=1": ("kernel P=16", "kernel"),
+        "C, P=16 / P=1": ("C, P=16", "kernel in C"),
         "population P=16 / P=1": ("population P=16", "population P=1"),
     }
     for name, (one, other) in ratios.items():
