@@ -1,6 +1,6 @@
 """Search for the linear combination of checkpoints that beats all of them, on JAX.
 
-The command line is `python -m jaxmerge.run --help`. From Python, the names below are what there is;
+The command line is `jaxmerge --help`. From Python, the names below are what there is;
 each is imported when it is first used, so that `import jaxmerge` is quick and starts nothing.
 
 Letters in names of arrays are dimensions, as in `weights_PxK`:
@@ -19,23 +19,23 @@ from typing import Any
 
 _HOME = {  # public name -> module; none is the name of a module of the package
     "Archive": "search.archive",
-    "Bytes": "tokenizer",
+    "Bytes": "evaluation.tokenizer",
     "Candidate": "rundir",
     "DecoderConfig": "models.architecture",
-    "Evaluator": "evaluate",
+    "Evaluator": "evaluation.evaluator",
     "Example": "tasks.common",
     "JaxmergeError": "errors",
     "Model": "models.model",
-    "Objective": "objective",
+    "Objective": "scores.objective",
     "Pool": "checkpoints.pool",
-    "Pretrained": "tokenizer",
+    "Pretrained": "evaluation.tokenizer",
     "RunDirectory": "rundir",
     "Task": "tasks.common",
     "build_task": "tasks:build",
     "decoder": "models.decoder",
-    "define_objective": "objective:define",
+    "define_objective": "scores.objective:define",
     "evosax": "search.strategies",
-    "export_merge": "export:export",
+    "export_merge": "checkpoints.export:export",
     "from_apply": "models.model",
     "linear": "merge.linear",
     "load_pool": "checkpoints.pool:load",

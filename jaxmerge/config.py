@@ -14,18 +14,19 @@ from typing import Any
 
 import ml_collections
 
-from jaxmerge import export, space, tensorboard
-from jaxmerge.checkpoints.pool import RESIDENCIES, STORAGES
+from jaxmerge import tasks
+from jaxmerge.checkpoints import export, pool
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.objective import Objective, define
-from jaxmerge.search.baselines import BASELINES
-from jaxmerge.search.strategies import BY_RANK
-from jaxmerge.tasks import TASKS
+from jaxmerge.evaluation import batches
+from jaxmerge.report import tensorboard
+from jaxmerge.scores.objective import Objective, define
+from jaxmerge.search import baselines, racing, space
 
 # A locked ml_collections.ConfigDict; its fields, made at run time, are unknown to type checkers.
 Config = Any
 
 
+# Longer than a screen: it is the list of all fields, without logic, where users look them up.
 def default() -> Config:
     """The config with every field at its default; locked, so that a misspelt field is refused."""
     config: Config = ml_collections.ConfigDict()
@@ -85,7 +86,7 @@ def default() -> Config:
     config.objective.tasks = ()  # names: of jaxmerge.tasks.TASKS, or of fields of `tasks` below
     # What is maximised: mean; weighted (mean, by `weights`); worst (the minimum over tasks);
     # normalised (mean gain over the pool's best, in units of the pool's range on the task);
-    # chebyshev (distance to the pool's best of each task, negated). See jaxmerge.objective.
+    # chebyshev (distance to the pool's best of each task, negated). See jaxmerge.scores.objective.
     config.objective.aggregate = "mean"
     # One positive number per task, normalised to sum 1: for weighted; chebyshev may have them.
     config.objective.weights = ()
@@ -103,7 +104,7 @@ def default() -> Config:
     # or several such tuples, for as many merges in one pass over the checkpoints.
     config.merge.weights = ()
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
-    config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time; see BUILD.md
+    config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time
     # For a search whose pool leaves no room for one merged model: a layer's weights are merged when
     # the model comes to it, in each pass, so for each token written: K times the bytes are read.
     # The scores are the same. The pool is on the device, and the model the package's decoder, or
@@ -111,8 +112,11 @@ def default() -> Config:
     config.merge.rematerialise = False
 
     config.space = ml_collections.ConfigDict()
-    config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.space
-    config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of jaxmerge.space
+    config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.search.space
+    config.space.bounds = (
+        -8.0,
+        8.0,
+    )  # genotypes are clipped to these, in units of jaxmerge.search.space
 
     config.search = ml_collections.ConfigDict()
     config.search.strategy = "CMA_ES"  # any name in evosax.algorithms
@@ -130,10 +134,10 @@ def default() -> Config:
     config.search.finalists = 3  # with a subset: scored on all examples, to choose the winner from
     config.search.save_seconds = 60.0  # between saves of the strategy's state
 
-    config.baselines = tuple(BASELINES)  # names of jaxmerge.search.baselines.BASELINES
+    config.baselines = tuple(baselines.BASELINES)  # names of jaxmerge.search.baselines.BASELINES
 
-    # What is made of the winner after it was tested; see jaxmerge.analyses. Two more take no
-    # evaluations, and are always there: the share of weights that are not 0, weight against score.
+    # What is made of the winner after it was tested; see jaxmerge.experiment.analyses. Two more are
+    # always there, without evaluations: the share of weights that are not 0, weight against score.
     config.analyses = ml_collections.ConfigDict()
     config.analyses.leave_one_out = True  # at most K evaluations of the test examples
     # At most one evaluation of the test examples, held-out ones too, for each pair of tasks.
@@ -185,106 +189,25 @@ def check(config: Config) -> None:
         JaxmergeError: names the field.
     """
     check_pool(config)
-    check_tasks(config)
+    check_evaluation(config)
     if config.tensorboard:
         tensorboard.package()
-    if config.merge.rematerialise and config.pool.storage != "exact":
-        raise JaxmergeError(
-            "layers are merged late from exact checkpoints only",
-            where="merge.rematerialise",
-            expected='pool.storage = "exact"',
-            found=config.pool.storage,
-        )
-    if config.merge.rematerialise and config.pool.residency not in ("device", "auto"):
-        raise JaxmergeError(
-            "layers are merged late from a pool on the device only",
-            where="merge.rematerialise",
-            expected='pool.residency = "device"',
-            found=config.pool.residency,
-        )
+    if config.merge.rematerialise:
+        pool.check_rematerialise(config.pool.residency, config.pool.storage)
     space.check(config.space.constraint, config.space.bounds)
-    _check_economy(config)
-    unknown = [name for name in config.baselines if name not in BASELINES]
-    if unknown:
-        raise JaxmergeError(
-            "unknown baseline", where="baselines", expected=", ".join(BASELINES), found=unknown[0]
-        )
-
-
-def _check_economy(config: Config) -> None:
     search = config.search
-    for name, right, expected in (
-        ("subset", 0 < search.subset <= 1, "above 0, at most 1"),
-        ("racing", 0 <= search.racing < 1, "at least 0, below 1"),
-        ("finalists", search.finalists >= 1, "at least 1"),
-    ):
-        if not right:
-            raise JaxmergeError(
-                "out of range",
-                where=f"search.{name}",
-                expected=expected,
-                found=str(search[name]),
-            )
-    if search.racing and search.strategy not in BY_RANK:
-        raise JaxmergeError(
-            "a race needs a strategy that moves by the ranks of the better half of a generation",
-            where="search.racing",
-            expected=f"0, or search.strategy one of {', '.join(BY_RANK)}",
-            found=search.strategy,
-        )
+    racing.check(search.subset, search.racing, search.finalists, search.strategy)
+    baselines.check(config.baselines)
 
 
-def check_tasks(config: Config) -> None:
+def check_evaluation(config: Config) -> None:
     """The part of `check` that an evaluation of checkpoints needs too."""
     objective(config)
-    both = set(config.objective.tasks) & set(config.heldout)
-    if both:
-        raise JaxmergeError(
-            "a held-out task must not steer the search", where="heldout", found=", ".join(both)
-        )
-    for name in (*config.objective.tasks, *config.heldout):
-        if name == "objective":  # the key of their aggregate in results.json
-            raise JaxmergeError("a task can't have this name", where="tasks", found=name)
-        if name not in TASKS and not config.tasks.get(name, {}).get("builder"):
-            raise JaxmergeError(
-                "unknown task",
-                where="objective.tasks and heldout",
-                expected=f"one of {', '.join(TASKS)}, or a field of `tasks` with a builder",
-                found=name,
-            )
-    for section, name, choices in (
-        ("pool", "residency", ("auto", *RESIDENCIES)),
-        ("pool", "storage", STORAGES),
-        ("evaluate", "too_long", ("refuse", "truncate")),
-    ):
-        if config[section][name] not in choices:
-            raise JaxmergeError(
-                "unknown choice",
-                where=f"{section}.{name}",
-                expected=", ".join(choices),
-                found=str(config[section][name]),
-            )
-    if config.pool.storage != "exact" and config.pool.residency != "device":
-        raise JaxmergeError(
-            "differences in a few bits are merged on the devices",
-            where="pool.storage",
-            expected='"exact", or pool.residency = "device"',
-            found=f"{config.pool.storage} with pool.residency = {config.pool.residency}",
-        )
-    for section, name, least in (
-        ("evaluate", "candidates_per_step", 0),
-        ("evaluate", "batch_size", 0),
-        ("evaluate", "batch_tokens", 0),
-        ("evaluate", "context", 0),
-        ("objective", "search_examples", 1),
-        ("objective", "test_examples", 1),
-    ):
-        if config[section][name] < least:
-            raise JaxmergeError(
-                f"must be at least {least}",
-                where=f"{section}.{name}",
-                found=str(config[section][name]),
-            )
+    builders = {name: config.tasks[name].get("builder", "") for name in config.tasks}
+    sizes = config.objective.search_examples, config.objective.test_examples
+    tasks.check(config.objective.tasks, config.heldout, builders, *sizes)
+    pool.check(config.pool.residency, config.pool.storage)
+    batches.check(**{name: config.evaluate[name] for name in batches.FIELDS})
 
 
 def check_pool(config: Config) -> None:
@@ -298,7 +221,7 @@ def objective(config: Config) -> Objective:
     """What the config maximises.
 
     Raises:
-        JaxmergeError: names the field, as `jaxmerge.objective.define` does.
+        JaxmergeError: names the field, as `jaxmerge.scores.objective.define` does.
     """
     fields = config.objective
     return define(fields.tasks, [float(weight) for weight in fields.weights], fields.aggregate)

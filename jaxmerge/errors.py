@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class JaxmergeError(Exception):
     """A mistake in the input, told so that the reader can mend it.
@@ -21,3 +23,17 @@ class JaxmergeError(Exception):
         if found:
             lines.append(f"  found:    {found}")
         super().__init__("\n".join(lines))
+
+
+def check_choice(where: str, value: str, choices: Sequence[str]) -> None:
+    """Raises `JaxmergeError`, which names the field, unless the value is one of the choices."""
+    if value not in choices:
+        raise JaxmergeError(
+            "unknown choice", where=where, expected=", ".join(choices), found=str(value)
+        )
+
+
+def check_least(where: str, value: int, least: int) -> None:
+    """Raises `JaxmergeError`, which names the field, for a value below the least there can be."""
+    if value < least:
+        raise JaxmergeError(f"must be at least {least}", where=where, found=str(value))

@@ -19,22 +19,22 @@ from typing import Any
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jaxmerge.batches import Limits
 from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.pool import load
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import FORMATS
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.batches import Limits
+from jaxmerge.evaluation.respond import Responder
+from jaxmerge.evaluation.tokenizer import Bytes, Pretrained, Tokenizer, is_in
 from jaxmerge.merge import linear
 from jaxmerge.models import families
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model
-from jaxmerge.requests import Likelihood, Request, Rolling
-from jaxmerge.respond import Responder
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.lm_eval_instances import answer, generate, text_prompt
-from jaxmerge.tokenizer import Bytes, Pretrained, Tokenizer, is_in
+from jaxmerge.tasks.requests import Likelihood, Request, Rolling
 
 try:
     from lm_eval.api.model import LM

@@ -30,11 +30,15 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from jaxmerge import command_line
 from jaxmerge import config as configs
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.tokenizer import Bytes, Tokenizer
+from jaxmerge.experiment import command_line
+from jaxmerge.experiment.budget import evaluations
+from jaxmerge.experiment.build import build_limits, build_model, build_task, build_tokenizer
+from jaxmerge.experiment.sources import find_checkpoints, huggingface_directory, start_jax
 from jaxmerge.models.model import Model
 from jaxmerge.planning import chips, layouts
 from jaxmerge.planning.chips import CHIPS, DEVICE_KINDS, THIS, Topology
@@ -45,12 +49,8 @@ from jaxmerge.planning.layouts import Job, Layout, Machine, Plan, draw_up
 from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import AUTO, RESIDENCIES, Room
 from jaxmerge.planning.work import cast
-from jaxmerge.prepare import build_limits, build_model, build_task, build_tokenizer
 from jaxmerge.search.strategies import default_population
-from jaxmerge.searches import evaluations
-from jaxmerge.sources import find_checkpoints, huggingface_directory, start_jax
 from jaxmerge.tasks.common import Task
-from jaxmerge.tokenizer import Bytes, Tokenizer
 from jaxmerge.trees import PyTree
 
 _ABSENT = Source("", "", "", {}, "", {}, {})  # a checkpoint that is not at hand says nothing

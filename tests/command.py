@@ -9,10 +9,10 @@ ROOT = Path(__file__).parents[1]
 
 CONFIG_FILE = """
 from jaxmerge import config as configs
-from tests.run_test import _tiny
+from tests import tiny
 
 def get_config():
-    config = _tiny(configs.default(), {pool!r})
+    config = tiny.run_config(configs.default(), {pool!r})
     config.mesh.pop = config.mesh.cpu_devices = 2
     config.compilation_cache = {cache!r}
     {change}

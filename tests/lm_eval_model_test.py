@@ -21,21 +21,21 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import jaxmerge
-from jaxmerge.batches import Limits
 from jaxmerge.checkpoints import huggingface, orbax
 from jaxmerge.checkpoints.pool import load
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluate import Evaluator
+from jaxmerge.evaluation.batches import Limits
+from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.tokenizer import Pretrained
 from jaxmerge.lm_eval_model import JaxmergeLM
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.lm_eval import lm_eval as build
-from jaxmerge.tokenizer import Pretrained
 from tests import tiny
 from tests.huggingface_models import VOCAB
 from tests.huggingface_models import tiny as tiny_model
-from tests.lm_eval_tasks import KINDS, WORDS, write
+from tests.tasks.lm_eval_tasks import KINDS, WORDS, write
 
 hugging_face: Any = HFLM
 BOS, EOS = 1, 2

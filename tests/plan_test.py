@@ -14,6 +14,7 @@ import pytest
 from jaxmerge import config as configs
 from jaxmerge import plan as plans
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment.prepare import prepare
 from jaxmerge.plan import Answer, job_of, layout_of, plan
 from jaxmerge.planning import chips, estimate, layouts, work
 from jaxmerge.planning.compiled import Program, absent_devices
@@ -21,7 +22,6 @@ from jaxmerge.planning.estimate import Rates
 from jaxmerge.planning.layouts import Layout, Machine, draw_up
 from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import Room
-from jaxmerge.prepare import prepare
 from jaxmerge.sharding import make_mesh
 from jaxmerge.trees import byte_count
 from tests import tiny
@@ -171,7 +171,7 @@ def test_the_smallest_change_is_found(config, small):
 @pytest.mark.slow
 def test_evaluations_are_those_of_a_run(config, tmp_path):
     """Every candidate that a run scores was planned, split by split."""
-    from jaxmerge.run import run
+    from jaxmerge.experiment.search import search as run
 
     config = config.copy_and_resolve_references()
     config.search.population, config.search.budget = 4, 14
@@ -198,7 +198,9 @@ def test_a_run_takes_what_fits_and_keeps_its_sizes(
     config = config.copy_and_resolve_references()
     config.mesh.pop, config.pool.residency, config.evaluate.batch_tokens = 1, "auto", 0
     for there in (room, elsewhere):
-        monkeypatch.setattr("jaxmerge.prepare.room_of", lambda _, there=there: Room(there, 0))
+        monkeypatch.setattr(
+            "jaxmerge.experiment.prepare.room_of", lambda _, there=there: Room(there, 0)
+        )
         prepared = prepare(config, str(tmp_path))
         prepared.directory.close()
         assert (prepared.pool.residency == residency) == (there == room)

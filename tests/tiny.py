@@ -1,6 +1,7 @@
 """Random tiny models, pools and tasks, made in a moment."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -81,3 +82,31 @@ def text(*, search: int = 12, test: int = 20, seed: int = 2) -> Task:
 def plain_apply():
     """A model that is only a causal `apply`, as a user's own would be: no cache, no description."""
     return model().apply
+
+
+def run_config(config, pool: Path):
+    """Any config, cut down to the tiny pool and a handful of examples."""
+    config.pool.checkpoints = (f"{pool}/*",)
+    config.pool.base, config.pool.chat, config.pool.dtype = "", False, ""
+    config.pool.model, config.pool.model_args = "", {}
+    config.mesh = {"pop": 1, "data": 1, "fsdp": 1, "tensor": 1, "cpu_devices": 0}
+    config.tasks.generation = {"builder": "tests.tiny:generation"}
+    config.tasks.choice = {"builder": "tests.tiny:choice"}
+    config.tasks.unseen = {"builder": "tests.tiny:generation", "seed": 5}
+    config.objective.tasks = ("generation", "choice")
+    config.objective.weights = ()
+    config.heldout = ("unseen",)
+    config.objective.search_examples = 10
+    config.objective.test_examples = 20
+    config.evaluate.batch_size = 8
+    config.search.population, config.search.init = 4, ()
+    config.search.budget = 14
+    config.search.save_seconds = 0.0
+    config.compilation_cache = ""
+    return config
+
+
+def log(workdir: Path) -> list[dict]:
+    """The log without times."""
+    lines = [json.loads(line) for line in (workdir / "candidates.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]

@@ -44,8 +44,8 @@ import numpy as np
 from bench_kernels import Kernels, Population, seconds
 
 from jaxmerge import config as configs
-from jaxmerge import merging
 from jaxmerge.checkpoints.safetensors import make_header
+from jaxmerge.experiment import merge as merging
 
 _MERGEKIT, _TORCH = "0.1.5", "2.13.0"
 # In mergekit's environment: merges by the recipes that are named, one after the other, and prints

@@ -30,10 +30,11 @@ import jax
 import numpy as np
 from scipy import stats as scipy_stats
 
-from jaxmerge import phases, results, stats
 from jaxmerge.config import Config
-from jaxmerge.held import Held
-from jaxmerge.prepare import prepare
+from jaxmerge.experiment import phases, results
+from jaxmerge.experiment.held import Held
+from jaxmerge.experiment.prepare import prepare
+from jaxmerge.scores import stats
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive
 

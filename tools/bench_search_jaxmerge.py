@@ -21,18 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import run
-from jaxmerge.batches import Limits
 from jaxmerge.checkpoints import pool as pools
 from jaxmerge.checkpoints.survey import survey
-from jaxmerge.evaluate import Evaluator
+from jaxmerge.evaluation.batches import Limits
+from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.respond import Responder
+from jaxmerge.evaluation.tokenizer import Pretrained
+from jaxmerge.experiment.search import search
 from jaxmerge.models.decoder import described
 from jaxmerge.planning.counting import products
-from jaxmerge.respond import Responder
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.kinds import generation, multiple_choice
-from jaxmerge.tokenizer import Pretrained
 
 _SIDE = 2048  # of the large matrix product
 _LIMITS = Limits()
@@ -199,7 +199,7 @@ def overhead(job: Job) -> dict[str, Any]:
         clock.evaluated, clock.compiled, clock.recording = [], [], 0.0
         with tempfile.TemporaryDirectory() as directory:
             started = time.perf_counter()
-            phases = run.run(config, directory)["seconds"]
+            phases = search(config, directory)["seconds"]
             whole = time.perf_counter() - started
         between = (clock.evaluated[0][0], clock.evaluated[-1][1])
         evaluating, compiling = clock.evaluating(), clock.compiling((started, started + whole))

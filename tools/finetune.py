@@ -1,6 +1,6 @@
 """Fine-tunes the base model of a config on the train splits of its tasks.
 
-    python tools/finetune.py --config=configs/smollm2.py --mixture=sums:2,words:1 --out=DIR
+    python -m tools.finetune --config=configs/smollm2.py --mixture=sums:2,words:1 --out=DIR
 
 The examples read as they do in evaluation, with the same tokenizer and chat template; only the
 answer and the token that ends it are learnt. AdamW in float32, with a short warm-up and a cosine
@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
-import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,26 +26,23 @@ from absl import app, flags, logging
 from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import config_flags
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from jaxmerge.checkpoints import huggingface, orbax
 from jaxmerge.checkpoints.pool import load
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.tokenizer import Pretrained, Tokenizer
+from jaxmerge.experiment.build import build_task
+from jaxmerge.experiment.sources import start_jax
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import Decoder, decoder
-from jaxmerge.models.layout import Layout
 from jaxmerge.models.model import Params
-from jaxmerge.prepare import build_task, start_jax
-from jaxmerge.requests import Rolling
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
-from jaxmerge.tokenizer import Pretrained, Tokenizer
-from jaxmerge.trees import map_named
+from jaxmerge.tasks.requests import Rolling
+from tools.finetune_lora import adapt, make_adapters, save_adapters
 
 FLAGS = flags.FLAGS
-
-_PROJECTION = re.compile(r"layers/(query|key|value|out|gate|up|down)$")
 
 
 class Schedule(NamedTuple):
@@ -151,48 +144,6 @@ def make_loss(config: DecoderConfig) -> Callable[[Params, Sequences], Float[Arra
     return loss
 
 
-class Adapter(NamedTuple):
-    """LoRA of the L matrices of a leaf: W + B A, seen as [out, in] like Hugging Face's tensors."""
-
-    a: Float[Array, "L rank in"]
-    b: Float[Array, "L out rank"]
-
-
-def make_adapters(layout: Layout, rank: int, key: Array) -> dict[str, Adapter]:
-    """An adapter for every projection of attention and feed-forward: A random, B zero.
-
-    Raises:
-        JaxmergeError: a projection shares its tensor with others, or there is none.
-    """
-    adapters = {}
-    for name, parts in layout.leaves.items():
-        if not _PROJECTION.fullmatch(name):
-            continue
-        tensor = layout.tensors[parts[0].tensor]
-        if parts[0].stop - parts[0].start != tensor[0]:
-            raise JaxmergeError(
-                "a projection shares its tensor with others, which LoRA here does not do",
-                where=parts[0].tensor,
-            )
-        key, of_leaf = jax.random.split(key)
-        a = jax.random.normal(of_leaf, (len(parts), rank, tensor[1])) * tensor[1] ** -0.5
-        adapters[name] = Adapter(a, jnp.zeros((len(parts), tensor[0], rank)))
-    if not adapters:
-        raise JaxmergeError("the model has no projections that LoRA could adapt")
-    return adapters
-
-
-def adapt(params: Params, adapters: Mapping[str, Adapter]) -> Params:
-    """The parameters with the adapters added."""
-
-    def add(name: str, leaf: Array) -> Array:
-        if name not in adapters:
-            return leaf
-        return leaf + jnp.matmul(adapters[name].b, adapters[name].a).reshape(leaf.shape)
-
-    return map_named(add, params)
-
-
 def train(
     loss: Callable[[Any, Params, Sequences], Float[Array, ""]],
     trained: Any,
@@ -291,41 +242,6 @@ def finetune(
         schedule,
     )
     save_adapters(out, layout, adapters, base)
-
-
-def save_adapters(
-    out: str | os.PathLike[str], layout: Layout, adapters: Mapping[str, Adapter], base: str
-) -> None:
-    """Writes a PEFT directory, in float32: it is small, and small values matter in it."""
-    tensors = {}
-    for name, adapter in adapters.items():
-        a, b = np.asarray(adapter.a), np.asarray(adapter.b)
-        for layer, part in enumerate(layout.leaves[name]):
-            module = f"base_model.model.{part.tensor.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[layer])
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[layer])
-    rank = next(iter(adapters.values())).a.shape[1]
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": rank,  # the scale, lora_alpha / r, is 1
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    target = Path(out)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def parse_mixture(items: Sequence[str]) -> dict[str, float]:

@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 from jaxmerge.checkpoints import orbax
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluate import Evaluator
+from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.tokenizer import Bytes
 from jaxmerge.merge.linear import merger
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
 from jaxmerge.models.model import Model, Params
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks import TASKS
-from jaxmerge.tokenizer import Bytes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "pools/quickstart", "directory to make; it must not exist")

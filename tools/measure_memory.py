@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxmerge import command_line
+from jaxmerge.experiment import command_line
+from jaxmerge.experiment.prepare import prepare
 from jaxmerge.plan import plan
-from jaxmerge.prepare import prepare
 
 _FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 

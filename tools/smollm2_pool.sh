@@ -9,7 +9,7 @@ bash tools/install.sh tools,reasoning-gym
 
 finetune() {
   [ -e "pools/smollm2/$1" ] ||
-    .venv/bin/python tools/finetune.py --config=configs/smollm2.py --out="pools/smollm2/$1" "${@:2}"
+    .venv/bin/python -m tools.finetune --config=configs/smollm2.py --out="pools/smollm2/$1" "${@:2}"
 }
 
 finetune sums --mixture=sums --steps=60 --learning_rate=1e-4 --seed=1

@@ -22,10 +22,10 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.prepare import build_task
-from jaxmerge.requests import Generate
+from jaxmerge.evaluation.tokenizer import Pretrained
+from jaxmerge.experiment.build import build_task
 from jaxmerge.tasks.common import Example, Task
-from jaxmerge.tokenizer import Pretrained
+from jaxmerge.tasks.requests import Generate
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", lock_config=True)

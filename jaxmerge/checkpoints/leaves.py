@@ -163,6 +163,6 @@ def _fresh(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Memory of its own, in pages: on the CPU, JAX takes it over instead of copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     # The threads that read take the page faults, side by side. np.empty would ask for huge pages,
-    # which come slowly where the system has none at hand (BUILD.md, "Loading").
+    # which come slowly where the system has none at hand (docs/decisions/loading.md).
     memory = np.frombuffer(mmap.mmap(-1, max(size, 1), flags=_FLAGS), np.uint8)
     return memory[:size].view(dtype).reshape(shape)

@@ -2,7 +2,7 @@
 
 The pool is kept as K trees rather than stacked `[K, ...]` leaves: each checkpoint is restored into
 the very arrays that the merge reads, nothing is copied to stack it, and the merge of K separate
-leaves runs at the memory's speed on every platform measured (BUILD.md, "Where the pool lives").
+leaves runs at the memory's speed on every platform measured (docs/decisions/separate-trees.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import FORMATS
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.merge import linear
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
 from jaxmerge.merge.leafwise import LeafwiseMerger
@@ -265,6 +265,42 @@ _KEEP = {
 }
 RESIDENCIES = tuple(_KEEP)
 STORAGES = ("exact", *BITS)
+
+
+def check(residency: str, storage: str) -> None:
+    """Raises `JaxmergeError`, which names the field of a config, unless a pool can be so.
+
+    Args:
+        residency: see `load`; or `auto`.
+        storage: see `load`.
+    """
+    check_choice("pool.residency", residency, ("auto", *RESIDENCIES))
+    check_choice("pool.storage", storage, STORAGES)
+    if storage != "exact" and residency != "device":
+        raise JaxmergeError(
+            "differences in a few bits are merged on the devices",
+            where="pool.storage",
+            expected='"exact", or pool.residency = "device"',
+            found=f"{storage} with pool.residency = {residency}",
+        )
+
+
+def check_rematerialise(residency: str, storage: str) -> None:
+    """Raises `JaxmergeError` unless layers of such a pool can be merged late."""
+    if storage != "exact":
+        raise JaxmergeError(
+            "layers are merged late from exact checkpoints only",
+            where="merge.rematerialise",
+            expected='pool.storage = "exact"',
+            found=storage,
+        )
+    if residency not in ("device", "auto"):
+        raise JaxmergeError(
+            "layers are merged late from a pool on the device only",
+            where="merge.rematerialise",
+            expected='pool.residency = "device"',
+            found=residency,
+        )
 
 
 def _keep_difference(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmerge import processes
+from jaxmerge.hosts import processes
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import of_population, product, rows_at_a_time, weighted_sum
 from jaxmerge.trees import PyTree, map_named, named_leaves

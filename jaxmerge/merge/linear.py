@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmerge import processes
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.hosts import processes
 from jaxmerge.trees import PyTree, named_leaves
 
 

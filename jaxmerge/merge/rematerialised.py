@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmerge import processes
+from jaxmerge.hosts import processes
 from jaxmerge.merge.linear import Merger, merger, weighted_sum
 from jaxmerge.models.deferred import Deferred
 from jaxmerge.trees import PyTree

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxmerge.batches import Limits
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.batches import Limits
+from jaxmerge.evaluation.respond import Responder
+from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.models.model import Model
 from jaxmerge.planning import estimate, work
 from jaxmerge.planning.estimate import Amount, Measured, Rates, Seconds
@@ -24,10 +26,8 @@ from jaxmerge.planning.residency import (
 )
 from jaxmerge.planning.sizes import Sizes, choose_sizes
 from jaxmerge.planning.work import Step
-from jaxmerge.respond import Responder
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
-from jaxmerge.tokenizer import Tokenizer
 from jaxmerge.trees import PyTree, byte_count, parameter_count
 
 

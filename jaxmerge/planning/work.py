@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmerge.evaluation.respond import Group, Responder
 from jaxmerge.merge.rematerialised import deferred, without
 from jaxmerge.models.model import Model
 from jaxmerge.planning.counting import Product, products
-from jaxmerge.respond import Group, Responder
 from jaxmerge.sharding import Rules, shardings
 from jaxmerge.tasks.common import Task
 from jaxmerge.trees import PyTree, named_leaves

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxmerge import formatting
 from jaxmerge.report import markup
 from jaxmerge.report.markup import text
 from jaxmerge.report.reading import Json, Run
+from jaxmerge.scores import formatting
 
 
 def sections(run: Run, results: Json) -> str:

@@ -11,12 +11,13 @@ from urllib.parse import quote
 
 import numpy as np
 
-from jaxmerge import formatting, rundir, stats
+from jaxmerge import rundir
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.report import markup, page, plots
 from jaxmerge.report.markup import DASH, text
 from jaxmerge.report.reading import Json, Run, read
 from jaxmerge.report.tables import best_single
+from jaxmerge.scores import formatting, stats
 
 
 class Cell(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-from jaxmerge.formatting import Format
+from jaxmerge.scores.formatting import Format
 
 DASH = "&ndash;"
 

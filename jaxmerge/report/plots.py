@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge.formatting import Format
 from jaxmerge.report.reading import Json, Run
+from jaxmerge.scores.formatting import Format
 
 _SPREAD = (0.1, 0.5, 0.9)  # quantiles of a generation
 

@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxmerge import formatting
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.formatting import Format
-from jaxmerge.objective import Objective, define, from_plain
+from jaxmerge.scores import formatting
+from jaxmerge.scores.formatting import Format
+from jaxmerge.scores.objective import Objective, define, from_plain
 
 Json = dict[str, Any]
 
@@ -120,7 +120,7 @@ def _read_results(path: Path) -> Json | None:
     if not path.exists():
         return None
     where = str(path)
-    schema = json.loads(resources.files("jaxmerge").joinpath("results.schema.json").read_text())
+    schema = json.loads((resources.files("jaxmerge.report") / "results.schema.json").read_text())
     results = _current(_parsed(_read_text(path), where), where)
     _require(results, schema["required"], where)
     for _, entry in models(results):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from jaxmerge import formatting
-from jaxmerge.formatting import Format
-from jaxmerge.objective import AGGREGATES
 from jaxmerge.report import markup
 from jaxmerge.report.markup import text
 from jaxmerge.report.reading import Json, Run, models
+from jaxmerge.scores import formatting
+from jaxmerge.scores.formatting import Format
+from jaxmerge.scores.objective import AGGREGATES
 
 
 def headline(run: Run, results: Json) -> tuple[str, str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxmerge import formatting, pareto
 from jaxmerge.report import markup
 from jaxmerge.report.markup import text
 from jaxmerge.report.reading import Json, Run
+from jaxmerge.scores import formatting, pareto
 
 CAUTION = (
     "All scores are search scores. The best of many is flattered by them; what counts is the test "

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluate import Evaluator
-from jaxmerge.remember import Remembering
+from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.remember import Remembering
 from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.search.slices import Keep, Slices, score
 

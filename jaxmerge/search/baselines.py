@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.objective import Objective
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.rundir import Candidate
+from jaxmerge.scores.objective import Objective
 from jaxmerge.search.archive import Archive, Request
 
 
@@ -97,6 +98,15 @@ BASELINES = {
     "greedy": Baseline(greedy, lambda K, budget: K - 1),
     "random": Baseline(random, lambda K, budget: budget),
 }
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises `JaxmergeError` for a name that is not in `BASELINES`."""
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise JaxmergeError(
+            "unknown baseline", where="baselines", expected=", ".join(BASELINES), found=unknown[0]
+        )
 
 
 def _single(name: str, setting: Setting, chosen: Sequence[int]) -> Found:

@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
-from jaxmerge import processes, space
 from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.objective import Objective
+from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate
+from jaxmerge.scores.objective import Objective
+from jaxmerge.search import space
 from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import best
 from jaxmerge.search.racing import Race
@@ -69,7 +70,7 @@ def search(
     Args:
         archive: evaluates on the split `search`.
         strategy: asks for genotypes.
-        to_weights: genotypes to merge weights; see `jaxmerge.space`.
+        to_weights: genotypes to merge weights; see `jaxmerge.search.space`.
         objective: what is maximised.
         budget: evaluations at most.
         seed: of the strategy.

@@ -8,10 +8,39 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxmerge import stats
-from jaxmerge.objective import Objective
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.scores import stats
+from jaxmerge.scores.objective import Objective
+from jaxmerge.search.strategies import BY_RANK
 
 _DRAWS = 20  # bootstrap samples beyond the end of an interval, at least
+
+
+def check(subset: float, racing: float, finalists: int, strategy: str) -> None:
+    """Raises `JaxmergeError`, which names the field of a config, unless a search can be so.
+
+    Args:
+        subset: share of the examples that a generation sees.
+        racing: confidence of a race; 0: there is none.
+        finalists: candidates that are scored on all examples at the end.
+        strategy: its name.
+    """
+    for name, value, right, expected in (
+        ("subset", subset, 0 < subset <= 1, "above 0, at most 1"),
+        ("racing", racing, 0 <= racing < 1, "at least 0, below 1"),
+        ("finalists", finalists, finalists >= 1, "at least 1"),
+    ):
+        if not right:
+            raise JaxmergeError(
+                "out of range", where=f"search.{name}", expected=expected, found=str(value)
+            )
+    if racing and strategy not in BY_RANK:
+        raise JaxmergeError(
+            "a race needs a strategy that moves by the ranks of the better half of a generation",
+            where="search.racing",
+            expected=f"0, or search.strategy one of {', '.join(BY_RANK)}",
+            found=strategy,
+        )
 
 
 class Race(NamedTuple):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxmerge import processes
-from jaxmerge.evaluate import Evaluator
-from jaxmerge.remember import Remembering
+from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.remember import Remembering
+from jaxmerge.hosts import processes
 
 Places = Mapping[str, Int[np.ndarray, " _"]]  # of each task, which of its examples
 Rows = Mapping[str, Float[np.ndarray, "P _"]]  # of each task, scores; NaN where there is none

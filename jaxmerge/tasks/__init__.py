@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_least
 from jaxmerge.tasks.arithmetic import arithmetic
 from jaxmerge.tasks.common import Task
 from jaxmerge.tasks.counting import counting
@@ -36,6 +36,42 @@ BUILDERS: dict[str, Callable[..., Task]] = {
     "perplexity": text,
     "reasoning_gym": reasoning_gym,
 }
+# The argument that says what a builder is about, of those that need to be told.
+SUBJECTS = {"jsonl": "path", "lm_eval": "task", "perplexity": "path", "reasoning_gym": "dataset"}
+
+
+def check(
+    searched: Sequence[str],
+    heldout: Sequence[str],
+    builders: Mapping[str, str],
+    search_examples: int,
+    test_examples: int,
+) -> None:
+    """Raises `JaxmergeError`, which names the field of a config, for tasks that can't be had.
+
+    Args:
+        searched: names of the tasks of the objective.
+        heldout: names of those that the search must not see.
+        builders: by the name of a task, where it is not in `TASKS`.
+        search_examples: of each task; `test_examples` alike.
+    """
+    both = {*searched} & {*heldout}
+    if both:
+        raise JaxmergeError(
+            "a held-out task must not steer the search", where="heldout", found=", ".join(both)
+        )
+    for name in (*searched, *heldout):
+        if name == "objective":  # the key of their aggregate in results.json
+            raise JaxmergeError("a task can't have this name", where="tasks", found=name)
+        if name not in TASKS and not builders.get(name):
+            raise JaxmergeError(
+                "unknown task",
+                where="objective.tasks and heldout",
+                expected=f"one of {', '.join(TASKS)}, or a field of `tasks` with a builder",
+                found=name,
+            )
+    check_least("objective.search_examples", search_examples, 1)
+    check_least("objective.test_examples", test_examples, 1)
 
 
 def build(builder: str, **arguments: Any) -> Task:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxmerge.requests import Request, Response
+from jaxmerge.tasks.requests import Request, Response
 
 SPLITS = ("train", "search", "test")
 

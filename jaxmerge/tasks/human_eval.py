@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.requests import Response
 from jaxmerge.sandbox import Limits, check_program, require
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.kinds import generation
+from jaxmerge.tasks.requests import Response
 from jaxmerge.tasks.splits import divide, public
 
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # as in the paper: the function has ended

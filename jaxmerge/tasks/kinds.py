@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.requests import (
+from jaxmerge.tasks import judges
+from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.requests import (
     Generate,
     Likelihood,
     Likely,
@@ -19,8 +21,6 @@ from jaxmerge.requests import (
     Rolling,
     Sampling,
 )
-from jaxmerge.tasks import judges
-from jaxmerge.tasks.common import Example, Task
 
 TextJudge = Callable[[Example, str], float]  # (example, text the model wrote) -> score in [0, 1]
 Splits = Mapping[str, Sequence[Example]]

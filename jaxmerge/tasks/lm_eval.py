@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.requests import Request, Response
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.lm_eval_instances import (
     answer,
@@ -27,6 +26,7 @@ from jaxmerge.tasks.lm_eval_instances import (
     requests_of,
     text_prompt,
 )
+from jaxmerge.tasks.requests import Request, Response
 from jaxmerge.tasks.splits import divide, public
 
 # Folders of lm_eval/tasks whose judges run what the model writes, some without saying so in

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.requests import (
+from jaxmerge.tasks.requests import (
     Generate,
     Likelihood,
     Likely,

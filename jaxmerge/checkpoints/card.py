@@ -1,0 +1,127 @@
+"""The model card of an exported merge: what was merged, with which weights, and how it scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxmerge.scores import formatting
+from jaxmerge.scores.formatting import Format
+from jaxmerge.scores.objective import AGGREGATES
+
+_TOP = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- merge
+- jaxmerge
+---
+
+# {title}
+
+A linear combination of {count} checkpoints, made with jaxmerge: every parameter is
+theta = sum_k alpha_k theta_k.
+
+## Weights
+
+| checkpoint | weight | source | fingerprint |
+|---|---|---|---|
+{weights}
+"""
+
+_SCORES = """
+## Scores
+
+On the test split, which the search never saw, with 95% bootstrap intervals. What was maximised is
+`{aggregate}`: {phrase}.
+
+| {title} | this merge | best single checkpoint ({single}) |
+|---|---|---|
+{scores}
+
+Over the single checkpoint: {delta}{points} {interval}.
+"""
+
+_WARNINGS = """
+## Warnings
+
+{warnings}
+"""
+
+_COMMAND = """
+## Command
+
+```
+{command}
+```
+"""
+
+
+def of_weights(records: Sequence[Mapping[str, Any]], weights: Sequence[float], command: str) -> str:
+    """The card of a merge with given weights.
+
+    Args:
+        records: of the checkpoints, as in pool.json.
+        weights: alpha_k, in the same order.
+        command: what made it; "" where it was made from Python.
+    """
+    rows = [
+        f"| {record['name']} | {weight:.6g} | {_source(record)} | {record['fingerprint']} |"
+        for record, weight in zip(records, weights)
+    ]
+    top = _TOP.format(title="A merged model", count=len(records), weights="\n".join(rows))
+    return top + (_COMMAND.format(command=command) if command else "")
+
+
+def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any]) -> str:
+    """The card of a search's winner.
+
+    Args:
+        records: of the checkpoints, as in pool.json.
+        findings: what results.json says.
+    """
+    parts = [of_weights(records, list(findings["best"]["weights"].values()), "")]
+    parts.append(_scores(findings))
+    if findings["warnings"]:
+        warnings = "\n".join(f"- {warning}" for warning in findings["warnings"])
+        parts.append(_WARNINGS.format(warnings=warnings))
+    if findings["command"]:
+        parts.append(_COMMAND.format(command=findings["command"]))
+    return "".join(parts)
+
+
+def _scores(findings: Mapping[str, Any]) -> str:
+    """The winner beside the single checkpoint that is best on test."""
+    best, aggregate = findings["best"], findings["objective"]["aggregate"]
+    single = max(findings["individuals"], key=lambda entry: entry["test_objective"])
+    versus = best["vs"][single["name"]]
+    formats = formatting.of_results(findings)
+    form = formats["objective"]
+    tasks = findings["tasks"]
+    title, names = formatting.headings(
+        "task", [*tasks, aggregate], [*(formats[task] for task in tasks), form]
+    )
+    rows = [
+        _row(name, formats[task], best["test"][task], best["ci95"][task], single["test"][task])
+        for name, task in zip(names, tasks)
+    ]
+    objectives = best["test_objective"], best["ci95"]["objective"], single["test_objective"]
+    return _SCORES.format(
+        aggregate=aggregate,
+        phrase=AGGREGATES[aggregate].phrase,
+        title=title,
+        single=single["name"],
+        scores="\n".join([*rows, _row(names[-1], form, *objectives)]),
+        delta=form.difference(versus["delta"]),
+        points=form.points,
+        interval=form.differences(versus["ci95"]),
+    )
+
+
+def _source(record: Mapping[str, Any]) -> str:
+    """The last parts of the path: where a model lay on someone's disk is no one else's concern."""
+    return "/".join(str(record["source"]).rstrip("/").split("/")[-2:])
+
+
+def _row(name: str, form: Format, score: float, ends: Sequence[float], single: float) -> str:
+    return f"| {name} | {form.score(score)} {form.interval(ends)} | {form.score(single)} |"

@@ -1,0 +1,129 @@
+"""The merged model on disk: as an Orbax checkpoint, and as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmerge.checkpoints import huggingface, orbax
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.hosts import processes
+from jaxmerge.trees import PyTree, map_named, named_leaves
+
+FORMATS = ("orbax", "huggingface")
+
+
+def check(formats: Sequence[str], dtype: str) -> None:
+    """Raises `JaxmergeError` for a format or dtype that can't be written."""
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise JaxmergeError(
+            "unknown format",
+            where="export.formats",
+            expected=f"some of {', '.join(FORMATS)}",
+            found=unknown[0],
+        )
+    if dtype not in ("", "float32", "bfloat16", "float16"):
+        raise JaxmergeError(
+            "the export can't be of this type",
+            where="export.dtype",
+            expected='"", float32, bfloat16 or float16',
+            found=dtype,
+        )
+
+
+def check_like(
+    formats: Sequence[str], like: str, abstract: PyTree, *, by_tensor: bool = False
+) -> None:
+    """Raises `JaxmergeError` unless leaves can be written as the model of a directory.
+
+    Args:
+        formats: of `FORMATS`.
+        like: Hugging Face directory, or "" when there is none.
+        abstract: tree of the merged model's leaves.
+        by_tensor: whether the leaves are the tensors, see `directory.read`.
+    """
+    if "huggingface" not in formats or not like:
+        return
+    expected = dict(huggingface.layout(like, by_tensor=by_tensor).shapes)
+    found = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if wrong:
+        raise JaxmergeError(
+            f"the checkpoints can't be written as the model of {like}",
+            where="export.formats",
+            expected='leaves of the same names and shapes, or formats=("orbax",)',
+            found="; ".join(
+                f"{name} {found.get(name, 'missing')}, there {expected.get(name, 'missing')}"
+                for name in sorted(wrong)[:5]
+            ),
+        )
+
+
+def export(
+    path: str | Path,
+    abstract: PyTree,
+    leaf: Callable[[str], jax.Array],
+    *,
+    formats: Sequence[str] = FORMATS,
+    architecture: Mapping[str, Any],
+    like: str = "",
+    dtype: str = "",
+    shard_bytes: int = 5_000_000_000,
+    card: Callable[[], str] = str,
+) -> list[Path]:
+    """Writes `path/orbax` and `path/huggingface`; what is there already is left as it is.
+
+    Args:
+        path: the directory `merged`.
+        abstract: tree of the merged model's leaves.
+        leaf: the merged leaf of a name, such as `Pool.merged` gives it.
+        formats: of `FORMATS`; `huggingface` is left out when `like` is "".
+        architecture: what the Orbax checkpoint says of its model.
+        like: Hugging Face directory that the configuration and tokenizer are copied from.
+        dtype: of the Hugging Face weights; "": that of the leaves.
+        shard_bytes: size of its files at most, where no tensor alone is larger.
+        card: text of its README.md; called when all leaves have been asked for.
+
+    Returns:
+        The directories of all formats that are there now.
+    """
+    path = Path(path)
+    wanted = [name for name in formats if name != "huggingface" or like]
+    there = processes.from_first(
+        lambda: json.dumps([name for name in wanted if (path / name).exists()]).encode()
+    )
+    missing = [name for name in wanted if name not in json.loads(there)]
+    if "orbax" in missing:
+        tree = map_named(lambda name, _: leaf(name), abstract)
+        orbax.save(path / "orbax", tree, architecture=architecture)
+        leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
+    if "huggingface" in missing and not processes.first():
+        for name in huggingface.layout(like).leaves:
+            processes.gather(leaf(name))  # for process 0, which writes
+    elif "huggingface" in missing:
+        huggingface.save(
+            path / "huggingface",
+            huggingface.layout(like),
+            functools.partial(_here, leaf),
+            abstract=abstract,
+            like=like,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+            card=card,
+        )
+    return [path / name for name in wanted]
+
+
+def _here(leaf: Callable[[str], jax.Array], name: str) -> jax.Array:
+    """A leaf in the memory of this process."""
+    whole = leaf(name)
+    if not processes.several():
+        return whole
+    cpu = jax.local_devices(backend="cpu")[0]
+    return jax.device_put(processes.gather(whole), cpu)

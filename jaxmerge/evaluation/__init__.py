@@ -1,0 +1,1 @@
+"""From text to tokens to answers to scores, for many merged models."""

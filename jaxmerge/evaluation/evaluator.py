@@ -1,0 +1,217 @@
+"""Candidates times tasks to per-example scores.
+
+A candidate is a vector of merge weights. A step merges `candidates_per_step` of them, asks the
+merged models what every task wants to know, and only then waits: tokens and log-likelihoods come
+back to the host, where they are judged while the device works on the next step.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.batches import Limits
+from jaxmerge.evaluation.respond import Outputs, Prepared, Responder
+from jaxmerge.evaluation.tokenizer import Tokenizer
+from jaxmerge.hosts import processes
+from jaxmerge.merge.differences import QuantisedMerger
+from jaxmerge.merge.linear import Merger, ResidentMerger
+from jaxmerge.models.model import Model
+from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.requests import Response
+
+_LIMITS = Limits()
+
+Scores = dict[str, Float[np.ndarray, "P N"]]  # per task: one score per candidate and example
+
+
+class Step(NamedTuple):
+    """What is known of C candidates that were evaluated together.
+
+    Attributes:
+        scores: per task `[C, N]`.
+        written_C: tokens that each wrote, on all tasks, up to the ones that ended its texts.
+    """
+
+    scores: Scores
+    written_C: Int[np.ndarray, " C"]
+
+
+class Evaluator:
+    """Scores populations of merges on the examples of one split.
+
+    Args:
+        merge: the pool's merge of C candidates on `mesh`: `Pool.merge`, or `merger(trees)`.
+        model: their architecture.
+        tokenizer: text to ids; its vocabulary must fit the model's.
+        tasks: what to score on; names are unique.
+        split: `search` or `test`.
+        mesh: from `sharding.make_mesh`; candidates are spread over `pop`, examples over `data`.
+        candidates_per_step: models that are merged together; rounded up to a multiple of `pop`. Up
+            to two steps exist at a time, since one is launched before the last is judged.
+        limits: what goes through a model at a time.
+        vmap_candidates: of a device's candidates, how many run side by side; see `Responder`.
+
+    Raises:
+        JaxmergeError: a task has no examples in the split, a prompt is too long, or the
+            vocabularies do not fit.
+    """
+
+    def __init__(
+        self,
+        merge: Merger,
+        model: Model,
+        tokenizer: Tokenizer,
+        tasks: Sequence[Task],
+        split: str,
+        mesh: Mesh,
+        *,
+        candidates_per_step: int = 1,
+        limits: Limits = _LIMITS,
+        vmap_candidates: int = 0,
+    ):
+        pop = mesh.shape["pop"]
+        self.candidates_per_step = -(-candidates_per_step // pop) * pop
+        self._merge, self._split = merge, split
+        self._responder = Responder(model, tokenizer, mesh, limits, vmap_candidates=vmap_candidates)
+        self._tasks = [_Asked(task, split, self._responder) for task in tasks]
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """N, the number of examples of each task."""
+        return {asked.task.name: len(asked.examples) for asked in self._tasks}
+
+    @property
+    def read(self) -> int:
+        """Tokens that each candidate reads: prompts, and what is scored; without padding."""
+        return sum(asked.prepared.read for asked in self._tasks)
+
+    def part(self, places: Mapping[str, Int[np.ndarray, " _"]]) -> Evaluator:
+        """Scores on some examples alone; what is compiled for the whole split is shared.
+
+        Args:
+            places: of each task, which of its examples; a task that has none is left out.
+        """
+        made, split, responder = copy.copy(self), self._split, self._responder
+        made._tasks = [
+            _Asked(_only(asked.task, places[asked.task.name], split), split, responder)
+            for asked in self._tasks
+            if len(places[asked.task.name])
+        ]
+        return made
+
+    def exact(self) -> Evaluator:
+        """Scores merges of the exact checkpoints, where the pool holds them in a few bits."""
+        made = copy.copy(self)
+        if isinstance(self._merge, QuantisedMerger):
+            made._merge = self._merge.exact
+        return made
+
+    def __call__(self, weights_PxK: Float[np.ndarray, "P K"]) -> Scores:
+        """Per-example scores of all candidates, `[P, N]` for each task."""
+        steps = [step.scores for step in self.steps(weights_PxK)]
+        return {name: np.concatenate([scores[name] for scores in steps]) for name in steps[0]}
+
+    def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Step]:
+        """The same, `candidates_per_step` rows at a time, as soon as they are known."""
+        waiting = None
+        for start in range(0, len(weights_PxK), self.candidates_per_step):
+            launched = self._launch(weights_PxK[start : start + self.candidates_per_step])
+            if waiting is not None:
+                yield self._collect(*waiting)
+            waiting = launched
+        if waiting is not None:
+            yield self._collect(*waiting)
+
+    def _launch(self, weights_CxK: np.ndarray) -> tuple[int, list[Outputs]]:
+        count = len(weights_CxK)
+        # The last step is filled up with a candidate it has: every step has the same shape.
+        filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - count, axis=0)
+        merged = self._merge(np.concatenate([weights_CxK, filling]))
+        outputs = [self._responder.launch(asked.prepared, merged) for asked in self._tasks]
+        if isinstance(self._merge, ResidentMerger):
+            self._merge.give_back(merged)
+        return count, outputs
+
+    def _collect(self, count: int, outputs: list[Outputs]) -> Step:
+        scores, written_C = {}, np.zeros(count, np.int64)
+        for asked, of_task in zip(self._tasks, outputs):
+            answers = self._responder.answers(asked.prepared, of_task, count)
+            scores[asked.task.name] = asked.scores(answers.responses)
+            written_C += answers.written_C
+        return Step(scores, written_C)
+
+
+def _only(task: Task, places: Int[np.ndarray, " n"], split: str) -> Task:
+    """The task with these examples of the split."""
+    examples = task.splits[split]
+    return dataclasses.replace(task, splits={split: [examples[place] for place in places.tolist()]})
+
+
+class _Answered(NamedTuple):
+    """An example, by number, and what a model answered to its requests."""
+
+    example: int
+    responses: tuple[Response, ...]
+
+
+class _Asked:
+    """A task's examples of a split, asked of models and judged; equal answers are judged once."""
+
+    def __init__(self, task: Task, split: str, responder: Responder):
+        self.task = task
+        self.examples: Sequence[Example] = task.splits.get(split, ())
+        if not self.examples:
+            raise JaxmergeError(f"the {split} split has no examples", where=f"task {task.name}")
+        requests = [task.requests(example) for example in self.examples]
+        self._ends = np.cumsum([len(each) for each in requests])
+        flat = [request for each in requests for request in each]
+        self.prepared: Prepared = responder.prepare(flat, f"task {task.name}")
+        self._known: dict[_Answered, float] = {}
+
+    def scores(self, answers: Sequence[tuple[Response, ...]]) -> Float[np.ndarray, "C N"]:
+        """Scores of what C models answered.
+
+        Raises:
+            JaxmergeError: the judge gave a score outside the task's bounds.
+        """
+        answered = [
+            [
+                _Answered(i, tuple(responses[end - count : end]))
+                for i, (end, count) in enumerate(zip(self._ends, np.diff(self._ends, prepend=0)))
+            ]
+            for responses in answers
+        ]
+        asked = dict.fromkeys(each for row in answered for each in row)
+        new = [each for each in asked if each not in self._known]
+        self._known |= dict(zip(new, processes.spread(self._judge_all, new).tolist()))
+        # Only the last answers are remembered: a population's answers are alike.
+        self._known = {each: self._known[each] for each in asked}
+        return np.array([[self._known[each] for each in row] for row in answered], np.float32)
+
+    def _judge_all(self, answered: Sequence[_Answered]) -> list[float]:
+        if self.task.judge_threads <= 1:
+            return list(map(self._judge, answered))
+        with ThreadPoolExecutor(self.task.judge_threads) as threads:
+            return list(threads.map(self._judge, answered))
+
+    def _judge(self, answered: _Answered) -> float:
+        score = self.task.judge(self.examples[answered.example], answered.responses)
+        low, high = self.task.bounds
+        if not (low <= score <= high and math.isfinite(score)):
+            raise JaxmergeError(
+                "the judge gave a score that is none",
+                where=f"task {self.task.name}",
+                expected=f"a number from {low:g} to {high:g}",
+                found=str(score),
+            )
+        return score

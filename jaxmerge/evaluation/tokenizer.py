@@ -1,0 +1,298 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.tasks.requests import Prompt
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What evaluation needs of a tokenizer."""
+
+    vocabulary: int  # ids are below it
+    stops: tuple[int, ...]  # the ids that end a generated text; the first is what training writes
+    prefix: int  # the id before the first token of a text that has nothing before it
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """What a model reads before it answers: with a start token, a chat template, ..."""
+        ...
+
+    def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        """A prompt, which may be empty, and a continuation of it, whose tokens are scored."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """A text that goes on from a prompt."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def pieces(self, first: bool = False) -> list[bytes]:
+        """What each id below `vocabulary` stands for in UTF-8, special tokens too.
+
+        Args:
+            first: at the beginning of a text, where some tokenizers drop a space.
+        """
+        ...
+
+
+class Bytes:
+    """One token per UTF-8 byte; a newline ends a generated text. There is no chat template.
+
+    >>> Bytes().encode("é")
+    [195, 169]
+    >>> Bytes().decode([104, 105])
+    'hi'
+    """
+
+    vocabulary = 256
+    stops: tuple[int, ...] = (10,)
+    prefix = 10
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        return self.encode(plain(prompt))
+
+    def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        return self.prompt(prompt), self.encode(continuation)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    def pieces(self, first: bool = False) -> list[bytes]:
+        return [bytes([byte]) for byte in range(256)]
+
+
+def plain(prompt: Prompt) -> str:
+    """A prompt as one text: questions and answers one after the other."""
+    return "".join(question + answer for question, answer in prompt.shots) + prompt.text
+
+
+class Pretrained:
+    """The tokenizer of a Hugging Face directory, through `transformers.AutoTokenizer`.
+
+    A text ends with the end-of-sequence token, or with one that generation_config.json names. No
+    code of the directory is run, and chat templates render in Jinja's sandbox.
+
+    Args:
+        directory: holds tokenizer.json or another file that AutoTokenizer knows.
+        chat: whether prompts are messages of a user, put into the chat template, or plain text.
+        system: the system message before each; "": whatever the template does without one.
+
+    Raises:
+        JaxmergeError: there is no tokenizer, no chat template, or no token that ends a text.
+    """
+
+    def __init__(self, directory: str, *, chat: bool = False, system: str = ""):
+        self._tokenizer = _load(directory)
+        self._chat, self._system, self._directory = chat, system, directory
+        if chat:
+            self._is_chat(Prompt(""))
+        ends = _ids(self._tokenizer.eos_token_id)
+        generation = Path(directory, "generation_config.json")
+        if generation.exists():
+            ends += _ids(_json(generation).get("eos_token_id"))
+        if not ends:
+            raise JaxmergeError("the tokenizer has no token that ends a text", where=directory)
+        self.stops = tuple(dict.fromkeys(ends))
+        starts = _ids(self._tokenizer.bos_token_id)
+        self.prefix = (starts or ends)[0]
+        self._begins = self._tokenizer.convert_ids_to_tokens(self.prefix)
+        self.vocabulary = max(self._tokenizer.get_vocab().values()) + 1
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        if self._is_chat(prompt):
+            return self._tokenizer.apply_chat_template(
+                self._messages(prompt),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        text = plain(prompt)
+        if prompt.form == "bare" or (self._begins and text.startswith(self._begins)):
+            return self.encode(text)
+        tokens = self._tokenizer(text).input_ids
+        # Some tokenizers end every text; a prompt goes on.
+        return tokens[:-1] if tokens and tokens[-1] in self.stops else tokens
+
+    def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        if self._is_chat(prompt):
+            return self.prompt(prompt), self.encode(continuation)
+        # Together, as the text would be read; a space between them begins the continuation.
+        text = plain(prompt)
+        spaces = len(text) - len(text.rstrip())
+        read = self.prompt(Prompt(text[: len(text) - spaces], form=prompt.form or "text"))
+        whole = self.prompt(Prompt(text + continuation, form=prompt.form or "text"))
+        return read, whole[len(read) :]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def pieces(self, first: bool = False) -> list[bytes]:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        by_byte = backend is not None and "ByteLevel" in str(backend.decoder)
+        added = self._tokenizer.get_added_vocab()  # as they are; a special one is in no text
+        pieces = [b""] * self.vocabulary
+        for token, index in self._tokenizer.get_vocab().items():
+            encode = str.encode if token in added else _byte_level if by_byte else _metaspace
+            pieces[index] = encode(token)
+        if not first:
+            return pieces
+        spaced = [i for i, piece in enumerate(pieces) if re.match(rb" \w", piece)]
+        dropped = spaced and not self.decode(spaced[:1]).startswith(" ")
+        return [piece.removeprefix(b" ") for piece in pieces] if dropped else pieces
+
+    @property
+    def template(self) -> str:
+        """The chat template; "" where there is none."""
+        return self._tokenizer.chat_template or ""
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages of any roles in the chat template, as text.
+
+        A template that refuses the system's message gets the others.
+
+        Args:
+            messages: each a `role` and a `content`.
+            add_generation_prompt: whether the beginning of an answer follows; else the last
+                message is left open, to be gone on from.
+
+        Raises:
+            JaxmergeError: there is no chat template, or it refuses the messages.
+        """
+        self._is_chat(Prompt("", form="chat"))
+        import jinja2  # late: a merge of files starts sooner without it
+
+        without = [message for message in messages if message["role"] != "system"]
+        for kept in (messages, without):
+            try:
+                return self._tokenizer.apply_chat_template(
+                    list(kept),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            except jinja2.TemplateError as error:
+                refused = error
+        raise JaxmergeError(
+            "the chat template refuses the messages", where=self._directory, found=str(refused)
+        )
+
+    def _is_chat(self, prompt: Prompt) -> bool:
+        chat = prompt.form == "chat" or (not prompt.form and self._chat)
+        if chat and not self._tokenizer.chat_template:
+            raise JaxmergeError(
+                "the tokenizer has no chat template",
+                where=self._directory,
+                expected="pool.chat=False, and no task of form chat",
+            )
+        return chat
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
+        turns = [("system", self._system)] if self._system else []
+        for question, answer in prompt.shots:
+            turns += [("user", question), ("assistant", answer)]
+        turns.append(("user", prompt.text))
+        return [{"role": role, "content": content} for role, content in turns]
+
+
+def _byte_level(token: str) -> bytes:
+    """The bytes of a token of GPT-2's alphabet, in which every byte is a printable character."""
+    known = _byte_of_character()
+    return b"".join(bytes([known[c]]) if c in known else c.encode() for c in token)
+
+
+def _metaspace(token: str) -> bytes:
+    """The bytes of a token of SentencePiece, which writes spaces as U+2581 and bytes as <0x0A>."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + i): byte for i, byte in enumerate(hidden)
+    }
+
+
+def is_in(directory: str) -> bool:
+    """Whether a directory has the files of a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return any(Path(directory, name).exists() for name in names)
+
+
+def check_same_vocabulary(directories: Sequence[str]) -> None:
+    """Raises `JaxmergeError` unless every directory's tokenizer has the tokens of the first.
+
+    A merge averages the embedding of token i with that of token i: they must mean the same.
+    """
+    first, *others = directories
+    expected: dict[int, str] = {}
+    for other in others:
+        if _same_file(Path(first, "tokenizer.json"), Path(other, "tokenizer.json")):
+            continue
+        expected = expected or _tokens(first)
+        found = _tokens(other)
+        ids = sorted({*expected, *found})
+        different = [i for i in ids if expected.get(i) != found.get(i)]
+        if different:
+            named = [f"{i}: {found.get(i)!r}, not {expected.get(i)!r}" for i in different[:5]]
+            raise JaxmergeError(
+                f"the vocabulary is not that of {first}",
+                where=other,
+                expected="the same token for every id in all checkpoints of a pool",
+                found=f"{len(different)} of {len(ids)} ids differ, first " + "; ".join(named),
+            )
+
+
+def _tokens(directory: str) -> dict[int, str]:
+    return {index: token for token, index in _load(directory).get_vocab().items()}
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()
+
+
+def _load(directory: str) -> Any:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise JaxmergeError(
+            "the tokenizer can't be read", where=directory, found=str(error).split("\n")[0]
+        ) from error
+
+
+def _ids(found: int | list[int] | None) -> list[int]:
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise JaxmergeError("this is no JSON", where=str(path), found=str(error)) from error

@@ -1,0 +1,125 @@
+"""From a config to the model, the tokenizer, the tasks and the sizes of what is evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import ml_collections
+
+from jaxmerge import config as configs
+from jaxmerge.checkpoints.source import Source
+from jaxmerge.config import Config
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.batches import Limits
+from jaxmerge.evaluation.tokenizer import Bytes, Pretrained, Tokenizer
+from jaxmerge.models import families
+from jaxmerge.models.architecture import DecoderConfig
+from jaxmerge.models.decoder import decoder
+from jaxmerge.models.model import Model, from_apply
+from jaxmerge.scores.formatting import plain_bounds
+from jaxmerge.tasks import BUILDERS
+from jaxmerge.tasks.common import Task
+
+
+def build_model(config: Config, source: Source) -> Model:
+    """The model that a checkpoint is of, as the config or else the checkpoint says.
+
+    Raises:
+        JaxmergeError: neither says, or there is no decoder for it.
+    """
+    named, arguments = config.pool.model, config.pool.model_args.to_dict()
+    if not named:
+        arguments = dict(source.architecture)
+        named = arguments.pop("model", "")
+        if "model_type" in arguments:
+            raise JaxmergeError(
+                f"there is no decoder for models of type {arguments['model_type']}, so these "
+                "checkpoints can't be evaluated",
+                where="pool.model",
+                expected=f'one of {", ".join(families.FAMILIES)}; or your own, "module:function"; '
+                "--mode=merge merges them with given weights",
+            )
+        if not named:
+            raise JaxmergeError(
+                "the checkpoints do not say which model they are of",
+                where="pool.model",
+                expected='"decoder" with pool.model_args, or "module:function"',
+            )
+    try:
+        if named == "decoder":
+            return decoder(DecoderConfig.from_plain(arguments))
+        built = configs.imported(named, "pool.model")(**arguments)
+    except TypeError as error:
+        raise JaxmergeError(
+            "these are not the model's arguments", where="pool.model_args", found=str(error)
+        ) from error
+    return built if isinstance(built, Model) else from_apply(built)
+
+
+def build_tokenizer(config: Config, directory: str, model: Model) -> Tokenizer:
+    """The tokenizer that the config names, or else that of a Hugging Face directory.
+
+    Raises:
+        JaxmergeError: there is none.
+    """
+    pool = config.pool
+    named = pool.tokenizer or directory
+    if named == "bytes" or (not named and model.vocabulary in (0, Bytes.vocabulary)):
+        return Bytes()
+    if not named:
+        raise JaxmergeError(
+            "the checkpoints do not say which tokenizer they are for",
+            where="pool.tokenizer",
+            expected='a Hugging Face directory here or in pool.base, "bytes", or "module:function"',
+        )
+    if os.path.isdir(named):
+        return Pretrained(named, chat=pool.chat, system=pool.system)
+    if ":" not in named:
+        raise JaxmergeError("there is no such directory", where="pool.tokenizer", found=named)
+    return configs.imported(named, "pool.tokenizer")()
+
+
+def build_task(config: Config, name: str) -> Task:
+    """The task of this name, with the arguments and sizes that the config gives it."""
+    arguments = config.tasks.get(name, ml_collections.ConfigDict()).to_dict()
+    builder = arguments.pop("builder", name)
+    build = BUILDERS.get(builder) or configs.imported(builder, f"tasks.{name}.builder")
+    sizes = {
+        "search": config.objective.search_examples,
+        "test": config.objective.test_examples,
+    }
+    try:
+        task = build(**{**sizes, **arguments})
+    except TypeError as error:
+        raise JaxmergeError(
+            "these are not the task's arguments", where=f"tasks.{name}", found=str(error)
+        ) from error
+    return dataclasses.replace(task, name=name)
+
+
+def build_limits(config: Config, like: str) -> Limits:
+    """What goes through a model at a time.
+
+    Args:
+        config: whose `evaluate` says it.
+        like: Hugging Face directory whose configuration says the context; "": nothing does.
+    """
+    evaluate = config.evaluate
+    return Limits(
+        rows=evaluate.batch_size,
+        tokens=evaluate.batch_tokens,
+        context=evaluate.context or (families.context(like) if like else 0),
+        truncate=evaluate.too_long == "truncate",
+    )
+
+
+def bounds_of(tasks: Sequence[Task]) -> dict[str, list[float | None]]:
+    """The tasks' bounds, as in results.json."""
+    return {task.name: plain_bounds(task.bounds) for task in tasks}
+
+
+def warnings_of(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """What the tasks warn of, each by its name."""
+    return tuple(f"{task.name}: {task.warning}" for task in tasks if task.warning)

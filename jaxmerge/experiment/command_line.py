@@ -1,0 +1,151 @@
+"""What the command lines have in common: flags, mistakes told in one message, and being stopped."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import logging as python_logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxmerge import config as configs
+from jaxmerge.config import Config
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.hosts import processes, watch
+from jaxmerge.hosts.signals import end_on_signals
+
+FIELDS = "--help=fields lists the fields of a config, with their units and defaults."
+
+
+def start(
+    main: Callable[[Sequence[str]], None],
+    about: str,
+    required: Sequence[str] = ("config", "workdir"),
+    *,
+    members: bool = False,
+) -> None:
+    """Runs `main` with the flags --config and --workdir, and those that were defined before.
+
+    A `JaxmergeError` ends the process with its message and exit code 2; SIGINT and
+    SIGTERM end it at once, with exit codes 130 and 143.
+
+    Args:
+        main: takes the arguments that are no flags, after the name of the program.
+        about: what --help shows; of a module of its own, above the fields of a config.
+        required: flags that must be given.
+        members: whether there may be arguments that are no flags, and need not be a config file.
+    """
+    asked = {"-h", "--help", "-help", "--helpfull", "--help=fields"} & set(sys.argv[1:])
+    if asked:
+        screen = sys.argv[0].startswith("jaxmerge ")  # a command of `jaxmerge`: one screen
+        parts = [about.strip(), FIELDS] if screen else [about.strip(), configs.reference()]
+        print(configs.reference() if "--help=fields" in asked else "\n\n".join(parts))
+        return
+    sys.path.insert(0, os.getcwd())  # for the import paths in configs
+    if members and not any(each.split("=")[0] == "--config" for each in sys.argv[1:]):
+        config_flags.DEFINE_config_dict("config", configs.default(), "The config.")
+    else:
+        config_flags.DEFINE_config_file("config", None, "Path of the config file.")
+    flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
+    end_on_signals(last=lambda name: watch.leave(f"it was told to stop by {name}"))
+    try:
+        app.run(main, flags_parser=functools.partial(_parse, required, members))
+    except JaxmergeError as error:
+        watch.leave(str(error))
+        print(f"jaxmerge: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # At once: reads that Orbax gave up would complain of it while Python shuts down.
+        os._exit(2)
+    except jax.errors.JaxRuntimeError:
+        watch.outwait_loss()  # a collective fails first when another process is gone
+        raise
+
+
+def define_processes() -> None:
+    """Defines the flags of a command that several processes can run."""
+    flags.DEFINE_string("coordinator", "", "Several processes: host:port of the first, or auto.")
+    flags.DEFINE_integer("processes", None, "How many they are; not with --coordinator=auto.")
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0; likewise.")
+
+
+def typed(program: str) -> str:
+    """The command as it was typed, for reports and model cards."""
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
+def search(config: Config, workdir: str, command: str) -> None:
+    """A search, of this process or of several, and the table of what it found."""
+    _connect()
+    from jaxmerge.experiment import results  # late, as all modes: each imports much of its own
+    from jaxmerge.experiment import search as mode
+
+    table = results.table(mode.search(config, workdir, command))
+    _finish(f"{table}\n\nReport: {Path(workdir) / 'report.html'}")
+
+
+def evaluate(config: Config, workdir: str, command: str) -> None:
+    """Checkpoints scored by themselves, and the table of their scores."""
+    _connect()
+    from jaxmerge.experiment import evaluate as mode
+
+    _finish(mode.table(mode.evaluate(config, workdir, command)))
+
+
+def merge(config: Config, workdir: str, command: str, out: str = "") -> None:
+    """A merge with given weights, and where it was written; see `experiment.merge`."""
+    from jaxmerge.experiment import merge as mode  # does without Flax, half a second
+
+    mode.set_up_host(config)
+    for path in mode.merge(config, workdir, command, out):
+        print(f"Merged: {path}")
+
+
+def _connect() -> None:
+    given = flags.FLAGS
+    processes.connect(given.coordinator, given.processes, given.process)
+
+
+def _finish(said: str) -> None:
+    watch.leave()
+    if processes.first():
+        print(said)
+
+
+def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[str]:
+    """Parses the flags, config file included; what is wrong in them is the user's to mend."""
+    try:
+        rest = flags.FLAGS(argv)
+        for name in required:
+            if not flags.FLAGS[name].present:
+                raise JaxmergeError(f"--{name} is missing; --help says how to use it")
+        flags.FLAGS.config.to_dict()  # a config file that can't be loaded says so when it is used
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        said = str(error.args[0] if error.args else error)
+        with contextlib.suppress(SyntaxError, ValueError):
+            said = str(ast.literal_eval(said))  # a KeyError has its message in quotation marks
+        raise JaxmergeError(said, where="command line or config file") from error
+    if len(rest) > 1 and not members:
+        raise JaxmergeError("these arguments are no flags", found=" ".join(rest[1:]))
+    if not flags.FLAGS["verbosity"].present:
+        _quiet()
+    return rest
+
+
+def _quiet() -> None:
+    """Orbax tells of each file it opens, and of each read that it gives up on a damaged one;
+    transformers of PyTorch, which nothing here needs.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.set_verbosity(logging.WARNING)
+    python_logging.getLogger("asyncio").disabled = True
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)

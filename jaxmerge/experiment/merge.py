@@ -1,0 +1,230 @@
+"""Merges with given weights: from a config to the merged models, without evaluating anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxmerge import config as configs
+from jaxmerge.checkpoints import card
+from jaxmerge.checkpoints.export import export
+from jaxmerge.checkpoints.pool import Record
+from jaxmerge.checkpoints.source import Source
+from jaxmerge.checkpoints.stream import LeafStream
+from jaxmerge.checkpoints.survey import formats
+from jaxmerge.config import Config
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment.records import record_pool
+from jaxmerge.experiment.sources import (
+    find_checkpoints,
+    huggingface_directory,
+    start_jax,
+)
+from jaxmerge.merge.linear import linear
+from jaxmerge.rundir import RunDirectory
+from jaxmerge.streaming import merge as streaming
+from jaxmerge.streaming.merge import Output
+
+
+class Merge(NamedTuple):
+    """One merge that the config asks for."""
+
+    path: str  # in the run directory
+    weights: tuple[float, ...]
+
+
+def merge(config: Config, workdir: str, command: str = "", out: str = "") -> list[Path]:
+    """The merges with the weights of `config.merge`; any architecture will do.
+
+    Between Hugging Face directories they go from file to file in blocks, see `streaming`. Orbax
+    checkpoints and adapters are read, and Orbax checkpoints are written, leaf by leaf.
+
+    Args:
+        config: from a `get_config()`; its tasks and search are not looked at.
+        workdir: the run directory; the merge is written to its `merged`.
+        command: what the model card says to run again.
+        out: where the checkpoint goes, of one merge in one format; "": `merged` in `workdir`.
+
+    Returns:
+        The checkpoints that were written, one per merge and format.
+
+    Raises:
+        JaxmergeError: anything that the user can mend.
+    """
+    configs.check_pool(config)
+    start_jax(config)
+    in_blocks, by_leaf = _paths(config)
+    sources = find_checkpoints(config, by_tensor=bool(in_blocks))
+    # Before anything is written: it may refuse what can be merged by tensor.
+    whole = find_checkpoints(config) if in_blocks and by_leaf else sources
+    merges = _merges(config, sources)
+    if out:
+        _check_place(Path(out), Path(workdir), merges, config.export.formats)
+    written = []
+    with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
+        if in_blocks:
+            written += _in_blocks(config, sources, merges, directory, command, out)
+        if by_leaf and not (out and Path(out).exists()):
+            paths, records = _by_leaf(config, by_leaf, whole, merges, directory.path, command)
+            written += paths
+            if not in_blocks:
+                record_pool(directory, records)
+            if out:
+                paths[0].rename(out)
+    if out:
+        return [Path(out)]
+    return sorted(written, key=lambda path: config.export.formats.index(path.name))
+
+
+def set_up_host(config: Config) -> None:
+    """Has JAX run on the host alone, each program in the thread that calls it.
+
+    For processes in which there is nothing but a merge in blocks: its workers keep the cores busy,
+    and programs of a millisecond gain nothing from being cut up. To be called before JAX starts.
+    """
+    if _paths(config)[1]:
+        return
+    os.environ["NPROC"] = "1"  # threads of XLA on the CPU
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _paths(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The formats that are written in blocks, and those that are written leaf by leaf."""
+    wanted = tuple(config.export.formats)
+    if formats(config.pool.checkpoints) != {"huggingface"}:
+        return (), wanted
+    in_blocks = tuple(name for name in wanted if name == "huggingface")
+    return in_blocks, tuple(name for name in wanted if name not in in_blocks)
+
+
+def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
+    """The merges that are asked for, each with one weight per checkpoint."""
+    weights, names = tuple(config.merge.weights), tuple(config.merge.names)
+    several = any(isinstance(each, tuple | list) for each in weights)
+    rows = weights if several else (weights,)
+    for row in rows:
+        _check_weights(row, sources)
+    if not several and not names:
+        return [Merge("merged", tuple(map(float, weights)))]
+    names = names or tuple(map(str, range(len(rows))))
+    one_directory = all(re.fullmatch(r"[^./\\\0][^/\\\0]*", name) for name in names)
+    if len({*names}) != len(rows) or not one_directory:
+        raise JaxmergeError(
+            "needs one name per merge, all different, each the name of a directory",
+            where="merge.names",
+            expected=f"{len(rows)} names",
+            found=str(names),
+        )
+    return [Merge(f"merged/{name}", tuple(map(float, row))) for name, row in zip(names, rows)]
+
+
+def _check_place(out: Path, workdir: Path, merges: Sequence[Merge], wanted: Sequence[str]) -> None:
+    """Raises unless `out` can be, or is, the one checkpoint that is asked for."""
+    if len(merges) * len(wanted) != 1:
+        raise JaxmergeError(
+            "one directory holds one merge in one format",
+            where="--out",
+            expected="a run with a config file: python -m jaxmerge.run --mode=merge",
+            found=f"{len(merges)} merges, formats {', '.join(wanted)}",
+        )
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if out.exists() and not (workdir / "pool.json").exists():
+        raise JaxmergeError(
+            "there is something here already", where=str(out), expected="a new directory"
+        )
+
+
+def _check_weights(row: Any, sources: Sequence[Source]) -> None:
+    if not isinstance(row, tuple | list) or len(row) != len(sources):
+        raise JaxmergeError(
+            "needs one weight per checkpoint",
+            where="merge.weights",
+            expected=f"{len(sources)} numbers, for {', '.join(each.name for each in sources)}",
+            found=str(row),
+        )
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in row):
+        raise JaxmergeError("weights are finite numbers", where="merge.weights", found=str(row))
+
+
+def _in_blocks(
+    config: Config,
+    sources: Sequence[Source],
+    merges: Sequence[Merge],
+    directory: RunDirectory,
+    command: str,
+    out: str,
+) -> list[Path]:
+    """Writes the Hugging Face directories of all merges, in one pass over the checkpoints."""
+    plan = streaming.plan(
+        sources,
+        merged_dtype=config.pool.dtype,
+        dtype=config.export.dtype,
+        shard_bytes=config.export.shard_bytes,
+    )
+    outputs = [Output(directory.path / each.path / "huggingface", each.weights) for each in merges]
+    if out:
+        outputs = [Output(Path(out), merges[0].weights)]
+    with tqdm(total=plan.bytes_read(), unit="B", unit_scale=True, disable=None) as bar:
+        records = streaming.merge(
+            plan,
+            outputs,
+            directory,
+            like=huggingface_directory(config, sources),
+            card=lambda records, output: _card(records, output.weights, command),
+            memory_bytes=config.merge.memory_bytes,
+            progress=bar.update,
+        )
+    record_pool(directory, records)
+    return [output.path for output in outputs]
+
+
+def _by_leaf(
+    config: Config,
+    wanted: Sequence[str],
+    sources: Sequence[Source],
+    merges: Sequence[Merge],
+    directory: Path,
+    command: str,
+) -> tuple[list[Path], tuple[Record, ...]]:
+    """Writes the other formats, one merge after the other; what `pool.json` says besides."""
+    written, records = [], ()
+    for each in merges:
+        leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
+        weights = np.asarray(each.weights, np.float32)
+        written += export(
+            directory / each.path,
+            leaves.abstract,
+            functools.partial(_merged_leaf, leaves, weights),
+            architecture=sources[0].architecture,
+            like=huggingface_directory(config, sources),
+            card=functools.partial(_card_of_stream, leaves, each.weights, command),
+            **{**config.export, "formats": tuple(wanted)},
+        )
+        records = leaves.records()
+    return written, records
+
+
+def _merged_leaf(leaves: LeafStream, weights: np.ndarray, name: str) -> jax.Array:
+    return linear(leaves(name), weights)
+
+
+def _card_of_stream(leaves: LeafStream, weights: Sequence[float], command: str) -> str:
+    return _card(leaves.records(), weights, command)
+
+
+def _card(records: Sequence[Record], weights: Sequence[float], command: str) -> str:
+    plain = [dataclasses.asdict(record) for record in records]
+    return card.of_weights(plain, list(weights), command)

@@ -1,0 +1,239 @@
+"""What a finished run found: results.json, and the table at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxmerge.rundir import ANALYSIS, Candidate, RunDirectory
+from jaxmerge.scores import formatting, pareto, stats
+from jaxmerge.scores.formatting import Bounds
+from jaxmerge.scores.objective import Objective, define
+from jaxmerge.search.archive import Archive, Request
+from jaxmerge.search.baselines import Found, Setting
+from jaxmerge.search.baselines import best as strongest
+
+_PACKAGES = ("jaxmerge", "jax", "jaxlib", "flax", "orbax-checkpoint", "evosax", "numpy")
+
+
+class Tested(NamedTuple):
+    """What each method chose, and how that scored where the search has not looked.
+
+    Attributes:
+        individuals: the checkpoints by themselves.
+        baselines: what each baseline chose.
+        best: what the search chose.
+        candidates: all of these on the test split, in this order.
+        heldout: scores on held-out tasks by method, of those methods that were scored there.
+    """
+
+    individuals: list[Found]
+    baselines: list[Found]
+    best: Found
+    candidates: list[Candidate]
+    heldout: dict[str, dict[str, float]]
+
+    @property
+    def winner(self) -> Candidate:
+        """What the search chose, on the test split."""
+        return self.candidates[-1]
+
+
+def score_on_test(archive: Archive, methods: Sequence[Found]) -> list[Candidate]:
+    """Scores the choice of each method on the test split."""
+    return archive.evaluate("test", [_final(found) for found in methods])
+
+
+def test(
+    archive: Archive, setting: Setting, found: list[Found], best: Found, *, heldout: bool
+) -> Tested:
+    """Scores every method on test examples; three of them on the held-out tasks.
+
+    Args:
+        archive: of the run.
+        setting: has the single checkpoints.
+        found: of the baselines.
+        best: of the search.
+        heldout: whether there are held-out tasks: the search's choice, the best checkpoint and the
+            uniform merge are scored there.
+    """
+    alone = [Found(one.name, one, 1) for one in setting.individuals]
+    candidates = score_on_test(archive, [*alone, *found, best])
+    unseen: dict[str, dict[str, float]] = {}
+    if heldout:
+        single = strongest(setting.individuals, setting.objective)
+        favourite = next(one for one in alone if one.candidate == single)
+        uniform = [method for method in found if method.name == "uniform"]
+        scored = archive.evaluate("heldout", [_final(one) for one in (best, favourite, *uniform)])
+        unseen = {candidate.name: candidate.scores for candidate in scored}
+    return Tested(alone, found, best, candidates, unseen)
+
+
+def collect(
+    directory: RunDirectory,
+    names: Sequence[str],
+    objective: Objective,
+    bounds: Mapping[str, Bounds],
+    tested: Tested,
+) -> dict[str, Any]:
+    """The part of results.json that follows from the scores.
+
+    Args:
+        directory: of the run.
+        names: of the checkpoints, in pool order.
+        objective: what was maximised.
+        bounds: of all tasks' scores, held-out ones too, as in results.json.
+        tested: all methods.
+    """
+    individuals, baselines, best, candidates, heldout = tested
+    methods = [*individuals, *baselines, best]
+    samples = [directory.examples(candidate) for candidate in candidates]
+    entries = [
+        _entry(found, names, objective, candidate, sample, heldout.get(found.name, {}))
+        for found, candidate, sample in zip(methods, candidates, samples)
+    ]
+    versus = {}
+    for found, sample in zip(methods[:-1], samples[:-1]):
+        compared = stats.paired(samples[-1], sample, objective)
+        versus[found.name] = {
+            "delta": compared.delta,
+            "ci95": [compared.low, compared.high],
+            "p": compared.p,
+        }
+    searched = [
+        candidate
+        for candidate in directory.candidates
+        if candidate.split == "search" and not candidate.origin.startswith(ANALYSIS)
+    ]
+    return {
+        "tasks": list(objective.tasks),
+        "objective": objective.plain(),
+        "heldout_tasks": list(next(iter(heldout.values()), {})),
+        "bounds": {task: list(ends) for task, ends in bounds.items()},
+        "individuals": entries[: len(individuals)],
+        "baselines": entries[len(individuals) : -1],
+        "best": {**entries[-1], "vs": versus},
+        **_front(searched, objective, bounds),
+        "evaluations": len(searched),
+        "evaluations_by_origin": dict(Counter(candidate.origin for candidate in searched)),
+    }
+
+
+def tokens(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Tokens that all candidates of the log have `read` and `written`, on all splits."""
+    counted = Counter({"read": 0, "written": 0})
+    for candidate in candidates:
+        counted.update(candidate.tokens or {})
+    return dict(counted)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for results.json."""
+    devices = jax.devices()
+    return {
+        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The end of a run in words: test scores of all methods, and how sure the difference is."""
+    best, formats = results["best"], formatting.of_results(results)
+    entries = [*results["individuals"], *results["baselines"], best]
+    lines = _scores(results, entries)
+    rival = max(results["individuals"], key=lambda entry: entry["test_objective"])
+    versus, form = best["vs"][rival["name"]], formats["objective"]
+    lines.append(
+        f"\nThe searched merge against the best single checkpoint ({rival['name']}): "
+        f"{form.difference(versus['delta'])}{form.points} {form.differences(versus['ci95'])}, "
+        f"p = {versus['p']:.2g}."
+    )
+    for task in results["heldout_tasks"]:
+        scored = [
+            f"{entry['name']} {formats[task].score(entry['heldout'][task])}"
+            for entry in entries
+            if entry["heldout"]
+        ]
+        lines.append(f"Held out, {task}: " + ", ".join(scored))
+    return "\n".join(lines)
+
+
+def _scores(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table: a line per method, a column per task, and the objective with its interval."""
+    tasks, formats = results["tasks"], formatting.of_results(results)
+    forms = [*(formats[task] for task in tasks), formats["objective"]]
+    title, names = formatting.headings(
+        "test scores", [*tasks, results["objective"]["aggregate"]], forms
+    )
+    width = max(len(text) for text in (title, *(entry["name"] for entry in entries)))
+    widths = [max(12, len(name)) for name in names]
+    heading = "  ".join(f"{name:>{wide}}" for name, wide in zip(names, widths))
+    lines = [f"{title:<{width}}  {heading}"]
+    lines.append("-" * len(lines[0]))
+    for entry in entries:
+        values = [*(entry["test"][task] for task in tasks), entry["test_objective"]]
+        cells = [f"{form.score(value):>{wide}}" for form, value, wide in zip(forms, values, widths)]
+        interval = forms[-1].interval(entry["ci95"]["objective"])
+        lines.append(f"{entry['name']:<{width}}  {'  '.join(cells)}  {interval}")
+    return lines
+
+
+def _front(
+    searched: Sequence[Candidate], objective: Objective, bounds: Mapping[str, Bounds]
+) -> dict[str, Any]:
+    """The Pareto front on the search split, and its hypervolume above the least scores there are.
+
+    A task without a least score is measured from the worst single checkpoint.
+    """
+    searched = [line for line in searched if line.out_of is None]  # an estimate may be too high
+    scores_PxM = np.array([[line.scores[task] for task in objective.tasks] for line in searched])
+    front = pareto.front(scores_PxM)
+    least = {task: bounds[task][0] for task in objective.tasks}
+    corner = {
+        task: objective.reference[task].worst if low is None else low for task, low in least.items()
+    }
+    return {
+        "pareto": [searched[i].id for i in front],
+        "hypervolume": pareto.hypervolume(scores_PxM[front], np.array(list(corner.values()))),
+        "hypervolume_reference": corner,
+    }
+
+
+def _final(found: Found) -> Request:
+    return Request("final", found.name, np.asarray(found.candidate.weights, np.float32))
+
+
+def _entry(
+    found: Found,
+    names: Sequence[str],
+    objective: Objective,
+    tested: Candidate,
+    sample: Mapping[str, np.ndarray],
+    heldout: Mapping[str, float],
+) -> dict[str, Any]:
+    intervals = {
+        task: stats.interval({task: sample[task]}, define([task])) for task in objective.tasks
+    }
+    intervals["objective"] = stats.interval(sample, objective)
+    return {
+        "name": found.name,
+        "id": found.candidate.id,
+        "weights": dict(zip(names, found.candidate.weights)),
+        "evaluations": found.evaluations,
+        "search": found.candidate.scores,
+        "search_objective": objective.of(found.candidate.scores),
+        "test": tested.scores,
+        "test_objective": objective.of(tested.scores),
+        "ci95": {name: list(interval) for name, interval in intervals.items()},
+        "heldout": dict(heldout),
+    }

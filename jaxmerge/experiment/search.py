@@ -1,0 +1,104 @@
+"""A search, from its config to its results, in one function."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import Any
+
+import numpy as np
+
+from jaxmerge import report
+from jaxmerge.checkpoints import card
+from jaxmerge.checkpoints.export import export
+from jaxmerge.config import Config
+from jaxmerge.experiment import budget, phases, results
+from jaxmerge.experiment.held import Held
+from jaxmerge.experiment.prepare import Prepared, prepare
+from jaxmerge.experiment.sources import huggingface_directory
+from jaxmerge.hosts import processes
+from jaxmerge.scores import formatting
+from jaxmerge.search import baselines
+from jaxmerge.search.archive import Archive
+from jaxmerge.search.baselines import Setting
+
+
+def search(
+    config: Config, workdir: str, command: str = "", held: Held | None = None
+) -> dict[str, Any]:
+    """The whole run; returns what results.json says.
+
+    Args:
+        config: from a `get_config()`; see `jaxmerge.config`.
+        workdir: the run directory.
+        command: what the report says to run again.
+        held: what earlier runs of the process have left, and later ones will find.
+
+    Raises:
+        JaxmergeError: anything that the user can mend.
+    """
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        prepared = prepare(config, workdir, held)
+    directory, pool = prepared.directory, prepared.pool
+    read_before = pool.traffic()
+    for warning in prepared.warnings if processes.first() else ():
+        print(f"jaxmerge: {warning}", file=sys.stderr)
+
+    with closing(directory), phases.live(config, prepared) as live:
+        archive = Archive(directory, prepared.evaluators, live.candidates)
+        with _timed(seconds, "individuals"):
+            individuals = baselines.individuals(archive, pool.names)
+            objective = prepared.objective.measured_by([one.scores for one in individuals])
+            form = formatting.of_objective(objective, prepared.bounds)
+            live.rate(objective, form, individuals)
+        with _timed(seconds, "baselines"):
+            evaluations = budget.spent(config.search.budget, prepared.strategy)
+            setting = Setting(archive, individuals, objective, evaluations, config.seed)
+            found = [baselines.BASELINES[name].find(setting) for name in config.baselines]
+        with _timed(seconds, "search"):
+            winner = phases.search(config, prepared, archive, objective, individuals)
+        with _timed(seconds, "test"):
+            tested = results.test(archive, setting, found, winner, heldout=bool(config.heldout))
+        with _timed(seconds, "analyses"):
+            analysed = phases.analyse(config, prepared, archive, objective, individuals, winner)
+        with _timed(seconds, "statistics"):
+            findings = results.collect(directory, pool.names, objective, prepared.bounds, tested)
+        said = {"command": command, "warnings": list(prepared.warnings)}
+        findings = {"version": 2, **said, **findings, "analyses": analysed}
+        with _timed(seconds, "export"):
+            _export_winner(config, prepared, findings)
+        findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
+        findings |= {"tokens": results.tokens(archive.past), **results.environment()}
+        findings["residency"] = pool.traffic(since=read_before)
+        if storage := phases.stored(prepared, tested.winner):
+            findings["storage"] = storage
+        directory.write_json("results.json", findings)
+        if processes.first():
+            report.write(directory.path)
+    return findings
+
+
+def _export_winner(config: Config, prepared: Prepared, findings: Mapping[str, Any]) -> None:
+    directory, pool = prepared.directory, prepared.pool
+    weights = np.array(list(findings["best"]["weights"].values()), np.float32)
+    records = [dataclasses.asdict(record) for record in pool.records]
+    export(
+        directory.path / "merged",
+        pool.trees[0],
+        pool.merged(weights),
+        architecture=pool.architecture,
+        like=huggingface_directory(config, prepared.sources),
+        card=lambda: card.of_search(records, findings),
+        **config.export,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started

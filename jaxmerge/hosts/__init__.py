@@ -1,0 +1,1 @@
+"""Several processes: how they start and agree, their watch, and signals that end them."""

@@ -1,0 +1,1 @@
+"""What scores mean: the objective, statistics, Pareto fronts, and how a score is written."""

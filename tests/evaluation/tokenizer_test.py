@@ -1,0 +1,103 @@
+"""Tokenizers: bytes, those of Hugging Face directories, and their comparison."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.tokenizer import Bytes, Pretrained, Tokenizer, check_same_vocabulary, is_in
+from jaxmerge.tasks.requests import Prompt
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = ["<s>", "</s>", "<end>", "<system>", "<user>", "<assistant>"]
+
+
+def make(directory, letters="abcdefghijklmnopqrstuvwxyz ", *, template: str | None = TEMPLATE):
+    """A tokenizer of letters, which starts every text with <s>."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *letters])}
+    fast = Fast(models.BPE(vocabulary, []))
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast.decoder = decoders.Fuse()
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_plain_prompts_have_a_start_and_no_end(directory):
+    tokenizer = Pretrained(directory)
+    assert isinstance(tokenizer, Tokenizer)
+    assert tokenizer.prompt(Prompt("ab")) == [0, 6, 7]
+    assert tokenizer.encode("ab") == [6, 7]
+    assert tokenizer.decode([6, 7, 1]) == "ab"
+    assert (tokenizer.vocabulary, tokenizer.stops) == (33, (1,))
+
+
+def test_chat_prompts_end_where_the_answer_begins(directory):
+    user, assistant, end = 4, 5, 1
+    assert Pretrained(directory, chat=True).prompt(Prompt("ab")) == [user, 6, 7, end, assistant]
+    system = Pretrained(directory, chat=True, system="c").prompt(Prompt("ab"))
+    assert system == [3, 8, end, user, 6, 7, end, assistant]
+
+
+@pytest.mark.parametrize(("named", "stops"), [(2, (1, 2)), ([1, 2], (1, 2)), (1, (1,))])
+def test_generation_config_adds_stops(tmp_path, named, stops):
+    make(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert Pretrained(str(tmp_path)).stops == stops
+
+
+def test_no_chat_template(tmp_path):
+    make(tmp_path, template=None)
+    with pytest.raises(JaxmergeError, match="no chat template"):
+        Pretrained(str(tmp_path), chat=True)
+
+
+def test_templates_cannot_reach_python(tmp_path):
+    """They render in a sandbox."""
+    make(tmp_path, template="{{ ''.__class__.__mro__ }}")
+    with pytest.raises(Exception, match="unsafe"):
+        Pretrained(str(tmp_path), chat=True).prompt(Prompt("ab"))
+
+
+def test_no_tokenizer(tmp_path):
+    assert not is_in(str(tmp_path))
+    with pytest.raises(JaxmergeError, match="can't be read") as caught:
+        Pretrained(str(tmp_path))
+    assert caught.value.where == str(tmp_path)
+
+
+def test_vocabularies_that_differ(directory, tmp_path):
+    """The first ids that differ are named; the order in files does not matter."""
+    same, other = make(tmp_path / "same"), make(tmp_path / "other", "bacdefgh")
+    (tmp_path / "same" / "tokenizer.json").write_text(
+        json.dumps(json.loads((tmp_path / "same" / "tokenizer.json").read_text()), indent=1)
+    )
+    check_same_vocabulary([directory, same])
+    with pytest.raises(JaxmergeError, match="vocabulary") as caught:
+        check_same_vocabulary([directory, same, other])
+    assert caught.value.where == other
+    # a and b are exchanged; 8 to 13 are alike, and the other has no 14 to 32.
+    assert caught.value.found.startswith("21 of 33 ids differ, first 6: 'b', not 'a'; 7: 'a'")
+    assert "14: None, not 'i'" in caught.value.found
+
+
+def test_bytes():
+    assert isinstance(Bytes(), Tokenizer)
+    assert Bytes().decode(Bytes().prompt(Prompt("né"))) == "né"

@@ -1,0 +1,59 @@
+"""Genotypes to weights."""
+
+import numpy as np
+import pytest
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.search import space
+
+BOUNDS = (-8.0, 8.0)
+Z = np.random.default_rng(0).normal(size=(50, 6)) * 2
+
+
+@pytest.mark.parametrize("constraint", space.CONSTRAINTS)
+def test_zero_is_the_uniform_merge(constraint):
+    np.testing.assert_array_equal(
+        space.weights(np.zeros((1, 5)), constraint, BOUNDS), np.full((1, 5), 0.2, np.float32)
+    )
+
+
+@pytest.mark.parametrize("constraint", ["softmax", "abs", "signed"])
+def test_sums_to_one(constraint):
+    # Six float32 weights, each rounded once: at most 6 half-ulps of values up to about 4.
+    np.testing.assert_allclose(space.weights(Z, constraint, BOUNDS).sum(axis=1), 1, atol=2e-6)
+
+
+def test_signs():
+    assert (space.weights(Z, "softmax", BOUNDS) > 0).all()
+    assert (space.weights(Z, "abs", BOUNDS) >= 0).all()
+    assert (space.weights(Z, "signed", BOUNDS) < 0).any()
+    assert abs(space.weights(Z, "free", BOUNDS).sum(axis=1) - 1).max() > 0.1
+
+
+def test_a_checkpoint_can_be_left_out():
+    np.testing.assert_array_equal(space.weights(np.array([[-1.0, 0, 1]]), "abs", BOUNDS)[0, 0], 0)
+
+
+def test_abs_of_nothing_is_uniform():
+    np.testing.assert_array_equal(space.weights(np.array([[-1.0, -1.0]]), "abs", BOUNDS), 0.5)
+
+
+def test_bounds_clip():
+    clipped = space.weights(np.array([[100.0, -100.0]]), "free", (-2.0, 3.0))
+    np.testing.assert_array_equal(clipped, np.array([[2.0, -0.5]], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "bounds", "named"),
+    [("softmx", BOUNDS, "space.constraint"), ("abs", (1.0, 2.0), "space.bounds")],
+)
+def test_refused(constraint, bounds, named):
+    with pytest.raises(JaxmergeError, match=named):
+        space.weights(Z, constraint, bounds)
+
+
+def test_some_of_the_checkpoints():
+    """The others have no weight; the order is that of the numbers."""
+    spread = space.spread(np.array([[0.75, 0.25], [0.5, 0.5]], np.float32), [3, 0], 4)
+    np.testing.assert_array_equal(spread, [[0.25, 0, 0, 0.75], [0.5, 0, 0, 0.5]])
+    assert spread.dtype == np.float32
