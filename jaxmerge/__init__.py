@@ -3,7 +3,7 @@
 The command line is `jaxmerge --help`. From Python, the names below are what there is;
 each is imported when it is first used, so that `import jaxmerge` is quick and starts nothing.
 
-Letters in names of arrays are dimensions, as in `weights_PxK`:
+Letters in names of arrays are dimensions, as in `weights_PxK`::
 
     P  population          B  batch               D  model width
     K  checkpoints         T  sequence            F  feed-forward width

@@ -113,10 +113,7 @@ def default() -> Config:
 
     config.space = ml_collections.ConfigDict()
     config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.search.space
-    config.space.bounds = (
-        -8.0,
-        8.0,
-    )  # genotypes are clipped to these, in units of jaxmerge.search.space
+    config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of that module
 
     config.search = ml_collections.ConfigDict()
     config.search.strategy = "CMA_ES"  # any name in evosax.algorithms
@@ -154,7 +151,7 @@ def default() -> Config:
 
     config.report = ml_collections.ConfigDict()
     # Between refreshes of report.html while the run goes on; more where writing it takes more than
-    # 5% of that. 0: it is written at the end alone.
+    # 1% of that. 0: it is written at the end alone.
     config.report.every_seconds = 60.0
     config.tensorboard = False  # event files in WORKDIR/tensorboard; needs jaxmerge[tensorboard]
 

@@ -15,8 +15,9 @@ from jaxmerge.planning.estimate import arithmetic
 from jaxmerge.planning.residency import Room
 from jaxmerge.planning.work import Step
 
-# Tokens of a microbatch at most. On the CPU more are not faster (docs/decisions/sizes.md); on accelerators this is
-# where products of a model of 1e9 parameters are long bound by operations, not by bytes.
+# Tokens of a microbatch at most. On the CPU more are not faster (docs/decisions/sizes.md); on
+# accelerators this is where products of a model of 1e9 parameters are long bound by operations, not
+# by bytes.
 _MOST_TOKENS = {"cpu": 8192}
 _MOST_TOKENS_ELSEWHERE = 32_768
 _LEAST_TOKENS = 256

@@ -1,4 +1,4 @@
-"""What README.md says to type does what it says."""
+"""What docs/python.md says to type does what it says."""
 
 import json
 import os
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def _from_python() -> str:
-    """The lines of the section "From Python"."""
-    _, section = (ROOT / "README.md").read_text().split("\n## From Python\n")
+    """The lines of its whole search."""
+    _, section = (ROOT / "docs/python.md").read_text().split("\n## A search in one script\n")
     (block,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
     return block
 
