@@ -18,6 +18,7 @@ from jaxmerge import tasks
 from jaxmerge.checkpoints import export, pool
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation import batches
+from jaxmerge.merge import groups
 from jaxmerge.report import tensorboard
 from jaxmerge.scores.objective import Objective, define
 from jaxmerge.search import baselines, racing, space
@@ -113,6 +114,13 @@ def default() -> Config:
 
     config.space = ml_collections.ConfigDict()
     config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.search.space
+    # What has weights of its own: "model", one weight a checkpoint; "layer"; a number of groups of
+    # layers, such as "4"; "kind", each leaf, all its layers together; "leaf", each leaf and layer;
+    # "patterns". See jaxmerge.merge.groups.
+    config.space.granularity = "model"
+    # Regular expressions; a leaf is in the group of the first that is found in its name.
+    config.space.patterns = ()
+    config.space.shrink = 0.0  # how far groups are pulled to their mean genotype; 1: all the way
     config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of that module
 
     config.search = ml_collections.ConfigDict()
@@ -191,7 +199,8 @@ def check(config: Config) -> None:
         tensorboard.package()
     if config.merge.rematerialise:
         pool.check_rematerialise(config.pool.residency, config.pool.storage)
-    space.check(config.space.constraint, config.space.bounds)
+    space.check(config.space.constraint, config.space.bounds, config.space.shrink)
+    groups.check(config.space.granularity, config.space.patterns)
     search = config.search
     racing.check(search.subset, search.racing, search.finalists, search.strategy)
     baselines.check(config.baselines)

@@ -32,6 +32,16 @@ _CHOSEN = tuple(
 _WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
 
 
+# One merge weight per checkpoint, in pool order; of groups that have weights of their own, each's.
+Weights = tuple[float, ...] | tuple[tuple[float, ...], ...]
+
+
+def as_weights(values: Any) -> Weights:
+    """Weights `[K]` or `[G, K]` as a candidate has them."""
+    rows = np.asarray(values, np.float64).tolist()
+    return tuple(tuple(row) if isinstance(row, list) else row for row in rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """One evaluated candidate: a line of `candidates.jsonl`.
@@ -45,7 +55,8 @@ class Candidate:
         split: the examples it was scored on: `search`, `test`, or `heldout` for the test examples
             of the held-out tasks.
         row: its row in each file of `examples/SPLIT/`.
-        weights: one merge weight per checkpoint, in pool order.
+        weights: one merge weight per checkpoint, in pool order; or such a row for each group of
+            leaves that has weights of its own.
         scores: mean score of each task.
         n: number of examples of each task.
         seconds: of wall time it took, its share of the step it was part of.
@@ -63,13 +74,19 @@ class Candidate:
     name: str
     split: str
     row: int
-    weights: tuple[float, ...]
+    weights: Weights
     scores: dict[str, float]
     n: dict[str, int]
     seconds: float
     tokens: dict[str, int] | None = None
     out_of: dict[str, int] | None = None
     dropped: bool = False
+
+    @property
+    def by_checkpoint(self) -> tuple[float, ...]:
+        """One weight per checkpoint: the mean over the groups that have weights of their own."""
+        rows = np.asarray(self.weights, np.float64)
+        return tuple(rows.mean(axis=0).tolist() if rows.ndim == 2 else rows.tolist())
 
 
 class RunDirectory:
@@ -311,7 +328,7 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
     for number, line in enumerate(lines.splitlines()):
         try:
             fields = json.loads(line)
-            candidate = Candidate(**{**fields, "weights": tuple(fields["weights"])})
+            candidate = Candidate(**{**fields, "weights": as_weights(fields["weights"])})
         except (ValueError, TypeError, KeyError) as error:
             raise JaxmergeError(
                 f"line {number + 1} can't be read", where=where, found=str(error)

@@ -26,6 +26,7 @@ from jaxmerge.checkpoints.survey import FORMATS
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.merge import linear
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
+from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
 from jaxmerge.merge.rematerialised import rematerialising
@@ -56,6 +57,7 @@ class Pool(NamedTuple):
         merge: gives the merges of C candidates on the devices, from weights `[C, K]`.
         residency: where they live; see `load`.
         storage: how; see `load`.
+        groups: of leaves that share their weights; None: all do.
     """
 
     names: tuple[str, ...]
@@ -65,6 +67,12 @@ class Pool(NamedTuple):
     merge: Merger
     residency: str
     storage: str = "exact"
+    groups: Groups | None = None
+
+    @property
+    def count(self) -> int:
+        """G, the number of groups."""
+        return len(self.groups.names) if self.groups else 1
 
     def traffic(self, since: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Where the pool lives, and what merging it has read, for results.json.
@@ -81,7 +89,7 @@ class Pool(NamedTuple):
             "seconds": round(seconds - before["seconds"], 3),
         }
 
-    def stored_error(self, weights_K: Float[np.ndarray, " K"]) -> dict[str, Any] | None:
+    def stored_error(self, weights_K: Float[np.ndarray, "*G K"]) -> dict[str, Any] | None:
         """How far a merge of what is stored is from that of the exact checkpoints.
 
         Returns:
@@ -96,18 +104,26 @@ class Pool(NamedTuple):
         return {"kind": self.storage, "worst": errors[worst], "leaf": worst, "mean": mean}
 
     def merged(
-        self, weights_K: Float[np.ndarray, " K"] | Sequence[float]
+        self, weights_K: Float[np.ndarray, "*G K"] | Sequence[float]
     ) -> Callable[[str], jax.Array]:
         """One merge, by the names of its leaves; each is made when it is asked for.
 
         It is of the exact checkpoints, however they are stored.
+
+        Args:
+            weights_K: one for each checkpoint; `[G, K]` where groups have their own.
         """
         weights_K = np.asarray(weights_K, np.float32)
+        groups = self.groups if weights_K.ndim == 2 else None
         exact = self.merge.exact if isinstance(self.merge, QuantisedMerger) else self.merge
         if isinstance(exact, LeafwiseMerger):
             return functools.partial(exact.leaf, weights_K=weights_K)
         leaves = [named_leaves(tree) for tree in self.trees]
-        return lambda name: linear.linear([of_tree[name] for of_tree in leaves], weights_K)
+
+        def leaf(name: str) -> jax.Array:
+            return linear.linear([{name: each[name]} for each in leaves], weights_K, groups)[name]
+
+        return leaf
 
 
 def load(
@@ -119,6 +135,7 @@ def load(
     residency: str = "device",
     storage: str = "exact",
     rematerialise: str = "",
+    groups: Groups | None = None,
     on_loaded: Callable[[Record], None] = lambda record: None,
 ) -> Pool:
     """Restores the checkpoints one after the other, each straight into its shards, and checks them.
@@ -136,6 +153,7 @@ def load(
             it in so many bits, see `merge.differences`. The pool must live on the device.
         rematerialise: the `Model.layers` that are merged when the model comes to them, which takes
             a pool on the device; "": whole models are merged.
+        groups: of leaves that share their weights, see `linear.ResidentMerger`.
         on_loaded: called after each checkpoint.
 
     Raises:
@@ -160,13 +178,15 @@ def load(
         # `trees` say what the checkpoints are like, as on disk, from where the exact ones come.
         others = [_stored_leaves(tree, trees[0]) for tree in trees[1:]]
         like = jax.tree.map(_forget, trees[0])
-        exact = _leafwise(sources, [like] * len(trees), where)
-        merge = QuantisedMerger(trees[0], others, exact)
+        exact = _leafwise(sources, [like] * len(trees), where, groups)
+        merge = QuantisedMerger(trees[0], others, exact, groups)
         trees = [like] * len(trees)
     elif rematerialise:
-        merge = rematerialising(trees, rematerialise)
+        merge = rematerialising(trees, rematerialise, groups)
+    elif residency == "device":
+        merge = linear.merger(trees, groups)
     else:
-        merge = linear.merger(trees) if residency == "device" else _leafwise(sources, trees, where)
+        merge = _leafwise(sources, trees, where, groups)
     return Pool(
         names=tuple(source.name for source in sources),
         trees=tuple(trees),
@@ -175,6 +195,7 @@ def load(
         merge=merge,
         residency=residency,
         storage=storage,
+        groups=groups,
     )
 
 
@@ -315,7 +336,9 @@ def _stored_leaves(tree: PyTree, base: PyTree) -> dict[str, Any]:
     return dict(zip(names, jax.tree.structure(base).flatten_up_to(tree)))
 
 
-def _leafwise(sources: Sequence[Source], trees: Sequence[PyTree], where: PyTree) -> LeafwiseMerger:
+def _leafwise(
+    sources: Sequence[Source], trees: Sequence[PyTree], where: PyTree, groups: Groups | None
+) -> LeafwiseMerger:
     """The merge of trees that are not on the devices."""
     kept = [named_leaves(tree) for tree in trees]
     places = named_leaves(where)
@@ -330,7 +353,7 @@ def _leafwise(sources: Sequence[Source], trees: Sequence[PyTree], where: PyTree)
         lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]),
         trees[0],
     )
-    return LeafwiseMerger(like, read)
+    return LeafwiseMerger(like, read, groups)
 
 
 def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:

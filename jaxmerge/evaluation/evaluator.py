@@ -116,12 +116,12 @@ class Evaluator:
             made._merge = self._merge.exact
         return made
 
-    def __call__(self, weights_PxK: Float[np.ndarray, "P K"]) -> Scores:
+    def __call__(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Scores:
         """Per-example scores of all candidates, `[P, N]` for each task."""
         steps = [step.scores for step in self.steps(weights_PxK)]
         return {name: np.concatenate([scores[name] for scores in steps]) for name in steps[0]}
 
-    def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Step]:
+    def steps(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Iterator[Step]:
         """The same, `candidates_per_step` rows at a time, as soon as they are known."""
         waiting = None
         for start in range(0, len(weights_PxK), self.candidates_per_step):

@@ -55,7 +55,7 @@ class Remembering:
         """As of the evaluator, and without a memory: it is asked once."""
         return self._evaluator.exact()
 
-    def steps(self, weights_PxK: Float[np.ndarray, "P K"]) -> Iterator[Step]:
+    def steps(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Iterator[Step]:
         """As of the evaluator: `candidates_per_step` rows at a time, as soon as they are known."""
         unknown: list[np.ndarray] = []
         for start in range(0, len(weights_PxK), self.candidates_per_step):

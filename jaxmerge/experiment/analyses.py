@@ -73,9 +73,10 @@ def nonzero(study: Study) -> Plain:
     """The share of checkpoints whose weight in the winner is not about 0.
 
     |w_k| > min(0.01, 0.1 / K) counts: with many checkpoints the uniform weight itself is small.
+    Where groups of leaves have weights of their own, w_k is their mean.
     """
     threshold = min(_NONZERO, 0.1 / len(study.names))
-    weights = study.winner.candidate.weights
+    weights = study.winner.candidate.by_checkpoint
     used = [name for name, weight in zip(study.names, weights) if abs(weight) > threshold]
     return {
         "threshold": threshold,
@@ -92,9 +93,8 @@ def weight_vs_score(study: Study) -> Plain:
     are None where they say nothing: of two checkpoints, or where weights or scores are all alike.
     """
     own = [study.objective.of(one.scores) for one in study.individuals]
-    weights_K, own_K = (
-        rankdata(values) - (len(values) + 1) / 2 for values in (study.winner.candidate.weights, own)
-    )
+    weights = study.winner.candidate.by_checkpoint
+    weights_K, own_K = (rankdata(each) - (len(each) + 1) / 2 for each in (weights, own))
     size = np.sqrt((weights_K**2).sum() * (own_K**2).sum())
     if len(own) < 3 or not size:
         return {"spearman": None, "p": None}
@@ -112,11 +112,13 @@ def leave_one_out(study: Study) -> list[Plain]:
     """The winner without each of its checkpoints, on the test split.
 
     w'_k = w_k sum_j w_j / sum_(j != dropped) w_j: the others keep their proportions, and all have
-    the sum of before. Left out are checkpoints of weight 0, where nothing changes, and those
-    without which the others' sum is 0 or of the other sign, where no scale brings it back.
+    the sum of before, in each group of leaves that has weights of its own. Left out are checkpoints
+    of weight 0, where nothing changes, and those without which the others' sum is 0 or of the other
+    sign, where no scale brings it back.
     """
     weights_K = np.array(study.winner.candidate.weights)
-    rows = {k: _without(weights_K, k) for k in np.flatnonzero(weights_K).tolist()}
+    used = np.flatnonzero(np.any(weights_K.reshape(-1, weights_K.shape[-1]) != 0, axis=0))
+    rows = {k: _without(weights_K, k) for k in used.tolist()}
     dropped = [k for k, row in rows.items() if row is not None]
     requests = [_request(LEAVE_ONE_OUT, study.names[k], rows[k]) for k in dropped]
     (winner,) = _evaluated(study, "test", [_request(LEAVE_ONE_OUT, "winner", weights_K)])
@@ -210,11 +212,13 @@ ANALYSES: dict[str, Callable[[Study], Any]] = {
 }
 
 
-def _without(weights_K: Float[np.ndarray, " K"], dropped: int) -> Float[np.ndarray, " K"] | None:
+def _without(
+    weights_K: Float[np.ndarray, "*G K"], dropped: int
+) -> Float[np.ndarray, "*G K"] | None:
     rest_K = weights_K.copy()
-    rest_K[dropped] = 0.0
-    total, remains = weights_K.sum(), rest_K.sum()
-    return rest_K * (total / remains) if total * remains > 0 else None
+    rest_K[..., dropped] = 0.0
+    total, remains = (each.sum(axis=-1, keepdims=True) for each in (weights_K, rest_K))
+    return rest_K * (total / remains) if np.all(total * remains > 0) else None
 
 
 def _request(origin: str, name: str, weights: Any) -> Request:
@@ -224,11 +228,11 @@ def _request(origin: str, name: str, weights: Any) -> Request:
 def _evaluated(study: Study, split: str, requests: Sequence[Request]) -> list[Candidate]:
     """The requests as evaluated candidates; weights that the run has scored there, not again."""
     scored = {line.weights: line for line in study.archive.past if line.split == split}
-    keys = [tuple(map(float, request.weights)) for request in requests]
+    keys = [request.key for request in requests]
     new = {key: request for key, request in zip(keys, requests) if key not in scored}
     scored |= dict(zip(new, study.archive.evaluate(split, list(new.values()))))
     return [scored[key] for key in keys]
 
 
 def _named(study: Study, candidate: Candidate) -> dict[str, float]:
-    return dict(zip(study.names, candidate.weights))
+    return dict(zip(study.names, candidate.by_checkpoint))

@@ -16,7 +16,7 @@ from jaxmerge.search.loop import Economy
 from jaxmerge.search.slices import slices
 
 
-def check_pool_sizes(config: Config, checkpoints: int) -> None:
+def check_pool_sizes(config: Config, checkpoints: int, groups: int = 1) -> None:
     """Raises `JaxmergeError` unless there can be a search over each of `analyses.pool_sizes`."""
     sizes, budget = config.analyses.pool_sizes, pool_size_budget(config)
     if len({*sizes}) < len(sizes) or any(m not in range(2, checkpoints) for m in sizes):
@@ -27,7 +27,7 @@ def check_pool_sizes(config: Config, checkpoints: int) -> None:
             found=str(tuple(sizes)),
         )
     for m in sizes:
-        strategy = build_strategy(config, checkpoints, range(m))
+        strategy = build_strategy(config, checkpoints, range(m), groups)
         check_budget(strategy, "analyses.pool_size_budget", budget)
 
 
@@ -37,7 +37,7 @@ def pool_size_budget(config: Config) -> int:
 
 
 def build_strategy(
-    config: Config, checkpoints: int, chosen: Sequence[int] | None = None
+    config: Config, checkpoints: int, chosen: Sequence[int] | None = None, groups: int = 1
 ) -> strategies.Strategy:
     """The strategy that the config names.
 
@@ -45,6 +45,7 @@ def build_strategy(
         config: whose `search` says it.
         checkpoints: K.
         chosen: numbers of the checkpoints that are searched over; None: all of them.
+        groups: G, of leaves that have weights of their own.
 
     Raises:
         JaxmergeError: names the field.
@@ -58,12 +59,13 @@ def build_strategy(
             found=str(len(start)),
         )
     chosen = range(checkpoints) if chosen is None else chosen
-    population = config.search.population or strategies.default_population(len(chosen))
+    dimension = groups * len(chosen)
+    population = config.search.population or strategies.default_population(dimension)
     return strategies.evosax(
         config.search.strategy,
-        len(chosen),
+        dimension,
         population,
-        mean=np.array([start[k] for k in chosen], np.float32) if start else None,
+        mean=np.array([start[k] for k in chosen] * groups, np.float32) if start else None,
         sigma=config.search.sigma,
         params=config.search.params.to_dict(),
     )
@@ -103,12 +105,12 @@ def economy(
     return Economy(parts, search.racing, max(1, population // 2), search.finalists)
 
 
-def evaluations(config: Config, checkpoints: int) -> dict[str, int]:
+def evaluations(config: Config, checkpoints: int, groups: int = 1) -> dict[str, int]:
     """Candidates that a run of K checkpoints will have scored at its end, by split, at most."""
     wanted, K = config.analyses, checkpoints
-    budget = spent(config.search.budget, build_strategy(config, K))
+    budget = spent(config.search.budget, build_strategy(config, K, groups=groups))
     over = [
-        spent(pool_size_budget(config), build_strategy(config, K, range(m)))
+        spent(pool_size_budget(config), build_strategy(config, K, range(m), groups))
         for m in wanted.pool_sizes
     ]
     decided = config.search.finalists * (1 + len(over)) if config.search.subset < 1 else 0

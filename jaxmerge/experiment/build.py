@@ -14,6 +14,7 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.batches import Limits
 from jaxmerge.evaluation.tokenizer import Bytes, Pretrained, Tokenizer
+from jaxmerge.merge.groups import Groups, groups
 from jaxmerge.models import families
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
@@ -21,6 +22,7 @@ from jaxmerge.models.model import Model, from_apply
 from jaxmerge.scores.formatting import plain_bounds
 from jaxmerge.tasks import BUILDERS
 from jaxmerge.tasks.common import Task
+from jaxmerge.trees import PyTree
 
 
 def build_model(config: Config, source: Source) -> Model:
@@ -56,6 +58,18 @@ def build_model(config: Config, source: Source) -> Model:
             "these are not the model's arguments", where="pool.model_args", found=str(error)
         ) from error
     return built if isinstance(built, Model) else from_apply(built)
+
+
+def build_groups(config: Config, model: Model, like: PyTree) -> Groups | None:
+    """The groups of leaves that share their weights; None: all leaves do.
+
+    Args:
+        config: whose `space` says it.
+        model: of the checkpoints.
+        like: the leaves of one.
+    """
+    space = config.space
+    return groups(like, space.granularity, patterns=space.patterns, layers=model.layers)
 
 
 def build_tokenizer(config: Config, directory: str, model: Model) -> Tokenizer:

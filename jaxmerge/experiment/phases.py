@@ -38,7 +38,7 @@ def live(config: Config, prepared: Prepared) -> Live:
 def plan(config: Config, prepared: Prepared) -> Plan:
     """How many candidates the run will have scored at its end, at most."""
     return Plan(
-        evaluations(config, len(prepared.pool.names)),
+        evaluations(config, len(prepared.pool.names), prepared.pool.count),
         {split: sum(each.examples.values()) for split, each in prepared.evaluators.items()},
         config.search.budget // prepared.strategy.population,
     )
@@ -55,7 +55,7 @@ def search(
     best = loop.search(
         archive,
         prepared.strategy,
-        lambda z: space.weights(z, config.space.constraint, config.space.bounds),
+        _to_weights(config, prepared.pool.count),
         objective=objective,
         budget=config.search.budget,
         seed=config.seed,
@@ -80,13 +80,13 @@ def analyse(
 
     def search_over(chosen: Sequence[int]) -> Found:
         name = f"best-{len(chosen)}"
-        strategy, budget = build_strategy(config, len(names), chosen), pool_size_budget(config)
+        budget, groups = pool_size_budget(config), prepared.pool.count
+        strategy = build_strategy(config, len(names), chosen, groups)
+        to_weights = _to_weights(config, groups)
         best = loop.search(
             archive,
             strategy,
-            lambda z: space.spread(
-                space.weights(z, config.space.constraint, config.space.bounds), chosen, len(names)
-            ),
+            lambda z: space.spread(to_weights(z), chosen, len(names)),
             objective=objective,
             budget=budget,
             seed=config.seed,
@@ -130,6 +130,14 @@ def stored(prepared: Prepared, winner: Candidate) -> dict[str, Any] | None:
         for task, score in winner.scores.items()
     }
     return {**error, "scores": scores}
+
+
+def _to_weights(config: Config, groups: int) -> loop.ToWeights:
+    """Genotypes to merge weights, as the config says."""
+    fields = config.space
+    return lambda z: space.weights(
+        z, fields.constraint, fields.bounds, groups=groups, shrink=fields.shrink
+    )
 
 
 def _economy(

@@ -21,6 +21,7 @@ from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.experiment.budget import build_strategy, check_budget, check_pool_sizes
 from jaxmerge.experiment.build import (
     bounds_of,
+    build_groups,
     build_limits,
     build_model,
     build_task,
@@ -77,10 +78,12 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     model, tokenizer = parts.part("model", lambda: _model_and_tokenizer(config, sources))
     mesh = _mesh(config)
     tasks, heldout = parts.part("tasks", lambda: _tasks(config))
-    strategy = parts.part("strategy", lambda: build_strategy(config, len(sources)))
+    groups = build_groups(config, model, sources[0].abstract)
+    G = len(groups.names) if groups else 1
+    strategy = parts.part("strategy", lambda: build_strategy(config, len(sources), groups=G))
     check_budget(strategy, "search.budget", config.search.budget)
-    check_pool_sizes(config, len(sources))
-    step = least_step(config, sources, model, mesh)
+    check_pool_sizes(config, len(sources), G)
+    step = least_step(config, sources, model, mesh, groups)
     room, residency = parts.part("residency", lambda: _residency(config, step))
     population = strategy.population
     config = sized(config, workdir, model, step, room, residency=residency, population=population)
@@ -96,6 +99,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
             residency=residency,
             storage=config.pool.storage,
             rematerialise=step.layers,
+            groups=groups,
         ),
     )
     splits = {"search": (tasks, "search"), "test": (tasks, "test"), "heldout": (heldout, "test")}
@@ -153,7 +157,8 @@ def made_of(config: Config) -> dict[str, Any]:
     plain = configs.plain(config)
     objective, search = plain["objective"], plain["search"]
     sources = [plain["pool"], plain["export"]["formats"]]
-    pool = [sources, plain["mesh"], plain["merge"]["rematerialise"]]
+    grain = [plain["space"][field] for field in ("granularity", "patterns")]
+    pool = [sources, plain["mesh"], plain["merge"]["rematerialise"], grain]
     sizes = [objective["search_examples"], objective["test_examples"]]
     tasks = [plain["tasks"], objective["tasks"], plain["heldout"], sizes]
     strategy = [search[field] for field in ("strategy", "population", "init", "sigma", "params")]
@@ -161,7 +166,7 @@ def made_of(config: Config) -> dict[str, Any]:
         "pool": pool,
         "residency": pool,
         "evaluators": [pool, tasks, plain["evaluate"], search["population"]],
-        "strategy": [sources, strategy],
+        "strategy": [sources, strategy, grain],
         "sources": sources,
         "model": sources,
         "tasks": tasks,

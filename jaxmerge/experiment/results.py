@@ -80,6 +80,7 @@ def collect(
     objective: Objective,
     bounds: Mapping[str, Bounds],
     tested: Tested,
+    groups: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The part of results.json that follows from the scores.
 
@@ -89,6 +90,7 @@ def collect(
         objective: what was maximised.
         bounds: of all tasks' scores, held-out ones too, as in results.json.
         tested: all methods.
+        groups: names of those that have weights of their own; (): there is one.
     """
     individuals, baselines, best, candidates, heldout = tested
     methods = [*individuals, *baselines, best]
@@ -113,6 +115,7 @@ def collect(
     return {
         "tasks": list(objective.tasks),
         "objective": objective.plain(),
+        **({"groups": list(groups)} if groups else {}),
         "heldout_tasks": list(next(iter(heldout.values()), {})),
         "bounds": {task: list(ends) for task, ends in bounds.items()},
         "individuals": entries[: len(individuals)],
@@ -225,10 +228,12 @@ def _entry(
         task: stats.interval({task: sample[task]}, define([task])) for task in objective.tasks
     }
     intervals["objective"] = stats.interval(sample, objective)
+    grouped = found.candidate.weights
     return {
         "name": found.name,
         "id": found.candidate.id,
-        "weights": dict(zip(names, found.candidate.weights)),
+        "weights": dict(zip(names, found.candidate.by_checkpoint)),
+        **({"groups": grouped} if isinstance(grouped[0], tuple) else {}),
         "evaluations": found.evaluations,
         "search": found.candidate.scores,
         "search_objective": objective.of(found.candidate.scores),

@@ -20,6 +20,7 @@ from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
 from jaxmerge.experiment.sources import huggingface_directory
 from jaxmerge.hosts import processes
+from jaxmerge.rundir import Candidate
 from jaxmerge.scores import formatting
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive
@@ -66,11 +67,14 @@ def search(
         with _timed(seconds, "analyses"):
             analysed = phases.analyse(config, prepared, archive, objective, individuals, winner)
         with _timed(seconds, "statistics"):
-            findings = results.collect(directory, pool.names, objective, prepared.bounds, tested)
+            names = pool.groups.names if pool.groups else ()
+            findings = results.collect(
+                directory, pool.names, objective, prepared.bounds, tested, names
+            )
         said = {"command": command, "warnings": list(prepared.warnings)}
         findings = {"version": 2, **said, **findings, "analyses": analysed}
         with _timed(seconds, "export"):
-            _export_winner(config, prepared, findings)
+            _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
         findings["residency"] = pool.traffic(since=read_before)
@@ -82,14 +86,15 @@ def search(
     return findings
 
 
-def _export_winner(config: Config, prepared: Prepared, findings: Mapping[str, Any]) -> None:
+def _export_winner(
+    config: Config, prepared: Prepared, winner: Candidate, findings: Mapping[str, Any]
+) -> None:
     directory, pool = prepared.directory, prepared.pool
-    weights = np.array(list(findings["best"]["weights"].values()), np.float32)
     records = [dataclasses.asdict(record) for record in pool.records]
     export(
         directory.path / "merged",
         pool.trees[0],
-        pool.merged(weights),
+        pool.merged(np.array(winner.weights, np.float32)),
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
         card=lambda: card.of_search(records, findings),

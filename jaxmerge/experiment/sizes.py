@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
 from jaxmerge.hosts import processes
+from jaxmerge.merge.groups import Groups
 from jaxmerge.models.model import Model
 from jaxmerge.planning.residency import Room, check_layers
 from jaxmerge.planning.sizes import Sizes, choose_sizes
@@ -21,7 +22,13 @@ from jaxmerge.planning.work import Step, cast, placed
 _FIELDS = ("candidates_per_step", "batch_size", "batch_tokens")  # of `evaluate`; 0: to be chosen
 
 
-def least_step(config: Config, sources: Sequence[Source], model: Model, mesh: Mesh) -> Step:
+def least_step(
+    config: Config,
+    sources: Sequence[Source],
+    model: Model,
+    mesh: Mesh,
+    groups: Groups | None = None,
+) -> Step:
     """A step of as few candidates as the config allows.
 
     Raises:
@@ -36,6 +43,7 @@ def least_step(config: Config, sources: Sequence[Source], model: Model, mesh: Me
         mesh,
         model.layers if config.merge.rematerialise else "",
         config.pool.storage,
+        groups,
     )
 
 

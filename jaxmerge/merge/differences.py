@@ -19,8 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmerge.hosts import processes
+from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
-from jaxmerge.merge.linear import of_population, product, rows_at_a_time, weighted_sum
+from jaxmerge.merge.linear import of_population, over, product, rows_at_a_time, weighted_sum
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
 BITS = {"int8": 8, "int4": 4}  # by the name of the storage
@@ -100,7 +101,7 @@ def dequantised(difference: Difference) -> Array:
     return wide.reshape(*scales.shape[:-1], -1)
 
 
-def stored_sum(base: Array, others: Sequence[Stored], weights_K: Float[Array, " K"]) -> Array:
+def stored_sum(base: Array, others: Sequence[Stored], weights_K: Float[Array, "*L K"]) -> Array:
     """(sum_k w_k) x_0 + sum_{k>0} w_k scale_kb q_k, in float32 (or wider) and rounded once.
 
     Every product and every sum is rounded, in the order of the checkpoints, as in `weighted_sum`.
@@ -111,7 +112,7 @@ def stored_sum(base: Array, others: Sequence[Stored], weights_K: Float[Array, " 
     if not differences:
         return weighted_sum([base, *(x for x in others if isinstance(x, jax.Array))], weights_K)
     wide = jnp.promote_types(base.dtype, jnp.float32)
-    weights = list(weights_K.astype(wide))
+    weights = [over(weight, base) for weight in jnp.moveaxis(weights_K.astype(wide), -1, 0)]
     whole = functools.reduce(jnp.add, weights)
     value = base.astype(wide)
     total = jnp.where(whole == 1, value, product(whole, value))
@@ -128,6 +129,7 @@ class QuantisedMerger:
         base: the first checkpoint, a tree of arrays on the devices.
         others: for each other checkpoint what is kept of its leaves, by name; see `quantised`.
         exact: the merge of the exact checkpoints.
+        groups: of leaves that share their weights, see `linear.ResidentMerger`.
 
     Attributes:
         exact: see above.
@@ -138,18 +140,21 @@ class QuantisedMerger:
         base: PyTree,
         others: Sequence[Mapping[str, Stored]],
         exact: LeafwiseMerger,
+        groups: Groups | None = None,
     ):
-        self._like, self._base = base, named_leaves(base)
+        self._like, self._base, self._groups = base, named_leaves(base), groups
         self._others, self.exact = tuple(map(dict, others)), exact
-        self.program = program(self._base, self._others)
+        self.program = program(self._base, self._others, groups)
 
     @property
     def stored(self) -> tuple[dict[str, Array], tuple[dict[str, Stored], ...]]:
         """The base's leaves, and what is kept of the others': the program's arguments."""
         return self._base, self._others
 
-    def __call__(self, weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+    def __call__(self, weights_CxK: Float[np.ndarray, "C *G K"]) -> PyTree:
         """The merged models, `[C, ...]` spread over the mesh axis `pop`."""
+        if self._groups:
+            weights_CxK = self._groups.lifted(weights_CxK)
         weights = jnp.asarray(weights_CxK, jnp.float32)
         sharding = next(iter(self._base.values())).sharding
         if isinstance(sharding, NamedSharding):
@@ -158,11 +163,14 @@ class QuantisedMerger:
         merged = self.program(*self.stored, weights)
         return map_named(lambda name, _: merged[name], self._like)
 
-    def errors(self, weights_K: Float[np.ndarray, " K"]) -> dict[str, float]:
+    def errors(self, weights_K: Float[np.ndarray, "*G K"]) -> dict[str, float]:
         """How far a merge is from that of the exact checkpoints, ||m - e|| / ||e||, by leaf."""
         sharding = next(iter(self._base.values())).sharding
         rows = sharding.mesh.shape["pop"] if isinstance(sharding, NamedSharding) else 1
-        merged = self.program(*self.stored, np.repeat(weights_K[None], rows, axis=0))
+        weights_CxK = np.repeat(weights_K[None], rows, axis=0)
+        if self._groups:
+            weights_CxK = self._groups.lifted(weights_CxK)
+        merged = self.program(*self.stored, weights_CxK)
         return {
             name: float(_distance(leaf, self.exact.leaf(name, weights_K)))
             for name, leaf in merged.items()
@@ -200,12 +208,15 @@ def abstract(like: PyTree, checkpoints: int, storage: str) -> tuple[dict[str, An
     return base, (other,) * (checkpoints - 1)
 
 
-def program(base: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Any:
+def program(
+    base: Mapping[str, Any], others: Sequence[Mapping[str, Any]], groups: Groups | None = None
+) -> Any:
     """The compiled merge `(base, others, weights_CxK) -> leaves [C, ...] by name`.
 
     Args:
         base: leaves of the first checkpoint, or what they are like, by name.
         others: what is kept of those of the others.
+        groups: of leaves that share their weights, which are then `[C, G, K]`; None: all do.
     """
 
     placed = {name: leaf.sharding for name, leaf in base.items()}
@@ -214,18 +225,22 @@ def program(base: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Any
     def of_leaf(stored: tuple[Array, list[Stored]], weights_K: Array) -> Array:
         return stored_sum(*stored, weights_K)
 
-    def merge(base: Any, others: Any, weights_CxK: Array) -> dict[str, Array]:
+    def merge(base: Any, others: Any, weights: Mapping[str, Array]) -> dict[str, Array]:
         merged = {}
         for name, leaf in base.items():
             kept = [other[name] for other in others]
             differs = any(isinstance(each, Difference) for each in kept)
             mesh = meshes[0] if meshes and differs else None
-            rows = rows_at_a_time(leaf.shape, 1 + len(kept), mesh)
-            merged[name] = of_population(of_leaf, (leaf, kept), weights_CxK, rows)
+            shape = leaf.shape if weights[name].ndim == 2 else leaf.shape[1:]
+            rows = rows_at_a_time(shape, 1 + len(kept), mesh)
+            merged[name] = of_population(of_leaf, (leaf, kept), weights[name], rows)
         return merged
 
+    def of_leaves(weights_CxK: Array) -> dict[str, Array]:
+        return {name: groups.weights(name, weights_CxK) if groups else weights_CxK for name in base}
+
     if not meshes:
-        return jax.jit(merge)
+        return jax.jit(lambda base, others, weights: merge(base, others, of_leaves(weights)))
     # Blocks lie within shards, so that every shard is made of the same shards of what is stored.
     specs = {name: each.spec for name, each in placed.items() if isinstance(each, NamedSharding)}
     of_others = tuple(
@@ -233,5 +248,15 @@ def program(base: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Any
         for other in others
     )
     out = {name: PartitionSpec("pop", *spec) for name, spec in specs.items()}
-    in_specs = (specs, of_others, PartitionSpec("pop"))
-    return jax.jit(jax.shard_map(merge, mesh=meshes[0], in_specs=in_specs, out_specs=out))
+
+    def merge_shards(base: Any, others: Any, weights_CxK: Array) -> dict[str, Array]:
+        weights = of_leaves(weights_CxK)
+        of_weights = {
+            name: PartitionSpec("pop", *(specs[name][:1] if each.ndim == 3 else ()))
+            for name, each in weights.items()
+        }
+        in_specs = (specs, of_others, of_weights)
+        local = jax.shard_map(merge, mesh=meshes[0], in_specs=in_specs, out_specs=out)
+        return local(base, others, weights)
+
+    return jax.jit(merge_shards)

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmerge.merge.linear import ZERO, plus
+from jaxmerge.merge.groups import Groups
+from jaxmerge.merge.linear import ZERO, over, plus
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
 # read(k, name) puts a leaf of checkpoint k on the devices.
@@ -30,17 +31,18 @@ class LeafwiseMerger:
     Args:
         like: tree of the leaves' `ShapeDtypeStruct`, with `NamedSharding` on a mesh that has `pop`.
         read: see `Read`; the leaves have the dtypes and shardings of `like`.
+        groups: of leaves that share their weights, see `linear.ResidentMerger`.
 
     Attributes:
         bytes_read: by all merges so far, to the devices of this process.
         seconds: that all merges so far took.
     """
 
-    def __init__(self, like: PyTree, read: Read):
-        self._like, self._read = like, read
+    def __init__(self, like: PyTree, read: Read, groups: Groups | None = None):
+        self._like, self._read, self._groups = like, read, groups
         self.bytes_read, self.seconds = 0, 0.0
 
-    def __call__(self, weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+    def __call__(self, weights_CxK: Float[np.ndarray, "C *G K"]) -> PyTree:
         """The merged models, `[C, ...]` spread over the mesh axis `pop`."""
         started = time.perf_counter()
         weights_CxK = weights_CxK.astype(np.float32)
@@ -49,7 +51,7 @@ class LeafwiseMerger:
         self.seconds += time.perf_counter() - started
         return merged
 
-    def leaf(self, name: str, weights_K: Float[np.ndarray, " K"]) -> Array:
+    def leaf(self, name: str, weights_K: Float[np.ndarray, "*G K"]) -> Array:
         """A leaf of one merge, with the sharding of the pool's."""
         like = named_leaves(self._like)[name]
         pop = like.sharding.mesh.shape["pop"]  # every place of the axis makes the same one
@@ -62,15 +64,18 @@ class LeafwiseMerger:
         return [add.lower(*arguments).compile().as_text() for add, arguments in added]
 
     def _merged(self, name: str, like: jax.ShapeDtypeStruct, weights_CxK: np.ndarray) -> Array:
-        start, add, finish, repeat = _programs(like.sharding, like.shape, like.dtype)
+        if self._groups:
+            weights_CxK = self._groups.weights(name, self._groups.lifted(weights_CxK))
+        by_slice = weights_CxK.ndim == 3  # of a leaf whose slices have weights of their own
+        start, add, finish, repeat = _programs(like.sharding, like.shape, like.dtype, by_slice)
         count = len(weights_CxK)
         if not jnp.issubdtype(like.dtype, jnp.floating):
             return repeat(self._leaf(0, name), count)
-        alone_C = np.sum(weights_CxK != 0, axis=1) == 1
+        alone_C = np.sum(weights_CxK != 0, axis=-1) == 1
         total = start(count)
-        for k in np.flatnonzero(np.any(weights_CxK != 0, axis=0)):
+        for k in np.flatnonzero(np.any(weights_CxK != 0, axis=tuple(range(by_slice + 1)))):
             leaf = self._leaf(int(k), name)
-            total = add(jax.block_until_ready(total), leaf, weights_CxK[:, k], alone_C)
+            total = add(jax.block_until_ready(total), leaf, weights_CxK[..., k], alone_C)
         return finish(total)
 
     def _leaf(self, k: int, name: str) -> Array:
@@ -79,21 +84,36 @@ class LeafwiseMerger:
         return leaf
 
 
-def adding(like: jax.ShapeDtypeStruct, count: int) -> tuple[Any, tuple[Any, ...]]:
-    """The program that adds a checkpoint's leaf for `count` candidates, and abstract arguments."""
+def adding(
+    like: jax.ShapeDtypeStruct, count: int, *, by_slice: bool = False
+) -> tuple[Any, tuple[Any, ...]]:
+    """The program that adds a checkpoint's leaf for `count` candidates, and abstract arguments.
+
+    Args:
+        like: the leaf.
+        count: of the candidates.
+        by_slice: whether slices along the leaf's first axis have weights of their own.
+    """
     assert isinstance(like.sharding, NamedSharding)
-    _, add, *_ = _programs(like.sharding, like.shape, like.dtype)
-    over_pop = NamedSharding(like.sharding.mesh, PartitionSpec("pop"))
+    _, add, *_ = _programs(like.sharding, like.shape, like.dtype, by_slice)
+    over_pop = NamedSharding(like.sharding.mesh, _of_weights(like.sharding.spec, by_slice))
+    of_row = (count, *like.shape[:by_slice])
     lifted = NamedSharding(like.sharding.mesh, PartitionSpec("pop", *like.sharding.spec))
     wide = jnp.promote_types(like.dtype, jnp.float32)
     total = jax.ShapeDtypeStruct((count, *like.shape), wide, sharding=lifted)
-    row = jax.ShapeDtypeStruct((count,), np.float32, sharding=over_pop)
-    alone = jax.ShapeDtypeStruct((count,), bool, sharding=over_pop)
+    row = jax.ShapeDtypeStruct(of_row, np.float32, sharding=over_pop)
+    alone = jax.ShapeDtypeStruct(of_row, bool, sharding=over_pop)
     return add, (total, like, row, alone)
 
 
+def _of_weights(spec: PartitionSpec, by_slice: bool) -> PartitionSpec:
+    return PartitionSpec("pop", *(spec[:1] if by_slice else ()))
+
+
 @functools.cache
-def _programs(sharding: NamedSharding, shape: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:
+def _programs(
+    sharding: NamedSharding, shape: tuple[int, ...], dtype: Any, by_slice: bool
+) -> tuple[Any, ...]:
     """The sum of a leaf over checkpoints, for C candidates: its start, a step, its end."""
     mesh, spec = sharding.mesh, sharding.spec
     of_candidates = PartitionSpec("pop", *spec)
@@ -102,13 +122,13 @@ def _programs(sharding: NamedSharding, shape: tuple[int, ...], dtype: Any) -> tu
 
     def local(total: Array, leaf: Array, weights_C: Array, alone_C: Array) -> Array:
         value = leaf.astype(wide)
-        return jax.vmap(lambda total, weight, alone: plus(total, value, weight, alone))(
-            total, weights_C.astype(wide), alone_C
-        )
+        return jax.vmap(
+            lambda total, weight, alone: plus(total, value, over(weight, leaf), over(alone, leaf))
+        )(total, weights_C.astype(wide), alone_C)
 
     # Said with shard_map that no shard needs another, as in `linear`.
-    over_pop = PartitionSpec("pop")
-    in_specs = (of_candidates, spec, over_pop, over_pop)
+    of_weights = _of_weights(spec, by_slice)
+    in_specs = (of_candidates, spec, of_weights, of_weights)
     step = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=of_candidates)
 
     @functools.partial(jax.jit, static_argnums=0, out_shardings=lifted)

@@ -1,8 +1,8 @@
 """The linear merge: theta = sum_k w_k theta_k.
 
 Soups (arXiv 2203.05482), weighted averages and every search of jaxmerge are this one sum. It is
-written per leaf and lifted once: over the leaves of a tree, over a population of weight vectors,
-and over the shards of a mesh.
+written per leaf and lifted once: over the leaves of a tree, over a population of candidates, and
+over the shards of a mesh. Leaves may have weights of their own: see `merge.groups`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from jaxtyping import Array, Float
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
+from jaxmerge.merge.groups import Groups
 from jaxmerge.trees import PyTree, named_leaves
 
 
 def weighted_sum(
-    leaves: Sequence[Array], weights_K: Float[Array, " K"], *, dense: bool = False
+    leaves: Sequence[Array], weights_K: Float[Array, "*L K"], *, dense: bool = False
 ) -> Array:
     """sum_k w_k x_k for one leaf, accumulated in float32 (or wider) and rounded once, to nearest.
 
@@ -37,7 +38,7 @@ def weighted_sum(
 
     Args:
         leaves: of K checkpoints.
-        weights_K: one for each.
+        weights_K: one for each; `[L, K]` where each of L slices along the first axis has its own.
         dense: whether it is known that there are several weights and none of them is 0: then the
             compiled program need not provide for the others.
     """
@@ -45,12 +46,17 @@ def weighted_sum(
     if not jnp.issubdtype(dtype, jnp.floating):
         return leaves[0]
     wide = jnp.promote_types(dtype, jnp.float32)
-    alone = jnp.sum(weights_K != 0) == 1
+    alone = over(jnp.sum(weights_K != 0, axis=-1) == 1, leaves[0])
     total = jnp.array(ZERO, wide)
-    for leaf, weight in zip(leaves, weights_K.astype(wide)):
-        value = leaf.astype(wide)
+    for leaf, weight in zip(leaves, jnp.moveaxis(weights_K.astype(wide), -1, 0)):
+        value, weight = leaf.astype(wide), over(weight, leaf)
         total = total + product(weight, value) if dense else plus(total, value, weight, alone)
     return total.astype(dtype)
+
+
+def over(weight: Array, leaf: Array) -> Array:
+    """A scalar as it is; `[L]` with as many axes as the leaf, so that it goes along the first."""
+    return weight.reshape(-1, *(1 for _ in leaf.shape[1:])) if weight.ndim else weight
 
 
 _ON_CHIP = 2**23  # bytes of K leaves in float32 that a TPU's vector memory has room for
@@ -87,7 +93,7 @@ def product(weight: Array, value: Array) -> Array:
 def of_population(
     merge: Callable[[Any, Array], Array],
     stored: PyTree,
-    weights_PxK: Float[Array, "P K"],
+    weights_PxK: Float[Array, "P *L K"],
     rows: int = 0,
     spare: Array | None = None,
 ) -> Array:
@@ -96,8 +102,10 @@ def of_population(
     Args:
         merge: the merge of a leaf for one candidate.
         stored: what it is made of: arrays with the axes of the leaf, the last of any size.
-        weights_PxK: of the candidates.
-        rows: of the leaf, axes but the last taken as one, that are merged at a time; 0: all.
+        weights_PxK: of the candidates; `[P, L, K]` where slices of the leaf have weights of their
+            own.
+        rows: of the leaf, axes but the last taken as one, that are merged at a time; 0: all. Where
+            slices have weights of their own, a number that divides the rows of a slice.
         spare: an array like the result that may be written over.
     """
     of_candidates = jax.vmap(merge, in_axes=(None, 0))
@@ -109,12 +117,17 @@ def of_population(
     if spare is None:
         # A row of each candidate rather than zeros: it varies over the axes of the mesh that the
         # result varies over.
-        row = of_candidates(jax.tree.map(lambda each: each[:1], stored), weights_PxK)
+        first_PxK = weights_PxK if weights_PxK.ndim == 2 else weights_PxK[:, 0]
+        row = of_candidates(jax.tree.map(lambda each: each[:1], stored), first_PxK)
         spare = jnp.broadcast_to(row, (P, R, row.shape[-1]))
 
     def some_rows(i: Array, merged_PxRxD: Array) -> Array:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * rows, slice_size=rows)
-        made = of_candidates(jax.tree.map(cut, stored), weights_PxK)
+        these_PxK = weights_PxK
+        if weights_PxK.ndim == 3:
+            slice_of = i * rows // (R // weights_PxK.shape[1])
+            these_PxK = jax.lax.dynamic_index_in_dim(weights_PxK, slice_of, 1, keepdims=False)
+        made = of_candidates(jax.tree.map(cut, stored), these_PxK)
         return jax.lax.dynamic_update_slice_in_dim(merged_PxRxD, made, i * rows, axis=1)
 
     merged_PxRxD = spare.reshape(P, R, spare.shape[-1])
@@ -148,13 +161,16 @@ def rows_at_a_time(
 
 
 def linear(
-    trees: Sequence[PyTree], weights: Float[Array | np.ndarray, "*P K"] | Sequence[float]
+    trees: Sequence[PyTree],
+    weights: Float[Array | np.ndarray, "*P K"] | Sequence[float],
+    groups: Groups | None = None,
 ) -> PyTree:
     """The linear merge of K trees that are alike, on the devices where they lie.
 
     Args:
         trees: K pytrees of arrays with the same structure, shapes, dtypes and shardings.
-        weights: `[K]`, or `[P, K]` for a population.
+        weights: `[K]`, or `[P, K]` for a population; with groups `[G, K]`, or `[P, G, K]`.
+        groups: of leaves that share their weights; None: all do.
 
     Returns:
         A tree like the others; for a population every leaf has a leading axis P, spread over the
@@ -168,16 +184,17 @@ def linear(
     Array([0.75, 0.75], dtype=float32)
     """
     weights = jnp.asarray(weights)
-    if weights.ndim not in (1, 2) or weights.shape[-1] != len(trees):
+    one = (len(groups.names), len(trees)) if groups else (len(trees),)
+    if weights.ndim not in (len(one), len(one) + 1) or weights.shape[-len(one) :] != one:
         raise JaxmergeError(
             "a linear merge takes one weight per checkpoint",
             where="weights",
-            expected=f"shape ({len(trees)},) or (P, {len(trees)})",
+            expected=f"shape {one} or (P, {', '.join(map(str, one))})",
             found=str(weights.shape),
         )
     placed = tuple(jax.tree.map(jnp.asarray, tree) for tree in trees)
     check_equal_integers([named_leaves(tree) for tree in placed])
-    return program(placed[0], population=weights.ndim == 2)(placed, weights)
+    return program(placed[0], population=weights.ndim > len(one), groups=groups)(placed, weights)
 
 
 def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
@@ -195,7 +212,8 @@ def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
                 )
 
 
-Merger = Callable[[Float[np.ndarray, "C K"]], PyTree]
+# Weights `[C, K]`, or with groups `[C, G, K]`, to leaves `[C, ...]`.
+Merger = Callable[[Float[np.ndarray, "C *G K"]], PyTree]
 
 
 class ResidentMerger:
@@ -203,15 +221,20 @@ class ResidentMerger:
 
     Args:
         trees: K pytrees of arrays, as in `linear`.
+        groups: of leaves that share their weights, which are then `[C, G, K]`, or `[C, K]` where
+            all groups have the same; None: all leaves do.
     """
 
-    def __init__(self, trees: Sequence[PyTree]):
+    def __init__(self, trees: Sequence[PyTree], groups: Groups | None = None):
         self._trees, self._spare, self._started = tuple(trees), None, False
+        self._groups = groups
         self._sharding = jax.tree.leaves(trees[0])[0].sharding
 
-    def __call__(self, weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
+    def __call__(self, weights_CxK: Float[np.ndarray, "C *G K"]) -> PyTree:
         """The merged models, spread over the mesh axis `pop` where there is one."""
         weights_CxK = weights_CxK.astype(np.float32)
+        if self._groups:
+            weights_CxK = self._groups.lifted(weights_CxK)
         if isinstance(self._sharding, NamedSharding):
             mesh = self._sharding.mesh
             over_pop = PartitionSpec("pop" if "pop" in mesh.axis_names else None)
@@ -223,8 +246,11 @@ class ResidentMerger:
             # Something to write over too: nothing is to be compiled after the first merge.
             spare, self._started = _zeros(self._trees[0], len(weights_CxK)), True
         if spare is None or len(jax.tree.leaves(spare)[0]) != len(weights_CxK):
-            return program(self._trees[0], population=True)(self._trees, weights)
-        return program(self._trees[0], population=True, into=True)(self._trees, weights, spare)
+            return self._program(into=False)(self._trees, weights)
+        return self._program(into=True)(self._trees, weights, spare)
+
+    def _program(self, *, into: bool) -> Callable[..., PyTree]:
+        return program(self._trees[0], population=True, into=into, groups=self._groups)
 
     def give_back(self, merged: PyTree) -> None:
         """Lets the next merge write over models that an earlier one made.
@@ -250,12 +276,14 @@ def _zeros(like: PyTree, count: int) -> PyTree:
     return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: lifted(leaf.sharding), like))()
 
 
-def merger(trees: Sequence[PyTree]) -> ResidentMerger:
-    """The merge of C candidates of K trees in memory."""
-    return ResidentMerger(trees)
+def merger(trees: Sequence[PyTree], groups: Groups | None = None) -> ResidentMerger:
+    """The merge of C candidates of K trees in memory; see `ResidentMerger`."""
+    return ResidentMerger(trees, groups)
 
 
-def program(like: PyTree, *, population: bool, into: bool = False) -> Callable[..., PyTree]:
+def program(
+    like: PyTree, *, population: bool, into: bool = False, groups: Groups | None = None
+) -> Callable[..., PyTree]:
     """The compiled merge `(K trees, weights) -> tree` for trees that lie where `like` does.
 
     Args:
@@ -263,13 +291,15 @@ def program(like: PyTree, *, population: bool, into: bool = False) -> Callable[.
         population: whether weights are `[P, K]` rather than `[K]`.
         into: whether there is a third argument, a tree that an earlier call returned; its memory
             becomes that of the result.
+        groups: of leaves that share their weights, which are then `[P, G, K]` or `[G, K]`.
     """
     leaves, structure = jax.tree.flatten(like)
     placed = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    numbers = tuple(groups.of_leaf[name] for name in named_leaves(like)) if groups else ()
     if len(placed) < len(leaves):
-        return _program(None, structure, (), population, into)
+        return _program(None, structure, (), numbers, population, into)
     specs = tuple(sharding.spec for sharding in placed)
-    return _program(placed[0].mesh, structure, specs, population, into)
+    return _program(placed[0].mesh, structure, specs, numbers, population, into)
 
 
 @functools.cache
@@ -277,24 +307,31 @@ def _program(
     mesh: Mesh | None,
     structure: Any,
     specs: tuple[PartitionSpec, ...],
+    numbers: tuple[tuple[int, ...], ...],
     population: bool,
     into: bool,
 ) -> Callable[..., PyTree]:
-    def merge(trees: tuple[PyTree, ...], weights: Array, *old: PyTree) -> PyTree:
-        def merged(*leaves: Array) -> Array:
+    def of_leaves(weights: Array) -> PyTree:
+        """Each leaf's weights: `[K]`, or `[L, K]` of a stacked leaf; for a population of each."""
+        each = [weights[..., of[0] if len(of) == 1 else np.array(of), :] for of in numbers]
+        return structure.unflatten(each or [weights] * structure.num_leaves)
+
+    def merge(trees: tuple[PyTree, ...], weights: PyTree, *old: PyTree) -> PyTree:
+        def merged(weights: Array, *leaves: Array) -> Array:
             if not population:
                 return weighted_sum(leaves, weights)
             pool, spare = leaves[: len(trees)], leaves[len(trees) :]
             dtype = pool[0].dtype
             converted = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
             several = len(weights) > 1
-            rows = rows_at_a_time(pool[0].shape, len(pool), mesh) if converted and several else 0
+            shape = pool[0].shape if weights.ndim == 2 else pool[0].shape[1:]
+            rows = rows_at_a_time(shape, len(pool), mesh) if converted and several else 0
             return of_population(weighted_sum, pool, weights, rows, *spare)
 
-        return jax.tree.map(merged, *trees, *old)
+        return jax.tree.map(merged, weights, *trees, *old)
 
     if mesh is None:
-        return _jitted(merge, into)
+        return _jitted(lambda trees, weights, *old: merge(trees, of_leaves(weights), *old), into)
     # Every output shard is made of the same shard of each input: said so with shard_map, since the
     # partitioner, left to itself, may move whole leaves between the chips.
     axis = "pop" if "pop" in mesh.axis_names else None
@@ -307,9 +344,17 @@ def _program(
     )
 
     def merge_shards(trees: tuple[PyTree, ...], weights: Array, *old: PyTree) -> PyTree:
-        in_specs = ((tree_specs,) * len(trees), PartitionSpec(*outer), *(out_specs for _ in old))
+        each = of_leaves(weights)
+        # A stacked leaf that is sharded over its layers has its weights sharded alike.
+        of_weights = jax.tree.map(
+            lambda spec, of: PartitionSpec(*outer, *(spec[:1] if of.ndim > 1 + population else ())),
+            tree_specs,
+            each,
+            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+        )
+        in_specs = ((tree_specs,) * len(trees), of_weights, *(out_specs for _ in old))
         local = jax.shard_map(merge, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-        return local(trees, weights, *old)
+        return local(trees, each, *old)
 
     return _jitted(merge_shards, into)
 

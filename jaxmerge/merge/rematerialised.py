@@ -9,7 +9,6 @@ through the model, so for each token that is written: a pass reads K checkpoints
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +17,44 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmerge.hosts import processes
+from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.linear import Merger, merger, weighted_sum
 from jaxmerge.models.deferred import Deferred
-from jaxmerge.trees import PyTree
+from jaxmerge.trees import PyTree, map_named
 
 
-def rematerialising(trees: Sequence[Mapping[str, PyTree]], layers: str) -> Merger:
+def rematerialising(
+    trees: Sequence[Mapping[str, PyTree]], layers: str, groups: Groups | None = None
+) -> Merger:
     """Merges all of C candidates but their layers, which are `Deferred`.
 
     Args:
         trees: K trees in memory, on a mesh.
         layers: see `models.model.Model`.
+        groups: of leaves that share their weights, see `linear.ResidentMerger`.
     """
-    others = merger([without(tree, layers) for tree in trees])
+    others = merger([without(tree, layers) for tree in trees], groups)
     stacked = jax.tree.leaves(trees[0][layers])
     mesh, count = stacked[0].sharding.mesh, stacked[0].shape[0]
+    over_pop = NamedSharding(mesh, PartitionSpec("pop"))
 
-    def merged(weights_CxK: Float[np.ndarray, "C K"]) -> PyTree:
-        of_layers = np.repeat(weights_CxK.astype(np.float32)[:, None], count, axis=1)
-        weights_CxLxK = processes.place(of_layers, NamedSharding(mesh, PartitionSpec("pop")))
-        return {
-            **others(weights_CxK),
-            layers: deferred([tree[layers] for tree in trees], weights_CxLxK),
-        }
+    def by_layer(name: str, weights_CxK: np.ndarray) -> Array:
+        """Weights of a leaf, `[C, L, K]`."""
+        if groups:
+            weights_CxK = groups.weights(f"{layers}/{name}", weights_CxK)
+        if weights_CxK.ndim == 2:
+            weights_CxK = np.repeat(weights_CxK[:, None], count, axis=1)
+        return processes.place(weights_CxK, over_pop)
+
+    def merged(weights_CxK: Float[np.ndarray, "C *G K"]) -> PyTree:
+        weights_CxK = weights_CxK.astype(np.float32)
+        if groups:
+            weights_CxK = groups.lifted(weights_CxK)
+            each = map_named(lambda name, _: by_layer(name, weights_CxK), trees[0][layers])
+        else:
+            shared = by_layer("", weights_CxK)
+            each = jax.tree.map(lambda _: shared, trees[0][layers])
+        return {**others(weights_CxK), layers: deferred([tree[layers] for tree in trees], each)}
 
     return merged
 
@@ -50,9 +64,16 @@ def without(tree: Mapping[str, PyTree], layers: str) -> dict[str, PyTree]:
     return {name: branch for name, branch in tree.items() if name != layers}
 
 
-def deferred(stacked: Sequence[PyTree], weights: Any) -> PyTree:
-    """The layers of K trees as one tree of `Deferred`; arrays, or `ShapeDtypeStruct` of them."""
-    return jax.tree.map(lambda *leaves: Deferred(_layer, leaves, weights), *stacked)
+def deferred(stacked: Sequence[PyTree], weights: PyTree) -> PyTree:
+    """The layers of K trees as one tree of `Deferred`; arrays, or `ShapeDtypeStruct` of them.
+
+    Args:
+        stacked: the layers of each tree.
+        weights: a tree like these, of each leaf's weights `[C, L, K]`.
+    """
+    return jax.tree.map(
+        lambda weights, *leaves: Deferred(_layer, leaves, weights), weights, *stacked
+    )
 
 
 def _layer(leaves: Sequence[Array], weights_K: Float[Array, " K"]) -> Array:

@@ -120,15 +120,17 @@ def compile_merge(step: Step, *, streamed: bool) -> Program:
     if streamed:
         leaves, of_leaf = named_leaves(step.tree), shares(step.tree)
         name = max(leaves, key=lambda each: of_leaf[each])
-        add, arguments = adding(leaves[name], step.candidates)
+        by_slice = step.groups is not None and len(step.groups.of_leaf[name]) > 1
+        add, arguments = adding(leaves[name], step.candidates, by_slice=by_slice)
         return compile_program(f"merge, leaf by leaf: {name}", add, *arguments)
     over_pop = NamedSharding(step.mesh, PartitionSpec("pop"))
-    shape = (step.candidates, step.checkpoints)
+    of_groups = (len(step.groups.names),) if step.groups else ()
+    shape = (step.candidates, *of_groups, step.checkpoints)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over_pop)
     if step.storage != "exact":
         held = differences.abstract(step.tree, step.checkpoints, step.storage)
-        return compile_program("merge", differences.program(*held), *held, weights)
-    jitted = linear.program(step.once, population=True)
+        return compile_program("merge", differences.program(*held, step.groups), *held, weights)
+    jitted = linear.program(step.once, population=True, groups=step.groups)
     name = "merge, but for the layers" if step.layers else "merge"
     return compile_program(name, jitted, (step.once,) * step.checkpoints, weights)
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmerge.evaluation.respond import Group, Responder
+from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.rematerialised import deferred, without
 from jaxmerge.models.model import Model
 from jaxmerge.planning.counting import Product, products
@@ -142,6 +143,7 @@ class Step(NamedTuple):
         mesh: of the run.
         layers: `Model.layers` where they are rematerialised; "": whole models are merged.
         storage: how a pool on the devices is held; see `pool.load`.
+        groups: of leaves that share their weights; None: all do.
     """
 
     tree: PyTree
@@ -150,6 +152,7 @@ class Step(NamedTuple):
     mesh: Mesh
     layers: str = ""
     storage: str = "exact"
+    groups: Groups | None = None
 
     @property
     def here(self) -> int:
@@ -188,7 +191,8 @@ class Step(NamedTuple):
         shape = (self.candidates, self.depth, self.checkpoints)
         over_pop = NamedSharding(self.mesh, PartitionSpec("pop"))
         weights = jax.ShapeDtypeStruct(shape, np.float32, sharding=over_pop)
-        return {**models, self.layers: deferred([layers] * self.checkpoints, weights)}
+        each = jax.tree.map(lambda _: weights, layers)
+        return {**models, self.layers: deferred([layers] * self.checkpoints, each)}
 
 
 def state_bytes(model: Model, tree: PyTree, call: Call) -> int:

@@ -151,6 +151,13 @@ def bar(value: float, ends: Sequence[float], css: str, shown: str) -> str:
     )
 
 
+def shaded(value: float, most: float, shown: str) -> str:
+    """A number on a ground that is the darker the larger its size is, of `most` at the most."""
+    share = 100 * abs(value) / (most or 1.0)
+    kind = "negative" if value < 0 else "positive"
+    return f'<span class="shade {kind}" style="--share:{share:.0f}%">{shown}</span>'
+
+
 def whisker(
     value: float, ends: Sequence[float], low: float, high: float, *, zero: bool = True
 ) -> str:

@@ -167,6 +167,10 @@ def _read_candidates(path: Path, *, finished: bool) -> list[Json]:
         where = f"{path}, line {number}"
         candidate = _parsed(line, where)
         _require(candidate, _CANDIDATE_FIELDS, where)
+        weights = candidate["weights"]
+        if weights and isinstance(weights[0], list):  # of each group: their mean
+            means = [sum(column) / len(weights) for column in zip(*weights)]
+            candidate = {**candidate, "weights": means}
         candidates.append(candidate)
     return candidates
 

@@ -53,6 +53,7 @@ def _finished(run: Run, results: Json) -> str:
         _tradeoff_section(run, tested=True),
         markup.section("Search", markup.figure("curve", _CURVE, "low")),
         tables.weights_section(run, results),
+        tables.groups_section(run, results),
         tables.scores_section(run, results),
         tables.paired_section(run, results),
         tables.heldout_section(run, results),

@@ -103,6 +103,27 @@ def weights_section(run: Run, results: Json) -> str:
     )
 
 
+def groups_section(run: Run, results: Json) -> str:
+    """The winner's weights of each group of leaves that has its own, as a heat map."""
+    best = results["best"]
+    if "groups" not in best:
+        return ""
+    reached = max(abs(weight) for row in best["groups"] for weight in row)
+    rows = [
+        (text(group), *(markup.shaded(weight, reached, markup.number(weight)) for weight in row))
+        for group, row in zip(results["groups"], best["groups"])
+    ]
+    columns = [text(checkpoint["name"]) for checkpoint in run.pool]
+    return markup.section(
+        "Weights by group",
+        markup.note(
+            f"Each of {len(rows)} groups of leaves has weights of its own. The darker, the larger; "
+            "the table above has their means."
+        ),
+        markup.table(("group", *columns), rows, css="numbers heat"),
+    )
+
+
 def scores_section(run: Run, results: Json) -> str:
     """Test scores with their intervals; the best of each column is bold."""
     choices = ["objective", *results["tasks"]]

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator
 from jaxmerge.evaluation.remember import Remembering
-from jaxmerge.rundir import Candidate, RunDirectory
+from jaxmerge.rundir import Candidate, RunDirectory, Weights, as_weights
 from jaxmerge.search.slices import Keep, Slices, score
 
 # Weights asked for again may differ in their last bits when the strategy now runs on another kind
@@ -27,21 +27,18 @@ from jaxmerge.search.slices import Keep, Slices, score
 _SAME_WEIGHTS = 1e-4
 
 
-Weights = tuple[float, ...]
-
-
 class Request(NamedTuple):
     """A candidate to be evaluated; the fields are those of `Candidate`."""
 
     origin: str
     name: str
-    weights: np.ndarray  # [K], float32
+    weights: np.ndarray  # [K] or [G, K], float32
     generation: int = 0
 
     @property
     def key(self) -> Weights:
         """The weights as a candidate has them."""
-        return tuple(map(float, np.asarray(self.weights, np.float32)))
+        return as_weights(np.asarray(self.weights, np.float32))
 
 
 class _Group(NamedTuple):
@@ -189,7 +186,7 @@ class Archive:
     ) -> list[Candidate]:
         evaluator, done = self._evaluators[split], []
         fresh = [requests[i].key for group in groups for i in group.fresh]
-        steps = evaluator.steps(np.array(fresh, np.float32)) if fresh else iter(())
+        steps = evaluator.steps(_stacked(fresh)) if fresh else iter(())
         started = time.perf_counter()
         for group in groups:
             new: dict[Weights, _Scored] = {}
@@ -230,7 +227,7 @@ class Archive:
             same = [p for p, request in enumerate(requests) if request.key == earlier.weights]
             for task, row in self._directory.examples(earlier).items():
                 known[task][same] = np.where(np.isnan(row), known[task][same], row)
-        weights_PxK = np.array([request.key for request in requests], np.float32)
+        weights_PxK = _stacked([request.key for request in requests])
         raced = score(evaluator, slices, chosen, weights_PxK, known, keep)
         scored = [
             _Scored(
@@ -290,6 +287,13 @@ def _groups(keys: Sequence[Weights], known: Mapping[Weights, Any], step: int) ->
     return groups
 
 
+def _stacked(keys: Sequence[Weights]) -> Float[np.ndarray, "P *G K"]:
+    """Weights of several candidates; where groups have their own, those of all of them."""
+    rows = [np.array(key, np.float32) for key in keys]
+    shape = max((row.shape for row in rows), key=len)
+    return np.stack([np.broadcast_to(row, shape) for row in rows])
+
+
 def _mean(scores_N: Float[np.ndarray, " N"]) -> float:
     """Of those that there are."""
     return float(np.mean(scores_N[np.isfinite(scores_N)], dtype=np.float64))
@@ -298,8 +302,9 @@ def _mean(scores_N: Float[np.ndarray, " N"]) -> float:
 def _check_same(candidate: Candidate, request: Request, split: str) -> None:
     asked = (request.origin, request.name, request.generation, split)
     found = (candidate.origin, candidate.name, candidate.generation, candidate.split)
-    same_weights = len(candidate.weights) == len(request.weights) and np.allclose(
-        candidate.weights, request.weights, rtol=0, atol=_SAME_WEIGHTS
+    recorded = np.array(candidate.weights)
+    same_weights = recorded.shape == np.shape(request.weights) and np.allclose(
+        recorded, request.weights, rtol=0, atol=_SAME_WEIGHTS
     )
     if asked != found or not same_weights:
         raise JaxmergeError(

@@ -44,7 +44,7 @@ class Economy(NamedTuple):
     finalists: int
 
 
-ToWeights = Callable[[Float[np.ndarray, "P D"]], Float[np.ndarray, "P K"]]
+ToWeights = Callable[[Float[np.ndarray, "P D"]], Float[np.ndarray, "P *G K"]]
 
 
 def search(
@@ -184,7 +184,7 @@ def _decided(
 
 def _average(
     late: Sequence[Candidate], economy: Economy, objective: Objective, first: int
-) -> Float[np.ndarray, " K"]:
+) -> Float[np.ndarray, "*G K"]:
     """The mean weights of the candidates that were selected in the generations from `first` on."""
     rows: list[tuple[float, ...]] = []
     for generation in range(first, late[-1].generation + 1):

@@ -116,7 +116,7 @@ def score(
     evaluator: Evaluator | Remembering,
     slices: Slices,
     chosen: Sequence[int],
-    weights_PxK: Float[np.ndarray, "P K"],
+    weights_PxK: Float[np.ndarray, "P *G K"],
     known: Mapping[str, Float[np.ndarray, "P _"]],
     keep: Keep | None,
 ) -> Scored:
@@ -159,7 +159,7 @@ def _lacks(known: Mapping[str, np.ndarray], places: Places, p: int) -> bool:
 
 def _fill(
     part: Evaluator | Remembering,
-    weights_PxK: Float[np.ndarray, "P K"],
+    weights_PxK: Float[np.ndarray, "P *G K"],
     lacking: Sequence[int],
     places: Places,
     known: Mapping[str, np.ndarray],

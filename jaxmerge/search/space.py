@@ -1,75 +1,110 @@
-"""Genotype to merge weights: what the strategy moves in, and what the merge takes.
+"""Genotype to merge weights: what a search moves in, and what the merge takes.
 
-A genotype z has one value per checkpoint, and z = 0 is the uniform soup under every constraint.
-The unit of z is the uniform weight 1/K (for softmax, a factor e), so that one step size suits all.
+A genotype z has one value per checkpoint, of each group of leaves that has weights of its own, and
+z = 0 is the uniform soup under every constraint. The unit of z is the uniform weight 1/K (for
+softmax, a factor e), so that one step size suits all. The functions take arrays of NumPy or of JAX.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
 
-Weights = Float[np.ndarray, "P K"]
+Weights = Float[np.ndarray, "P *G K"]
 
 
-def softmax(z_PxK: Float[np.ndarray, "P K"]) -> Weights:
+def softmax(z: Any) -> Any:
     """w_k = exp(z_k) / sum_j exp(z_j): positive, sums to one."""
-    grown = np.exp(z_PxK - z_PxK.max(axis=1, keepdims=True))
-    return grown / grown.sum(axis=1, keepdims=True)
+    xp = z.__array_namespace__()
+    grown = xp.exp(z - xp.max(z, axis=-1, keepdims=True))
+    return grown / xp.sum(grown, axis=-1, keepdims=True)
 
 
-def absolute(z_PxK: Float[np.ndarray, "P K"]) -> Weights:
+def absolute(z: Any) -> Any:
     """w_k = |1 + z_k| / sum_j |1 + z_j|: not negative, sums to one."""
-    size = np.abs(1 + z_PxK)
-    total = size.sum(axis=1, keepdims=True)
-    return np.where(total > 0, size / np.where(total > 0, total, 1), 1 / z_PxK.shape[1])
+    xp = z.__array_namespace__()
+    size = xp.abs(1 + z)
+    total = xp.sum(size, axis=-1, keepdims=True)
+    return xp.where(total > 0, size / xp.where(total > 0, total, 1), 1 / z.shape[-1])
 
 
-def signed(z_PxK: Float[np.ndarray, "P K"]) -> Weights:
+def signed(z: Any) -> Any:
     """w_k = (1 + z_k - mean_j z_j) / K: sums to one, negative weights allowed."""
-    return (1 + z_PxK - z_PxK.mean(axis=1, keepdims=True)) / z_PxK.shape[1]
+    xp = z.__array_namespace__()
+    return (1 + z - xp.mean(z, axis=-1, keepdims=True)) / z.shape[-1]
 
 
-def free(z_PxK: Float[np.ndarray, "P K"]) -> Weights:
+def free(z: Any) -> Any:
     """w_k = (1 + z_k) / K: any weights."""
-    return (1 + z_PxK) / z_PxK.shape[1]
+    return (1 + z) / z.shape[-1]
 
 
 CONSTRAINTS = {"softmax": softmax, "abs": absolute, "signed": signed, "free": free}
 
 
-def weights(
-    z_PxK: Float[np.ndarray, "P K"],
+def mapped(
+    z: Any,
     constraint: str = "softmax",
     bounds: tuple[float, float] = (-8.0, 8.0),
+    shrink: float = 0.0,
+) -> Any:
+    """Merge weights of genotypes `[..., K]`, or `[..., G, K]` of G groups; differentiable.
+
+    z'_g = m + (1 - shrink) (clip(z_g) - m), m being the mean over groups: with a shrink of 1 all
+    groups have the same weights.
+    """
+    xp = z.__array_namespace__()
+    clipped = xp.clip(z, *bounds)
+    if shrink:
+        middle = xp.mean(clipped, axis=-2, keepdims=True)
+        clipped = middle + (1 - shrink) * (clipped - middle)
+    return CONSTRAINTS[constraint](clipped)
+
+
+def weights(
+    z_PxD: Float[np.ndarray, "P D"],
+    constraint: str = "softmax",
+    bounds: tuple[float, float] = (-8.0, 8.0),
+    *,
+    groups: int = 1,
+    shrink: float = 0.0,
 ) -> Weights:
-    """Merge weights of a population of genotypes, in float32.
+    """Merge weights of a population of genotypes, in float32; `[P, G, K]` of several groups.
 
     Args:
-        z_PxK: genotypes.
+        z_PxD: genotypes; of G groups one after the other.
         constraint: a name in `CONSTRAINTS`.
         bounds: each z_k is first clipped to [low, high].
+        groups: G.
+        shrink: see `mapped`; of several groups.
     """
-    check(constraint, bounds)
-    clipped = np.clip(np.asarray(z_PxK, np.float64), *bounds)
-    return CONSTRAINTS[constraint](clipped).astype(np.float32)
+    check(constraint, bounds, shrink)
+    z = np.asarray(z_PxD, np.float64)
+    if groups > 1:
+        z = z.reshape(len(z), groups, -1)
+    return mapped(z, constraint, bounds, shrink if groups > 1 else 0.0).astype(np.float32)
 
 
 def spread(
-    weights_PxM: Float[np.ndarray, "P M"], chosen: Sequence[int], checkpoints: int
+    weights_PxM: Float[np.ndarray, "P *G M"], chosen: Sequence[int], checkpoints: int
 ) -> Weights:
     """Weights of the M chosen checkpoints among all K; those of the others are 0."""
-    weights_PxK = np.zeros((len(weights_PxM), checkpoints), np.float32)
-    weights_PxK[:, list(chosen)] = weights_PxM
+    weights_PxK = np.zeros((*weights_PxM.shape[:-1], checkpoints), np.float32)
+    weights_PxK[..., list(chosen)] = weights_PxM
     return weights_PxK
 
 
-def check(constraint: str, bounds: tuple[float, float]) -> None:
-    """Raises `JaxmergeError` unless both can be used."""
+def check(constraint: str, bounds: tuple[float, float], shrink: float = 0.0) -> None:
+    """Raises `JaxmergeError` unless all can be used."""
+    if not 0 <= shrink <= 1:
+        raise JaxmergeError(
+            "out of range", where="space.shrink", expected="from 0 to 1", found=str(shrink)
+        )
     if constraint not in CONSTRAINTS:
         raise JaxmergeError(
             "unknown constraint",
