@@ -175,12 +175,7 @@ def load(
         trees.append(tree)
         on_loaded(records[-1])
     if storage != "exact":
-        # `trees` say what the checkpoints are like, as on disk, from where the exact ones come.
-        others = [_stored_leaves(tree, trees[0]) for tree in trees[1:]]
-        like = jax.tree.map(_forget, trees[0])
-        exact = _leafwise(sources, [like] * len(trees), where, groups)
-        merge = QuantisedMerger(trees[0], others, exact, groups)
-        trees = [like] * len(trees)
+        merge, trees = _quantised_merger(sources, trees, where, groups)
     elif rematerialise:
         merge = rematerialising(trees, rematerialise, groups)
     elif residency == "device":
@@ -334,6 +329,16 @@ def _keep_difference(
 def _stored_leaves(tree: PyTree, base: PyTree) -> dict[str, Any]:
     names = list(named_leaves(base))
     return dict(zip(names, jax.tree.structure(base).flatten_up_to(tree)))
+
+
+def _quantised_merger(
+    sources: Sequence[Source], trees: Sequence[PyTree], where: PyTree, groups: Groups | None
+) -> tuple[QuantisedMerger, list[PyTree]]:
+    """The merge of what is stored, and what the checkpoints are like on disk, as the exact ones."""
+    others = [_stored_leaves(tree, trees[0]) for tree in trees[1:]]
+    alike = [jax.tree.map(_forget, trees[0])] * len(trees)
+    exact = _leafwise(sources, alike, where, groups)
+    return QuantisedMerger(trees[0], others, exact, groups), alike
 
 
 def _leafwise(

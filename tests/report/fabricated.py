@@ -21,6 +21,7 @@ CHECKPOINTS = ["maths-long", "instruct-1e-3", "code", "mix-seed-2", HOSTILE, HOS
 N = 400
 
 
+# Longer than a screen: all files of a run, written out.
 def fabricate(
     directory: Path,
     *,
