@@ -16,12 +16,12 @@ import ml_collections
 
 from jaxmerge import tasks
 from jaxmerge.checkpoints import export, pool
-from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluation import batches
+from jaxmerge.errors import JaxmergeError, check_least
+from jaxmerge.evaluation import evaluator
 from jaxmerge.merge import groups
 from jaxmerge.report import tensorboard
 from jaxmerge.scores.objective import Objective, define
-from jaxmerge.search import baselines, racing, space
+from jaxmerge.search import baselines, gradient, racing, space
 
 # A locked ml_collections.ConfigDict; its fields, made at run time, are unknown to type checkers.
 Config = Any
@@ -124,7 +124,18 @@ def default() -> Config:
     config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of that module
 
     config.search = ml_collections.ConfigDict()
-    config.search.strategy = "CMA_ES"  # any name in evosax.algorithms
+    # Any name in evosax.algorithms; or "gradient", which climbs a soft score, see
+    # jaxmerge.search.gradient: with space.granularity = "leaf" it finds most.
+    config.search.strategy = "CMA_ES"
+    # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
+    # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
+    # two true scores: of the iterate, and of the mean of iterates.
+    config.search.optimizer = "adam"
+    config.search.learning_rate = 0.15
+    config.search.schedule = "cosine"
+    config.search.steps = 60
+    config.search.minibatch = 32
+    config.search.score_every = 10
     config.search.population = 0  # candidates per generation; 0: 4 + floor(3 ln K)
     config.search.budget = 200  # evaluations; what is left below a whole generation is not used
     config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
@@ -202,8 +213,39 @@ def check(config: Config) -> None:
     space.check(config.space.constraint, config.space.bounds, config.space.shrink)
     groups.check(config.space.granularity, config.space.patterns)
     search = config.search
+    gradient.check(settings(config))
+    if search.strategy == gradient.NAME:
+        _check_gradient(config)
     racing.check(search.subset, search.racing, search.finalists, search.strategy)
     baselines.check(config.baselines)
+
+
+def settings(config: Config) -> gradient.Settings:
+    """How an optimiser goes, as the config says."""
+    search = config.search
+    return gradient.Settings(
+        search.optimizer, search.learning_rate, search.schedule, search.steps, search.score_every
+    )
+
+
+def _check_gradient(config: Config) -> None:
+    """Refuses what a search by gradients does not go with."""
+    for where, found, expected in (
+        ("pool.residency", config.pool.residency, "device"),
+        ("pool.storage", config.pool.storage, "exact"),
+        ("merge.rematerialise", config.merge.rematerialise, False),
+        ("search.subset", config.search.subset, 1.0),
+        ("search.racing", config.search.racing, 0.0),
+        ("analyses.pool_sizes", tuple(config.analyses.pool_sizes), ()),
+    ):
+        if found != expected:
+            raise JaxmergeError(
+                'search.strategy = "gradient" does not go with this yet',
+                where=where,
+                expected=repr(expected),
+                found=repr(found),
+            )
+    check_least("search.minibatch", config.search.minibatch, 1)
 
 
 def check_evaluation(config: Config) -> None:
@@ -213,7 +255,7 @@ def check_evaluation(config: Config) -> None:
     sizes = config.objective.search_examples, config.objective.test_examples
     tasks.check(config.objective.tasks, config.heldout, builders, *sizes)
     pool.check(config.pool.residency, config.pool.storage)
-    batches.check(**{name: config.evaluate[name] for name in batches.FIELDS})
+    evaluator.check(**{name: config.evaluate[name] for name in evaluator.FIELDS})
 
 
 def check_pool(config: Config) -> None:

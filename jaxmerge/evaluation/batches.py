@@ -1,8 +1,7 @@
 """Requests to padded token arrays of a few fixed shapes.
 
 Rows are sorted by length and cut into microbatches, so that little is spent on padding and each
-shape is compiled once. Continuations of the same prompt share a row, as branches of it, so that a
-model reads the question of a multiple choice once.
+shape is compiled once.
 """
 
 from __future__ import annotations
@@ -14,55 +13,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxmerge.errors import JaxmergeError, check_choice, check_least
+from jaxmerge.evaluation.rows import Limits, Prompted, Row, prompted, rows_of
 from jaxmerge.evaluation.tokenizer import Tokenizer
-from jaxmerge.tasks.requests import Generate, Likelihood, Prompt, Request, Rolling
+from jaxmerge.tasks.requests import Generate, Likelihood, Request, Rolling
 
 _PER_READING = 128  # what rows that are read together cost besides their tokens, in tokens
 _PER_STEP = 32  # the same of each token that its rows write: all parameters are read again
 _BEYOND = 5  # so many tokens beyond `Limits.cached` cost one more
 
-# Branches of a row have at most so many times the tokens of its trunk. Each branch spares reading
-# the trunk again, and lengthens what attention masks out for all others.
-_BRANCHING = 8
-
 # Rows that are written together are read apart in quarters at the finest, so that few programs are.
 _PARTS = 4
-
-
-# Fields of `evaluate` in a config, which `check` looks at.
-FIELDS = ("candidates_per_step", "batch_size", "batch_tokens", "context", "too_long")
-
-
-def check(
-    candidates_per_step: int, batch_size: int, batch_tokens: int, context: int, too_long: str
-) -> None:
-    """Raises `JaxmergeError`, which names the field of a config, unless sizes can be so."""
-    check_choice("evaluate.too_long", too_long, ("refuse", "truncate"))
-    sizes = (candidates_per_step, batch_size, batch_tokens, context)
-    for name, size in zip(FIELDS, sizes):
-        check_least(f"evaluate.{name}", size, 0)
-
-
-class Limits(NamedTuple):
-    """How much goes through a model at a time.
-
-    Attributes:
-        rows: of a microbatch, at most.
-        tokens: of a microbatch, padding included, at most, unless a single row has more.
-        cached: tokens that a processor's caches hold what a layer makes of; those beyond them are
-            slower to read. 0: it makes no difference.
-        multiple: a microbatch has a multiple of as many rows.
-        context: tokens that the model can read and write in all; 0: any number.
-        truncate: whether what is too long loses its beginning, or is refused.
-    """
-
-    rows: int = 64
-    tokens: int = 8192
-    cached: int = 0
-    multiple: int = 1
-    context: int = 0
-    truncate: bool = False
 
 
 class Writing(NamedTuple):
@@ -120,48 +80,6 @@ class Encoded(NamedTuple):
     read: int
 
 
-class _Prompt(NamedTuple):
-    """A row that is gone on from."""
-
-    request: int
-    tokens: list[int]
-    seed: int
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def asked(self) -> int:
-        return 1
-
-
-class _Branch(NamedTuple):
-    request: int
-    scored: list[int]  # the last of them is only looked for, never read
-
-
-class _Tree(NamedTuple):
-    """A row with what is scored: a trunk and what goes on from it, side by side."""
-
-    trunk: list[int]
-    branches: list[_Branch]
-
-    @property
-    def length(self) -> int:
-        return len(self.trunk) + sum(len(branch.scored) - 1 for branch in self.branches)
-
-    @property
-    def asked(self) -> int:
-        """Tokens that are scored."""
-        return sum(len(branch.scored) for branch in self.branches)
-
-    def has_room(self, branch: _Branch, limits: Limits) -> bool:
-        """Whether another branch is worth having here."""
-        length = self.length + len(branch.scored) - 1
-        return length <= min(limits.tokens, (1 + _BRANCHING) * len(self.trunk))
-
-
 def encode(
     requests: Sequence[Request],
     tokenizer: Tokenizer,
@@ -183,27 +101,18 @@ def encode(
     Raises:
         JaxmergeError: a prompt or continuation is empty, or too long for the model.
     """
-    trees: list[_Tree] = []
-    growing: dict[tuple[int, ...], _Tree] = {}  # the last one of each trunk
-    writing: dict[Writing, list[_Prompt]] = {}
-    scored = np.zeros(len(requests), np.int64)
+    writing: dict[Writing, list[Prompted]] = {}
+    looked_for: dict[int, Likelihood | Rolling] = {}
     for place, request in enumerate(requests):
         if isinstance(request, Generate):
             kind = _kind(request)
-            writing.setdefault(kind, []).append(_prompt(place, request, tokenizer, limits, where))
-            continue
-        if isinstance(request, Rolling):
-            pairs = _windows(request, tokenizer, limits, where)
+            writing.setdefault(kind, []).append(prompted(place, request, tokenizer, limits, where))
         else:
-            pairs = [_pair(request, tokenizer, limits, where)]
-        for trunk, tokens in pairs:
-            scored[place] += len(tokens)
-            branch, tree = _Branch(place, tokens), growing.get(tuple(trunk))
-            if branching and tree and tree.has_room(branch, limits):
-                tree.branches.append(branch)
-                continue
-            growing[tuple(trunk)] = _Tree(trunk, [branch])
-            trees.append(growing[tuple(trunk)])
+            looked_for[place] = request
+    trees = rows_of(looked_for, tokenizer, limits, where, branching=branching)
+    scored = np.zeros(len(requests), np.int64)
+    for branch in (branch for tree in trees for branch in tree.branches):
+        scored[branch.request] += len(branch.scored)
     rows = [*trees, *(row for rows in writing.values() for row in rows)]
     return Encoded(
         _microbatches(trees, limits, _pad_right),
@@ -218,6 +127,12 @@ def encode(
     )
 
 
+def together(rows: Sequence[Row], widest: Sequence[Row]) -> Microbatch:
+    """Rows as one microbatch, padded as the widest of others are."""
+    length, asked = (max(each) for each in zip(*((row.length, row.asked) for row in widest)))
+    return _pad_right(rows, len(rows), _padded(length), asked)
+
+
 def _kind(request: Generate) -> Writing:
     sampling = request.sampling
     temperature, top_p = (sampling.temperature, sampling.top_p) if sampling else (0.0, 1.0)
@@ -225,64 +140,8 @@ def _kind(request: Generate) -> Writing:
     return Writing(request.max_new_tokens, until, temperature, top_p)
 
 
-def _prompt(
-    place: int, request: Generate, tokenizer: Tokenizer, limits: Limits, where: str
-) -> _Prompt:
-    read = tokenizer.prompt(request.prompt)
-    _check(read, request.prompt.text, where)
-    read = _fitted(read, limits.context - request.max_new_tokens, limits, where)
-    return _Prompt(place, read, request.sampling.seed if request.sampling else 0)
-
-
-_Pair = tuple[list[int], list[int]]  # what is read before, and what is scored after it
-
-
-def _pair(request: Likelihood, tokenizer: Tokenizer, limits: Limits, where: str) -> _Pair:
-    read, scored = tokenizer.pair(request.prompt, request.continuation)
-    if not read and scored[:1] == [tokenizer.prefix]:
-        read, scored = scored[:1], scored[1:]
-    scored = scored + [tokenizer.stops[0]] * request.ended
-    _check(scored, request.continuation, where)
-    # The last token is only looked for, never read.
-    read = _fitted(read or [tokenizer.prefix], limits.context + 1 - len(scored), limits, where)
-    return read, scored
-
-
-def _windows(request: Rolling, tokenizer: Tokenizer, limits: Limits, where: str) -> list[_Pair]:
-    """A text cut up: as many tokens as the context takes, each after one token before them."""
-    tokens = tokenizer.prompt(Prompt(request.text, form=request.form))
-    _check(tokens, request.text, where)
-    width = limits.context or len(tokens)
-    pairs = [([tokenizer.prefix], tokens[:width])]
-    for start in range(width, len(tokens), width):
-        stop = min(start + width, len(tokens))
-        # The last window is as wide as the others, and scores what they have not.
-        pairs.append((tokens[stop - width - 1 : start], tokens[start:stop]))
-    return pairs
-
-
-def _check(tokens: Sequence[int], text: str, where: str) -> None:
-    if not tokens:
-        raise JaxmergeError("a prompt or continuation is empty", where=where, found=repr(text))
-
-
-def _fitted(tokens: list[int], room: int, limits: Limits, where: str) -> list[int]:
-    """The tokens, or the last of them that there is room for."""
-    if not limits.context or len(tokens) <= room:
-        return tokens
-    if not limits.truncate or room < 1:
-        raise JaxmergeError(
-            "a prompt is too long for the model",
-            where=where,
-            expected=f"at most {room} tokens of the {limits.context} that it can hold; or "
-            'evaluate.too_long="truncate", which cuts off the beginning of the prompt',
-            found=f"{len(tokens)} tokens",
-        )
-    return tokens[len(tokens) - room :]
-
-
 def _microbatches(
-    rows: Sequence[_Prompt | _Tree],
+    rows: Sequence[Prompted | Row],
     limits: Limits,
     pad: Callable[..., Microbatch],
     *,
@@ -369,7 +228,7 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _pad_left(rows: Sequence[_Prompt], B: int, T: int, asked: int) -> Microbatch:
+def _pad_left(rows: Sequence[Prompted], B: int, T: int, asked: int) -> Microbatch:
     requests_B, tokens_BxT = np.full(B, -1), np.zeros((B, T), np.int32)
     padding_B, seeds_B = np.full(B, T, np.int32), np.zeros(B, np.int32)
     for i, row in enumerate(rows):
@@ -378,7 +237,7 @@ def _pad_left(rows: Sequence[_Prompt], B: int, T: int, asked: int) -> Microbatch
     return Microbatch(requests_B, (tokens_BxT, padding_B, seeds_B))
 
 
-def _pad_right(rows: Sequence[_Tree], B: int, T: int, asked: int) -> Microbatch:
+def _pad_right(rows: Sequence[Row], B: int, T: int, asked: int) -> Microbatch:
     Q = _padded(asked)
     requests_BxQ = np.full((B, Q), -1)
     tokens_BxT, branch_BxT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation.batches import Limits
 from jaxmerge.evaluation.respond import Outputs, Prepared, Responder
 from jaxmerge.evaluation.tokenizer import Tokenizer
@@ -30,6 +30,20 @@ from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.requests import Response
 
 _LIMITS = Limits()
+
+# Fields of `evaluate` in a config, which `check` looks at.
+FIELDS = ("candidates_per_step", "batch_size", "batch_tokens", "context", "too_long")
+
+
+def check(
+    candidates_per_step: int, batch_size: int, batch_tokens: int, context: int, too_long: str
+) -> None:
+    """Raises `JaxmergeError`, which names the field of a config, unless sizes can be so."""
+    check_choice("evaluate.too_long", too_long, ("refuse", "truncate"))
+    sizes = (candidates_per_step, batch_size, batch_tokens, context)
+    for name, size in zip(FIELDS, sizes):
+        check_least(f"evaluate.{name}", size, 0)
+
 
 Scores = dict[str, Float[np.ndarray, "P N"]]  # per task: one score per candidate and example
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.search import strategies
+from jaxmerge.search import gradient, strategies
 from jaxmerge.search.baselines import BASELINES
 from jaxmerge.search.loop import Economy
 from jaxmerge.search.slices import slices
@@ -58,6 +60,8 @@ def build_strategy(
             expected=f"{checkpoints} values",
             found=str(len(start)),
         )
+    if config.search.strategy == gradient.NAME:  # what it asks for is known when the pool is there
+        return _unasked(gradient.POPULATION)
     chosen = range(checkpoints) if chosen is None else chosen
     dimension = groups * len(chosen)
     population = config.search.population or strategies.default_population(dimension)
@@ -69,6 +73,22 @@ def build_strategy(
         sigma=config.search.sigma,
         params=config.search.params.to_dict(),
     )
+
+
+def _unasked(population: int) -> strategies.Strategy:
+    """The size of a strategy's generations; it can't be asked."""
+
+    def refuse(*_: object) -> Any:
+        raise AssertionError("the strategy is not there yet")
+
+    return strategies.Strategy(population, refuse, refuse, refuse)
+
+
+def of_search(config: Config, strategy: strategies.Strategy) -> int:
+    """Evaluations of the run's search."""
+    if config.search.strategy == gradient.NAME:
+        return configs.settings(config).generations * gradient.POPULATION
+    return spent(config.search.budget, strategy)
 
 
 def check_budget(strategy: strategies.Strategy, where: str, budget: int) -> None:
@@ -108,7 +128,8 @@ def economy(
 def evaluations(config: Config, checkpoints: int, groups: int = 1) -> dict[str, int]:
     """Candidates that a run of K checkpoints will have scored at its end, by split, at most."""
     wanted, K = config.analyses, checkpoints
-    budget = spent(config.search.budget, build_strategy(config, K, groups=groups))
+    strategy = build_strategy(config, K, groups=groups)
+    budget, searched = spent(config.search.budget, strategy), of_search(config, strategy)
     over = [
         spent(pool_size_budget(config), build_strategy(config, K, range(m), groups))
         for m in wanted.pool_sizes
@@ -118,7 +139,7 @@ def evaluations(config: Config, checkpoints: int, groups: int = 1) -> dict[str, 
     pairs = math.comb(len(config.objective.tasks), 2) if wanted.transfer else 0
     found = sum(BASELINES[name].evaluations(K, budget) for name in config.baselines)
     return {
-        "search": K + found + budget + sum(over) + decided,
+        "search": K + found + searched + sum(over) + decided,
         "test": K + len(config.baselines) + 1 + dropped + len(over) + pairs,
         "heldout": 2 + ("uniform" in config.baselines) + pairs if config.heldout else 0,
     }

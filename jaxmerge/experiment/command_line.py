@@ -51,10 +51,6 @@ def start(
         print(configs.reference() if "--help=fields" in asked else "\n\n".join(parts))
         return
     sys.path.insert(0, os.getcwd())  # for the import paths in configs
-    if members and not any(each.split("=")[0] == "--config" for each in sys.argv[1:]):
-        config_flags.DEFINE_config_dict("config", configs.default(), "The config.")
-    else:
-        config_flags.DEFINE_config_file("config", None, "Path of the config file.")
     flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
     end_on_signals(last=lambda name: watch.leave(f"it was told to stop by {name}"))
     try:
@@ -123,6 +119,10 @@ def _finish(said: str) -> None:
 def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[str]:
     """Parses the flags, config file included; what is wrong in them is the user's to mend."""
     try:
+        if members and not any(each.split("=")[0] == "--config" for each in argv[1:]):
+            config_flags.DEFINE_config_dict("config", configs.default(), "The config.")
+        else:
+            config_flags.DEFINE_config_file("config", None, "Path of the config file.")
         rest = flags.FLAGS(argv)
         for name in required:
             if not flags.FLAGS[name].present:

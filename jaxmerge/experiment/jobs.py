@@ -129,6 +129,8 @@ def _start(main: Callable[[Config, str, str], None], about: str | None) -> None:
         config: Config = flags.FLAGS.config
         if arguments[1:]:
             config.pool.checkpoints = tuple(arguments[1:])
+        if not config.pool.checkpoints:
+            raise JaxmergeError("no checkpoints are named; --help says how")
         main(config, flags.FLAGS.out, command_line.typed(arguments[0]))
 
     command_line.start(run, _unindented(about or ""), required=("out",), members=True)

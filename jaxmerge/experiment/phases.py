@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.experiment import analyses
 from jaxmerge.experiment.analyses import Study
-from jaxmerge.experiment.budget import build_strategy, economy, evaluations, pool_size_budget, spent
+from jaxmerge.experiment.budget import (
+    build_strategy,
+    economy,
+    evaluations,
+    of_search,
+    pool_size_budget,
+    spent,
+)
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
 from jaxmerge.report.live import Live
 from jaxmerge.report.progress import Plan
 from jaxmerge.rundir import Candidate, RunDirectory
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search import loop, space
+from jaxmerge.search import gradient, loop, space
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import Found
+from jaxmerge.search.baselines import best as strongest
 from jaxmerge.search.strategies import Strategy
 
 
@@ -40,7 +50,7 @@ def plan(config: Config, prepared: Prepared) -> Plan:
     return Plan(
         evaluations(config, len(prepared.pool.names), prepared.pool.count),
         {split: sum(each.examples.values()) for split, each in prepared.evaluators.items()},
-        config.search.budget // prepared.strategy.population,
+        of_search(config, prepared.strategy) // prepared.strategy.population,
     )
 
 
@@ -52,19 +62,53 @@ def search(
     individuals: Sequence[Candidate],
 ) -> Found:
     """The search over all checkpoints."""
+    strategy, climbed = prepared.strategy, config.search.strategy == gradient.NAME
+    if climbed:
+        strategy = _gradient(config, prepared, objective, individuals)
     best = loop.search(
         archive,
-        prepared.strategy,
+        strategy,
         _to_weights(config, prepared.pool.count),
         objective=objective,
-        budget=config.search.budget,
+        budget=of_search(config, strategy),
         seed=config.seed,
         states=prepared.directory.path / "state",
         save_seconds=config.search.save_seconds,
         economy=_economy(config, prepared.directory, individuals, prepared.strategy),
     )
     decided = _decided(archive, "search", "search")
-    return Found("search", best, spent(config.search.budget, prepared.strategy) + decided)
+    if climbed:  # the checkpoints and what the baselines scored are finalists too
+        scored = [one for one in archive.past if one.split == "search"]
+        best = strongest([best, *scored], objective)
+    return Found("search", best, of_search(config, strategy) + decided)
+
+
+def _gradient(
+    config: Config, prepared: Prepared, objective: Objective, individuals: Sequence[Candidate]
+) -> Strategy:
+    """The search along derivatives of the soft score."""
+    pool, soft = prepared.pool, prepared.soft
+    assert soft
+    agreement = soft.choose_forms([one.scores for one in individuals])
+    for task, left_out in soft.left_out.items() if processes.first() else ():
+        said = f", {left_out} examples left out" if left_out else ""
+        print(
+            f"jaxmerge: {task}: soft score {soft.forms[task]}, rank correlation "
+            f"{agreement[task]:.2f}{said}",
+            file=sys.stderr,
+        )
+    fields = config.space
+    return gradient.gradient(
+        soft.slopes,
+        configs.settings(config),
+        objective,
+        groups=pool.count,
+        checkpoints=len(pool.names),
+        start=config.search.init,
+        constraint=fields.constraint,
+        bounds=fields.bounds,
+        shrink=fields.shrink,
+    )
 
 
 def analyse(

@@ -17,6 +17,7 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator
 from jaxmerge.evaluation.remember import Remembering
+from jaxmerge.evaluation.soft import SoftScore
 from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.experiment.budget import build_strategy, check_budget, check_pool_sizes
 from jaxmerge.experiment.build import (
@@ -39,7 +40,7 @@ from jaxmerge.planning.residency import Room
 from jaxmerge.planning.work import Step
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search import strategies
+from jaxmerge.search import gradient, strategies
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
 
@@ -55,6 +56,7 @@ class Prepared(NamedTuple):
     objective: Objective
     bounds: dict[str, list[float | None]]  # of all tasks, as in results.json
     warnings: tuple[str, ...]  # of the objective's tasks
+    soft: SoftScore | None = None  # what a search by gradients climbs
 
 
 def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
@@ -103,6 +105,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         ),
     )
     splits = {"search": (tasks, "search"), "test": (tasks, "test"), "heldout": (heldout, "test")}
+    like = huggingface_directory(config, sources)
     make = functools.partial(
         Evaluator,
         pool.merge,
@@ -110,7 +113,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         tokenizer,
         mesh=mesh,
         candidates_per_step=config.evaluate.candidates_per_step,
-        limits=build_limits(config, huggingface_directory(config, sources)),
+        limits=build_limits(config, like),
         vmap_candidates=config.evaluate.vmap_candidates,
     )
     evaluators = parts.part(
@@ -126,6 +129,38 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         configs.objective(config),
         bounds_of([*tasks, *heldout]),
         (*warnings_of(tasks), *_moved(directory)),
+        parts.part("soft", lambda: _soft(config, pool, model, tokenizer, tasks, mesh, like)),
+    )
+
+
+def _soft(
+    config: Config,
+    pool: Pool,
+    model: Model,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    mesh: Mesh,
+    like: str,
+) -> SoftScore | None:
+    """What a search by gradients climbs; None: the search is of another kind."""
+    if config.search.strategy != gradient.NAME:
+        return None
+    if processes.several():
+        raise JaxmergeError(
+            "a search by gradients runs in one process yet",
+            where="search.strategy",
+            expected="another strategy, or no --coordinator",
+        )
+    return SoftScore(
+        pool.trees,
+        model,
+        tokenizer,
+        tasks,
+        mesh,
+        build_limits(config, like),
+        groups=pool.groups,
+        minibatch=config.search.minibatch,
+        seed=config.seed,
     )
 
 
@@ -162,10 +197,12 @@ def made_of(config: Config) -> dict[str, Any]:
     sizes = [objective["search_examples"], objective["test_examples"]]
     tasks = [plain["tasks"], objective["tasks"], plain["heldout"], sizes]
     strategy = [search[field] for field in ("strategy", "population", "init", "sigma", "params")]
+    of_gradient = search["strategy"] == gradient.NAME
     return {
         "pool": pool,
         "residency": pool,
         "evaluators": [pool, tasks, plain["evaluate"], search["population"]],
+        "soft": [pool, tasks, plain["evaluate"], plain["seed"], search["minibatch"], of_gradient],
         "strategy": [sources, strategy, grain],
         "sources": sources,
         "model": sources,

@@ -91,7 +91,7 @@ def evosax(
     evolves_population = name in population_based_algorithms
 
     def init(seed: int) -> State:
-        with _on_host():
+        with on_host():
             if evolves_population:
                 first, worst = first_population(seed), jnp.full(population, _WORST)
                 return algorithm.init(_key(seed, 0), first, worst, settings)
@@ -102,7 +102,7 @@ def evosax(
         return jax.random.normal(_key(seed, 1), (population, dimension)).at[0].set(0.0)
 
     def ask(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
-        with _on_host():
+        with on_host():
             if evolves_population and generation == 0:
                 x_PxD = first_population(seed)
             else:
@@ -114,7 +114,7 @@ def evosax(
     ) -> State:
         cost_P = np.where(np.isfinite(fitness_P), -fitness_P, _WORST).astype(np.float32)
         x_PxD = (z_PxD - start) / np.float32(sigma)
-        with _on_host():
+        with on_host():
             if evolves_population and generation == 0:
                 return algorithm.init(_key(seed, 0), x_PxD, cost_P, settings)
             if name in _SVES:
@@ -133,7 +133,7 @@ def _key(seed: int, *path: int) -> jax.Array:
 
 
 @contextmanager
-def _on_host() -> Iterator[None]:
+def on_host() -> Iterator[None]:
     """The first CPU device; and rank promotion, which evosax needs, though a caller forbids it."""
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.default_device(cpu), jax.numpy_rank_promotion("allow"):
@@ -164,7 +164,7 @@ def _algorithm(algorithms: Mapping[str, Any], name: str, dimension: int, populat
     if name in ("GuidedES", "ASEBO"):
         extra = {"subspace_dims": 1}
     try:
-        with _on_host():
+        with on_host():
             return algorithms[name](size, solution=jnp.zeros(dimension), **extra)
     except AssertionError as error:  # how evosax refuses a population
         raise JaxmergeError(
@@ -175,7 +175,7 @@ def _algorithm(algorithms: Mapping[str, Any], name: str, dimension: int, populat
 
 
 def _params(name: str, algorithm: Any, changes: Mapping[str, Any]) -> Any:
-    with _on_host():
+    with on_host():
         defaults = algorithm.default_params
     known = [field for field in vars(defaults) if not field.startswith("_")]
     unknown = [field for field in changes if field not in known]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from jaxmerge.tasks.requests import Request, Response
+from jaxmerge.tasks.requests import Likelihood, Request, Response, Rolling
 
 SPLITS = ("train", "search", "test")
 
@@ -28,6 +28,25 @@ class Example:
     data: Any = None
 
 
+class Soft(NamedTuple):
+    """What stands for an example's score where a smooth one is wanted.
+
+    `answer`: exp(nats), the probability of the only request's continuation. `choice`: the softmax
+    of nats / length over the requests, at the right one. `text`: nats / length.
+
+    Attributes:
+        kind: see above.
+        requests: whose likelihoods are asked for.
+        right: which of the requests is right; of choices.
+        lengths: by which the log-likelihood of each is divided.
+    """
+
+    kind: Literal["answer", "choice", "text"]
+    requests: tuple[Likelihood | Rolling, ...]
+    right: int = 0
+    lengths: tuple[float, ...] = (1.0,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A set of questions with disjoint splits. `tasks.kinds` makes the usual ones.
@@ -42,6 +61,7 @@ class Task:
         bounds: the least and the greatest score that there can be.
         judge_threads: how many examples are judged at a time: 1 for a judge that computes, more for
             one that waits for other programs.
+        soft: what stands for an example's score in a search by gradients; None where nothing does.
         warning: what whoever searches over this task should know; "": nothing.
     """
 
@@ -51,4 +71,5 @@ class Task:
     judge: Callable[[Example, Sequence[Response]], float]
     bounds: tuple[float, float] = (0.0, 1.0)
     judge_threads: int = 1
+    soft: Callable[[Example], Soft | None] = lambda example: None
     warning: str = ""

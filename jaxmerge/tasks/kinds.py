@@ -10,7 +10,7 @@ from typing import Literal
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.tasks import judges
-from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.common import Example, Soft, Task
 from jaxmerge.tasks.requests import (
     Generate,
     Likelihood,
@@ -79,7 +79,15 @@ def generation(
     def mean(example: Example, responses: Sequence[Response]) -> float:
         return sum(judge(example, str(text)) for text in responses) / len(responses)
 
-    return Task(name, splits, requests, mean, judge_threads=judge_threads)
+    def soft(example: Example) -> Soft | None:
+        """The target with its end, where the judge takes it for right."""
+        if not example.target or judge(example, example.target) <= 0:
+            return None
+        ending = next((text for text in until if text), "")
+        prompt = Prompt(example.prompt, before, form)
+        return Soft("answer", (Likelihood(prompt, example.target + ending, ended=not ending),))
+
+    return Task(name, splits, requests, mean, judge_threads=judge_threads, soft=soft)
 
 
 def multiple_choice(
@@ -107,7 +115,7 @@ def multiple_choice(
     """
     before = _shots(name, splits, shots)
 
-    def requests(example: Example) -> list[Request]:
+    def requests(example: Example) -> list[Likelihood]:
         prompt = Prompt(example.prompt, before, form)
         return [Likelihood(prompt, choice, ended) for choice in example.choices]
 
@@ -119,7 +127,13 @@ def multiple_choice(
         ]
         return float(rated.index(max(rated)) == example.choices.index(example.target))
 
-    return Task(name, splits, requests, judge)
+    def soft(example: Example) -> Soft:
+        # A length in tokens is known where the choices are tokenised; see `evaluation.soft`.
+        lengths = [float(_length(choice, 0, normalize)) for choice in example.choices]
+        right = example.choices.index(example.target)
+        return Soft("choice", tuple(requests(example)), right, tuple(lengths))
+
+    return Task(name, splits, requests, judge, soft=soft)
 
 
 def perplexity(name: str, splits: Splits) -> Task:
@@ -137,7 +151,7 @@ def perplexity(name: str, splits: Splits) -> Task:
         mean = sum(len(example.prompt.encode()) for example in examples) / max(len(examples), 1)
         return tuple(dataclasses.replace(example, data=mean) for example in examples)
 
-    def requests(example: Example) -> list[Request]:
+    def requests(example: Example) -> list[Rolling]:
         return [Rolling(example.prompt)]
 
     def judge(example: Example, responses: Sequence[Response]) -> float:
@@ -145,8 +159,11 @@ def perplexity(name: str, splits: Splits) -> Task:
         assert isinstance(likely, Likely)
         return likely.nats / (math.log(2) * example.data)
 
+    def soft(example: Example) -> Soft:
+        return Soft("text", tuple(requests(example)), lengths=(math.log(2) * example.data,))
+
     splits = {split: sized(examples) for split, examples in splits.items()}
-    return Task(name, splits, requests, judge, bounds=(-math.inf, 0.0))
+    return Task(name, splits, requests, judge, bounds=(-math.inf, 0.0), soft=soft)
 
 
 def _shots(name: str, splits: Splits, count: int) -> tuple[tuple[str, str], ...]:

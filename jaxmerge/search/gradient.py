@@ -1,0 +1,179 @@
+"""Search by gradients: Optax over genotypes, along the derivatives of the soft score.
+
+The merge is differentiable in its weights, so one backward pass through a merged model gives the
+derivatives by all G x K of them; see `evaluation.soft`. A generation of this strategy is some steps
+of the optimiser, after which two candidates are scored as all others are: the iterate, and the mean
+of the iterates of the last half (Polyak & Juditsky, SIAM J. Control 30, 1992).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.soft import Slope
+from jaxmerge.scores.objective import Objective
+from jaxmerge.search import space
+from jaxmerge.search.strategies import State, Strategy, on_host
+
+NAME = "gradient"
+POPULATION = 2  # the iterate, and the mean of iterates
+SCHEDULES = ("cosine", "linear", "constant")
+
+_STEP = 1e-4  # of the difference that says how the objective changes with a task's score
+
+
+class Settings(NamedTuple):
+    """How the optimiser goes.
+
+    Attributes:
+        optimizer: its name in `optax`, such as `adam`.
+        learning_rate: in genotype units, at the first step.
+        schedule: of the learning rate, down to 0 (`cosine` or `linear`), or `constant`.
+        steps: in all.
+        every: steps between two true scores.
+    """
+
+    optimizer: str
+    learning_rate: float
+    schedule: str
+    steps: int
+    every: int
+
+    @property
+    def generations(self) -> int:
+        """How often the true objective is looked at."""
+        return -(-self.steps // self.every)
+
+
+def check(settings: Settings) -> None:
+    """Raises `JaxmergeError`, which names the field of a config, unless all can be used."""
+    for name, value, right, expected in (
+        ("learning_rate", settings.learning_rate, settings.learning_rate > 0, "above 0"),
+        ("steps", settings.steps, settings.steps >= 1, "at least 1"),
+        ("score_every", settings.every, settings.every >= 1, "at least 1"),
+        ("schedule", settings.schedule, settings.schedule in SCHEDULES, ", ".join(SCHEDULES)),
+    ):
+        if not right:
+            raise JaxmergeError(
+                "out of range", where=f"search.{name}", expected=expected, found=str(value)
+            )
+    _optimizer(settings)
+
+
+def gradient(
+    slopes: Callable[[Float[np.ndarray, "G K"], int], Mapping[str, Slope]],
+    settings: Settings,
+    objective: Objective,
+    *,
+    groups: int,
+    checkpoints: int,
+    start: Sequence[float] = (),
+    constraint: str = "softmax",
+    bounds: tuple[float, float] = (-8.0, 8.0),
+    shrink: float = 0.0,
+) -> Strategy:
+    """The strategy; it asks for genotypes like every other one, and needs not be told of scores.
+
+    Args:
+        slopes: soft scores of merge weights at a step, and their derivatives; see `SoftScore`.
+        settings: of the optimiser.
+        objective: of the tasks' scores; it is climbed on the soft ones.
+        groups: G.
+        checkpoints: K.
+        start: genotype to start from, one value per checkpoint; (): the uniform merge.
+        constraint: see `space.mapped`; `bounds` and `shrink` too.
+    """
+    optimizer = _optimizer(settings)
+    mapped = functools.partial(
+        space.mapped, constraint=constraint, bounds=bounds, shrink=shrink if groups > 1 else 0.0
+    )
+
+    def init(seed: int) -> State:
+        with on_host():
+            z = jnp.tile(jnp.array(start or [0.0] * checkpoints, jnp.float32), (groups, 1))
+            return {"z": z, "sum": jnp.zeros_like(z), "optimizer": optimizer.init(z)}
+
+    def ask(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
+        first = generation * settings.every
+        stop = min(first + settings.every, settings.steps)
+        for step in range(first, stop):
+            with on_host():
+                weights = _weights(mapped)(state["z"])
+            found = slopes(np.asarray(weights), step)
+            by_score = _by_score(objective, {name: slope.score for name, slope in found.items()})
+            rise = sum(by_score[name] * slope.by_weights for name, slope in found.items())
+            with on_host():
+                state = _moved(mapped, optimizer)(state, jnp.asarray(rise, jnp.float32))
+                if step >= settings.steps // 2:
+                    state = {**state, "sum": state["sum"] + state["z"]}
+        late = stop - settings.steps // 2
+        mean = state["sum"] / late if late > 0 else state["z"]
+        return np.stack([np.asarray(each).reshape(-1) for each in (state["z"], mean)]), state
+
+    def tell(
+        seed: int, generation: int, z_PxD: np.ndarray, fitness_P: np.ndarray, state: State
+    ) -> State:
+        return state
+
+    return Strategy(POPULATION, init, ask, tell)
+
+
+def _optimizer(settings: Settings) -> optax.GradientTransformation:
+    rate, steps = settings.learning_rate, settings.steps
+    schedule = {
+        "cosine": lambda: optax.cosine_decay_schedule(rate, steps),
+        "linear": lambda: optax.linear_schedule(rate, 0.0, steps),
+        "constant": lambda: optax.constant_schedule(rate),
+    }[settings.schedule]()
+    make = getattr(optax, settings.optimizer, None)
+    try:
+        made = make(schedule) if make else None
+    except TypeError:
+        made = None
+    if not isinstance(made, optax.GradientTransformation):
+        raise JaxmergeError(
+            "optax has no optimiser of this name that takes a learning rate",
+            where="search.optimizer",
+            expected="such as adam, adamw, sgd, rmsprop, lion, adabelief",
+            found=settings.optimizer,
+        )
+    return made
+
+
+@functools.cache
+def _weights(mapped: Callable[[Any], Any]) -> Any:
+    return jax.jit(mapped)
+
+
+@functools.cache
+def _moved(mapped: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Any:
+    """One step up, along the derivatives by the weights."""
+
+    def moved(state: State, rise_GxK: jax.Array) -> State:
+        _, back = jax.vjp(mapped, state["z"])
+        (rise,) = back(rise_GxK)
+        updates, inner = optimizer.update(-rise, state["optimizer"], state["z"])
+        return {**state, "z": optax.apply_updates(state["z"], updates), "optimizer": inner}
+
+    return jax.jit(moved)
+
+
+def _by_score(objective: Objective, scores: Mapping[str, float]) -> dict[str, float]:
+    """The derivatives of the objective by the tasks' scores, as central differences.
+
+    Every aggregate is linear in the scores, or in pieces.
+    """
+
+    def at(task: str, change: float) -> float:
+        return objective.of({**scores, task: scores[task] + change})
+
+    return {task: (at(task, _STEP) - at(task, -_STEP)) / (2 * _STEP) for task in scores}
