@@ -9,6 +9,7 @@ products with the checkpoints (`merge.pullback`) those by all weights.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,6 +122,7 @@ class SoftScore:
             for name, asked in self._tasks.items()
         }
         self.forms = dict.fromkeys(self._tasks, FORMS[0])
+        self._looks = 0  # whole passes over all examples
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -149,8 +151,8 @@ class SoftScore:
             weights_GxK: of the merge.
             form: of answers; "": the one that was chosen for the task.
         """
-        merged = self._merged(weights_GxK)
-        found = {}
+        merged, found = self._merged(weights_GxK), {}
+        self._looks += 1
         for name, asked in self._tasks.items():
             program = self._program(name, differentiate=False, form=form)
             sums = [program(merged, *each.arrays) for each in asked.minibatches]
@@ -181,17 +183,23 @@ class SoftScore:
                 now = float(np.corrcoef(*ranks)[0, 1]) if varied else float("nan")
                 if form == FORMS[0]:
                     agreement[name] = now
-                elif asked.kind == "answer" and not now <= agreement[name] + _BETTER:
+                elif asked.kind == "answer" and _is_better(now, agreement[name]):
                     self.forms[name], agreement[name] = form, now
         return agreement
 
-    def read(self, steps: int) -> int:
-        """Tokens that are read, forward, in so many steps; backward they cost twice as many."""
+    def differentiated(self, steps: int) -> int:
+        """Tokens that go through a model in so many steps, forward and then backward."""
         return sum(
             asked.minibatches[self._turn(name, step)].read
             for step in range(steps)
             for name, asked in self._tasks.items()
         )
+
+    @property
+    def read(self) -> int:
+        """Tokens that `score` and `choose_forms` have read."""
+        whole = sum(each.read for asked in self._tasks.values() for each in asked.minibatches)
+        return self._looks * whole
 
     def _merged(self, weights_GxK: np.ndarray) -> PyTree:
         """The merge in each place of `pop`."""
@@ -207,6 +215,11 @@ class SoftScore:
         place = [*self._tasks].index(name)
         rng = np.random.Generator(np.random.PCG64([self._seed, place, step // count]))
         return int(rng.permutation(count)[step % count])
+
+
+def _is_better(now: float, before: float) -> bool:
+    """Whether a rank correlation is clearly above another; NaN is none."""
+    return now > before + _BETTER or (math.isnan(before) and not math.isnan(now))
 
 
 def _examples(

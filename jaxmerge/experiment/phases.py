@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -97,6 +98,7 @@ def _gradient(
             f"{agreement[task]:.2f}{said}",
             file=sys.stderr,
         )
+    prepared.agreement.update(agreement)
     fields = config.space
     return gradient.gradient(
         soft.slopes,
@@ -109,6 +111,21 @@ def _gradient(
         bounds=fields.bounds,
         shrink=fields.shrink,
     )
+
+
+def climbed(config: Config, prepared: Prepared) -> dict[str, Any]:
+    """What results.json says of a search by gradients besides; {}: there was none."""
+    soft = prepared.soft
+    if not soft:
+        return {}
+    return {
+        task: {
+            "form": soft.forms[task],
+            "spearman": None if math.isnan(agreement) else agreement,
+            "left_out": soft.left_out[task],
+        }
+        for task, agreement in prepared.agreement.items()
+    }
 
 
 def analyse(

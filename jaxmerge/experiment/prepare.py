@@ -56,7 +56,8 @@ class Prepared(NamedTuple):
     objective: Objective
     bounds: dict[str, list[float | None]]  # of all tasks, as in results.json
     warnings: tuple[str, ...]  # of the objective's tasks
-    soft: SoftScore | None = None  # what a search by gradients climbs
+    soft: SoftScore | None  # what a search by gradients climbs
+    agreement: dict[str, float]  # of soft and true scores, by task, when the search has begun
 
 
 def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
@@ -106,16 +107,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     )
     splits = {"search": (tasks, "search"), "test": (tasks, "test"), "heldout": (heldout, "test")}
     like = huggingface_directory(config, sources)
-    make = functools.partial(
-        Evaluator,
-        pool.merge,
-        model,
-        tokenizer,
-        mesh=mesh,
-        candidates_per_step=config.evaluate.candidates_per_step,
-        limits=build_limits(config, like),
-        vmap_candidates=config.evaluate.vmap_candidates,
-    )
+    make = functools.partial(_evaluator, config, pool, model, tokenizer, mesh, like)
     evaluators = parts.part(
         "evaluators", lambda: _evaluators(make, splits, remember=held is not None)
     )
@@ -130,6 +122,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         bounds_of([*tasks, *heldout]),
         (*warnings_of(tasks), *_moved(directory)),
         parts.part("soft", lambda: _soft(config, pool, model, tokenizer, tasks, mesh, like)),
+        {},
     )
 
 
@@ -174,6 +167,29 @@ def _recorded(config: Config, workdir: str, pool: Pool, tasks: Sequence[Task]) -
         directory.close()
         raise
     return directory
+
+
+def _evaluator(
+    config: Config,
+    pool: Pool,
+    model: Model,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    like: str,
+    tasks: Sequence[Task],
+    split: str,
+) -> Evaluator:
+    return Evaluator(
+        pool.merge,
+        model,
+        tokenizer,
+        tasks,
+        split,
+        mesh,
+        candidates_per_step=config.evaluate.candidates_per_step,
+        limits=build_limits(config, like),
+        vmap_candidates=config.evaluate.vmap_candidates,
+    )
 
 
 def _evaluators(

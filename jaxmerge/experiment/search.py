@@ -77,6 +77,10 @@ def search(
             _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
+        if prepared.soft:
+            findings["soft"] = phases.climbed(config, prepared)
+            findings["tokens"]["read"] += prepared.soft.read
+            findings["tokens"]["differentiated"] = prepared.soft.differentiated(config.search.steps)
         findings["residency"] = pool.traffic(since=read_before)
         if storage := phases.stored(prepared, tested.winner):
             findings["storage"] = storage

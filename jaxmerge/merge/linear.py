@@ -213,7 +213,7 @@ def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
 
 
 # Weights `[C, K]`, or with groups `[C, G, K]`, to leaves `[C, ...]`.
-Merger = Callable[[Float[np.ndarray, "C *G K"]], PyTree]
+Merger = Callable[[np.ndarray], PyTree]
 
 
 class ResidentMerger:

@@ -1,0 +1,215 @@
+"""The soft score and its derivatives, and searches along them."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmerge import config as configs
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation.rows import Limits
+from jaxmerge.evaluation.soft import FORMS, Slope, SoftScore
+from jaxmerge.evaluation.tokenizer import Bytes
+from jaxmerge.experiment.search import search
+from jaxmerge.merge.groups import groups
+from jaxmerge.scores.objective import define
+from jaxmerge.search import gradient, space
+from jaxmerge.sharding import make_mesh, shardings
+from jaxmerge.tasks import kinds
+from jaxmerge.tasks.common import Example
+from tests import tiny
+
+K = 3
+MODEL = tiny.model()
+TREES = tiny.trees(K, scale=1.0)
+FINEST = groups(TREES[0], "leaf", layers="layers")
+WORDS = tiny.letters(7, 24)
+SPLITS = {"search": [Example(word, word[:2]) for word in WORDS], "test": []}
+OPTIONS = {
+    "search": [
+        Example(word, word[:2], (word[:2], word[1:4], "zq")[: 2 + i % 2])
+        for i, word in enumerate(WORDS)
+    ],
+    "test": [],
+}
+TASKS = {
+    "answer": kinds.generation("answer", SPLITS),
+    "ended": kinds.generation("ended", SPLITS, until=("\n",)),
+    "choice": kinds.multiple_choice("choice", OPTIONS),
+    "bytes": kinds.multiple_choice("bytes", OPTIONS, normalize="bytes"),
+    "tokens": kinds.multiple_choice("tokens", OPTIONS, normalize="tokens"),
+    "text": kinds.perplexity("text", SPLITS),
+}
+
+
+def placed(mesh):
+    where = shardings(TREES[0], MODEL.sharding_rules, mesh)
+    return [jax.device_put(tree, where) for tree in TREES]
+
+
+def soft_score(tasks, *, mesh=None, of=FINEST, minibatch=8):
+    mesh = mesh or make_mesh(pop=1, data=1, fsdp=1, tensor=1)
+    return SoftScore(
+        placed(mesh), MODEL, Bytes(), tasks, mesh, Limits(), groups=of, minibatch=minibatch
+    )
+
+
+def some_weights():
+    count = len(FINEST.names) if FINEST else 1
+    return np.random.default_rng(0).dirichlet(np.ones(K) * 3, count).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *(("answer", form) for form in FORMS),
+        *((name, FORMS[0]) for name in TASKS if name != "answer"),
+    ],
+)
+def test_derivatives_equal_differences(name, form):
+    """Of all weights by group, along random directions, against central differences."""
+    soft = soft_score([TASKS[name]], minibatch=24)
+    soft.forms[name] = form
+    weights = some_weights()
+    found = soft.slopes(weights, 0)[name]
+    assert found.score == pytest.approx(soft.score(weights)[name], rel=1e-5)
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        direction = rng.normal(size=weights.shape).astype(np.float32)
+        direction /= np.linalg.norm(direction)
+        step = np.float32(2e-2)
+        ahead, behind = (soft.score(weights + s * direction)[name] for s in (step, -step))
+        # In float32, with steps that its rounding allows: their square is what is left out.
+        expected = (ahead - behind) / (2 * step)
+        assert np.sum(found.by_weights * direction) == pytest.approx(expected, rel=3e-2, abs=2e-4)
+
+
+def test_scores_are_what_they_say():
+    """Probabilities of right answers, and of right choices, as the evaluator's likelihoods."""
+    soft = soft_score([TASKS["choice"], TASKS["answer"]], of=None)
+    one = soft.score(np.eye(K, dtype=np.float32)[:1])
+    assert 0 < one["answer"] < 1e-2  # a random model knows nothing
+    assert 0.2 < one["choice"] < 0.8
+    assert soft.score(np.eye(K, dtype=np.float32)[:1], "log")["answer"] < 0
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1, 1), (2, 1, 2, 2)])
+def test_devices_make_no_difference(axes):
+    """Sums are in another order: float32 roundings."""
+    mesh = make_mesh(*axes)
+    alone, spread = soft_score([TASKS["choice"]]), soft_score([TASKS["choice"]], mesh=mesh)
+    weights = some_weights()
+    assert spread.score(weights)["choice"] == pytest.approx(
+        alone.score(weights)["choice"], rel=1e-4
+    )
+    whole = soft_score([TASKS["choice"]], minibatch=24).slopes(weights, 0)["choice"]
+    parts = soft_score([TASKS["choice"]], mesh=mesh, minibatch=24).slopes(weights, 0)["choice"]
+    np.testing.assert_allclose(parts.by_weights, whole.by_weights, rtol=2e-3, atol=2e-5)
+
+
+def test_examples_without_an_answer_are_left_out():
+    none = {"search": [*SPLITS["search"], Example("abc")], "test": []}
+    assert soft_score([kinds.generation("answer", none)]).left_out == {"answer": 1}
+    with pytest.raises(JaxmergeError, match="nothing that a gradient could climb"):
+        soft_score([kinds.generation("judged", {"search": [Example("abc")], "test": []})])
+
+
+def test_forms_follow_the_true_scores():
+    soft = soft_score([TASKS["answer"]], of=None)
+    one_hot = np.eye(K, dtype=np.float32)
+    own = [soft.score(row[None])["answer"] for row in one_hot]
+    assert soft.choose_forms([{"answer": value} for value in own])["answer"] == pytest.approx(1.0)
+    assert soft.forms == {"answer": "probability"}
+    soft.choose_forms([{"answer": 1.0}] * K)  # says nothing
+    assert soft.forms == {"answer": "probability"}
+
+
+@pytest.mark.parametrize("constraint", space.CONSTRAINTS)
+def test_the_objective_rises_to_a_known_optimum(constraint):
+    """On a soft score that is a parabola in the weights, whose best are known."""
+    best = np.array([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]])
+
+    def slopes(weights_GxK, step):
+        off = weights_GxK.astype(np.float64) - best
+        return {"a": Slope(float(1 - np.sum(off**2)), -2 * off)}
+
+    settings = gradient.Settings("adam", 0.1, "cosine", 300, 100)
+    strategy = gradient.gradient(
+        slopes, settings, define(["a"]), groups=2, checkpoints=3, constraint=constraint
+    )
+    state = strategy.init(0)
+    for generation in range(settings.generations):
+        z_PxD, state = strategy.ask(0, generation, state)
+    found = space.weights(z_PxD, constraint, groups=2)
+    np.testing.assert_allclose(found[0], best, atol=0.02)
+    np.testing.assert_allclose(found[1], best, atol=0.05)  # the mean of the last half
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer", "adamm"),
+        ("optimizer", "cosine_decay_schedule"),
+        ("schedule", "cosin"),
+        ("steps", 0),
+        ("learning_rate", 0.0),
+        ("score_every", 0),
+    ],
+)
+def test_settings_that_can_not_be(field, value):
+    config = configs.default()
+    config.search[field] = value
+    with pytest.raises(JaxmergeError, match=f"search.{field}"):
+        gradient.check(configs.settings(config))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    pool = tiny.pool(tmp_path_factory.mktemp("pool"))
+    workdir = tmp_path_factory.mktemp("run")
+    return pool, workdir, search(_config(pool), str(workdir))
+
+
+def _config(pool):
+    config = tiny.run_config(configs.default(), pool)
+    config.objective.tasks, config.heldout = ("words", "choice"), ()
+    config.tasks.words = {"builder": "sorting"}
+    config.search.strategy, config.space.granularity = "gradient", "leaf"
+    config.search.population = 0
+    config.search.steps, config.search.score_every, config.search.minibatch = 6, 2, 4
+    config.analyses.leave_one_out = config.analyses.transfer = False
+    return config
+
+
+def test_a_whole_run(finished):
+    """It logs the iterates and their means, and says what it cost and found."""
+    _, workdir, found = finished
+    assert found["evaluations_by_origin"]["search"] == 6
+    assert found["tokens"]["differentiated"] > 0
+    assert found["groups"][0] == "embedding"
+    best = max(
+        (line for line in tiny.log(workdir) if line["split"] == "search"),
+        key=lambda line: np.mean([*line["scores"].values()]),
+    )
+    assert found["best"]["search_objective"] == pytest.approx(np.mean([*best["scores"].values()]))
+    assert set(found["soft"]) == {"words", "choice"}
+    assert (
+        "Weights by group" in (workdir / "report.html").read_text() or "groups" not in found["best"]
+    )
+
+
+@pytest.mark.parametrize("kept", [12, 17])
+def test_goes_on_where_it_stopped(finished, tmp_path, kept):
+    """With any part of the log there, and the optimiser's state or without, it ends the same."""
+    pool, workdir, found = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    log = tmp_path / "run" / "candidates.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:kept]))
+    if kept % 2:
+        shutil.rmtree(tmp_path / "run" / "state")
+    again = search(_config(pool), str(tmp_path / "run"))
+    assert tiny.log(tmp_path / "run") == tiny.log(workdir)
+    assert again["best"] == found["best"]
+    assert again["tokens"] == found["tokens"]
