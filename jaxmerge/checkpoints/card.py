@@ -29,6 +29,10 @@ theta = sum_k alpha_k theta_k.
 {weights}
 """
 
+_GROUPS = """
+Each of {count} groups of leaves has weights of its own; these are their means.
+"""
+
 _SCORES = """
 ## Scores
 
@@ -81,6 +85,8 @@ def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any])
         findings: what results.json says.
     """
     parts = [of_weights(records, list(findings["best"]["weights"].values()), "")]
+    if "groups" in findings["best"]:
+        parts.append(_GROUPS.format(count=len(findings["groups"])))
     parts.append(_scores(findings))
     if findings["warnings"]:
         warnings = "\n".join(f"- {warning}" for warning in findings["warnings"])
