@@ -136,7 +136,7 @@ def default() -> Config:
     config.search.steps = 60
     config.search.minibatch = 32
     config.search.score_every = 10
-    config.search.population = 0  # candidates per generation; 0: 4 + floor(3 ln K)
+    config.search.population = 0  # candidates per generation; 0: 4 + floor(3 ln D), D = G K
     config.search.budget = 200  # evaluations; what is left below a whole generation is not used
     config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
     config.search.sigma = 0.5  # standard deviation of the first generation, in genotype units
@@ -245,6 +245,13 @@ def _check_gradient(config: Config) -> None:
                 expected=repr(expected),
                 found=repr(found),
             )
+    if config.objective.aggregate in ("worst", "chebyshev"):
+        raise JaxmergeError(
+            "soft scores of different tasks can't be compared with each other, as this must",
+            where="objective.aggregate",
+            expected='mean, weighted or normalised; or another search.strategy than "gradient"',
+            found=config.objective.aggregate,
+        )
     check_least("search.minibatch", config.search.minibatch, 1)
 
 

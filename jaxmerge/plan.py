@@ -36,8 +36,14 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.tokenizer import Bytes, Tokenizer
 from jaxmerge.experiment import command_line
-from jaxmerge.experiment.budget import evaluations
-from jaxmerge.experiment.build import build_limits, build_model, build_task, build_tokenizer
+from jaxmerge.experiment.budget import build_strategy, evaluations
+from jaxmerge.experiment.build import (
+    build_groups,
+    build_limits,
+    build_model,
+    build_task,
+    build_tokenizer,
+)
 from jaxmerge.experiment.sources import find_checkpoints, huggingface_directory, start_jax
 from jaxmerge.models.model import Model
 from jaxmerge.planning import chips, layouts
@@ -49,7 +55,6 @@ from jaxmerge.planning.layouts import Job, Layout, Machine, Plan, draw_up
 from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import AUTO, RESIDENCIES, Room
 from jaxmerge.planning.work import cast
-from jaxmerge.search.strategies import default_population
 from jaxmerge.tasks.common import Task
 from jaxmerge.trees import PyTree
 
@@ -193,17 +198,19 @@ def job_of(config: Config) -> Job:
         tokenizer = _tokenizer(config, model)
     tasks = [_task(config, name) for name in config.objective.tasks]
     heldout = [_task(config, name) for name in config.heldout]
-    population = config.search.population or default_population(checkpoints)
+    groups = build_groups(config, model, abstract)
+    G = len(groups.names) if groups else 1
     return Job(
         model,
         cast(abstract, config.pool.dtype),
         checkpoints,
         tokenizer,
         {"search": tasks, "test": tasks, "heldout": heldout},
-        evaluations(config, checkpoints),
-        population,
+        evaluations(config, checkpoints, G),
+        build_strategy(config, checkpoints, groups=G).population,
         config.evaluate.vmap_candidates,
         config.pool.storage,
+        groups,
     )
 
 

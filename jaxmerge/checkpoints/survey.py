@@ -27,6 +27,15 @@ def formats(patterns: Sequence[str]) -> set[str]:
     return {_format(path) for pattern in patterns for path in _find(pattern)}
 
 
+def count(patterns: Sequence[str]) -> int:
+    """How many checkpoints `survey` would find.
+
+    Raises:
+        JaxmergeError: a path has no checkpoint.
+    """
+    return sum(len(_find(pattern)) for pattern in patterns)
+
+
 def find(
     patterns: Sequence[str], *, subtree: str = "", base: str = "", by_tensor: bool = False
 ) -> tuple[Source, ...]:

@@ -91,7 +91,7 @@ class SoftScore:
         mesh: each place of its axis `pop` works on a part of a minibatch.
         limits: of which the context is heeded.
         groups: of leaves that share their weights; None: all do.
-        minibatch: examples of a task in a step, in all places; rounded up to a multiple of them.
+        minibatch: examples of a task in a step, in all places.
         seed: of the order of the minibatches.
 
     Raises:
@@ -113,16 +113,16 @@ class SoftScore:
     ):
         self._trees, self._groups, self._mesh, self._seed = tuple(trees), groups, mesh, seed
         self._merge = merger(self._trees, groups)
-        places = mesh.shape["pop"]
-        branching, size = model.branches is not None, -(-minibatch // places)
-        encode = functools.partial(_examples, tokenizer, limits, branching)
-        self._tasks = {task.name: _asked(task, encode, mesh, size) for task in tasks}
+        encode = functools.partial(_examples, tokenizer, limits, model.branches is not None)
+        self._tasks = {task.name: _asked(task, encode, mesh, minibatch) for task in tasks}
         self._programs = {
             name: functools.partial(_program, model, mesh, asked.kind)
             for name, asked in self._tasks.items()
         }
         self.forms = dict.fromkeys(self._tasks, FORMS[0])
         self._looks = 0  # whole passes over all examples
+        # Between CPU devices, collectives of programs that queue up can wait for each other.
+        self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -135,8 +135,9 @@ class SoftScore:
         found = {}
         for name, asked in self._tasks.items():
             minibatch = asked.minibatches[self._turn(name, step)]
-            score_C, gradients = self._program(name, differentiate=True)(merged, *minibatch.arrays)
-            by_C = pullback(self._trees, gradients, self._groups)
+            program = self._program(name, differentiate=True)
+            score_C, gradients = self._started(program(merged, *minibatch.arrays))
+            by_C = self._started(pullback(self._trees, gradients, self._groups))
             found[name] = Slope(
                 float(np.asarray(score_C, np.float64).sum() / minibatch.examples),
                 np.asarray(by_C, np.float64).sum(axis=0) / minibatch.examples,
@@ -155,7 +156,7 @@ class SoftScore:
         self._looks += 1
         for name, asked in self._tasks.items():
             program = self._program(name, differentiate=False, form=form)
-            sums = [program(merged, *each.arrays) for each in asked.minibatches]
+            sums = [self._started(program(merged, *each.arrays)) for each in asked.minibatches]
             count = sum(each.examples for each in asked.minibatches)
             found[name] = float(sum(np.asarray(each, np.float64).sum() for each in sums) / count)
         self._merge.give_back(merged)
@@ -201,6 +202,9 @@ class SoftScore:
         whole = sum(each.read for asked in self._tasks.values() for each in asked.minibatches)
         return self._looks * whole
 
+    def _started(self, outputs: Any) -> Any:
+        return jax.block_until_ready(outputs) if self._one_at_a_time else outputs
+
     def _merged(self, weights_GxK: np.ndarray) -> PyTree:
         """The merge in each place of `pop`."""
         rows = weights_GxK if self._groups else weights_GxK[0]
@@ -242,7 +246,7 @@ def _examples(
 
 
 def _asked(
-    task: Task, encode: Callable[[Task], list[_Example | None]], mesh: Mesh, size: int
+    task: Task, encode: Callable[[Task], list[_Example | None]], mesh: Mesh, count: int
 ) -> _Asked:
     """The examples of a task, those of like length together."""
     encoded = encode(task)
@@ -255,9 +259,8 @@ def _asked(
             expected="targets that its judge takes for right, choices or texts; or another "
             "search.strategy",
         )
-    places = mesh.shape["pop"]
-    step = places * size
-    cut = [examples[start : start + step] for start in range(0, len(examples), step)]
+    cut = [examples[start : start + count] for start in range(0, len(examples), count)]
+    size = -(-count // mesh.shape["pop"])  # examples of a place
     R = size * max(len(one.soft.requests) for one in examples)
     B = size * max(len(one.rows) for one in examples)
     minibatches = [_minibatch(each, mesh, size, R, B) for each in cut]
@@ -319,7 +322,19 @@ def _program(
         of_form = {"probability": jnp.exp(nats_R), "per_token": jnp.exp(per_token_R)}
         return jnp.sum(right_R * of_form.get(form, per_token_R))
 
-    run = jax.value_and_grad(soft) if differentiate else soft
+    def climbed(params: Params, *arrays: Array) -> tuple[Array, Params]:
+        """The score and its derivatives by the leaves that are floating point; None for others."""
+
+        def own(leaf: Array) -> Array | None:
+            return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+
+        def of(floating: Params) -> Array:
+            each = jax.tree.map(lambda a, b: a if b is None else b, params, floating)
+            return soft(each, *arrays)
+
+        return jax.value_and_grad(of)(jax.tree.map(own, params))
+
+    run = climbed if differentiate else soft
 
     def local(own_C: Params, *arrays_C: Array) -> Any:
         return jax.lax.map(lambda each: run(*each), (own_C, *arrays_C))

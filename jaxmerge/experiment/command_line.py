@@ -51,7 +51,8 @@ def start(
         print(configs.reference() if "--help=fields" in asked else "\n\n".join(parts))
         return
     sys.path.insert(0, os.getcwd())  # for the import paths in configs
-    flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
+    if not members:
+        flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
     end_on_signals(last=lambda name: watch.leave(f"it was told to stop by {name}"))
     try:
         app.run(main, flags_parser=functools.partial(_parse, required, members))

@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from jaxmerge.checkpoints.export import FORMATS
-from jaxmerge.checkpoints.survey import find, formats
+from jaxmerge.checkpoints.survey import count, formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment import command_line
@@ -129,6 +129,8 @@ def _start(main: Callable[[Config, str, str], None], about: str | None) -> None:
         config: Config = flags.FLAGS.config
         if arguments[1:]:
             config.pool.checkpoints = tuple(arguments[1:])
+        if not flags.FLAGS.out:
+            raise JaxmergeError("--out is empty; --help says how to use it")
         if not config.pool.checkpoints:
             raise JaxmergeError("no checkpoints are named; --help says how")
         main(config, flags.FLAGS.out, command_line.typed(arguments[0]))
@@ -149,12 +151,19 @@ def _merge(config: Config, out: str, command: str) -> None:
     found = formats(config.pool.checkpoints)
     own = "orbax" if found == {"orbax"} else "huggingface"
     config.export.formats = (flags.FLAGS.format or own,)
+    if config.export.formats == ("huggingface",) and own == "orbax" and not config.pool.base:
+        raise JaxmergeError(
+            "nothing says which Hugging Face model these checkpoints are of",
+            where="--format",
+            expected="orbax, or --config.pool.base=DIR of such a model",
+            found="huggingface",
+        )
     if flags.FLAGS.weights:
         config.merge.weights = _weights(flags.FLAGS.weights)
     elif not config.merge.weights:
-        count = len(find(config.pool.checkpoints, base=config.pool.base))
-        config.merge.weights = (1 / count,) * count
-    path = Path(out)
+        K = count(config.pool.checkpoints)
+        config.merge.weights = (1 / K,) * K
+    path = Path(out).absolute()
     command_line.merge(config, str(path.with_name(f".{path.name}.jaxmerge")), command, out)
 
 

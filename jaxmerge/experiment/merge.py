@@ -141,7 +141,7 @@ def _check_place(out: Path, workdir: Path, merges: Sequence[Merge], wanted: Sequ
         )
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
-    if out.exists() and not (workdir / "pool.json").exists():
+    if out.exists() and not (workdir / "config.json").exists():
         raise JaxmergeError(
             "there is something here already", where=str(out), expected="a new directory"
         )

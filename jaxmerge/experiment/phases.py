@@ -113,7 +113,7 @@ def _gradient(
     )
 
 
-def climbed(config: Config, prepared: Prepared) -> dict[str, Any]:
+def climbed(prepared: Prepared) -> dict[str, Any]:
     """What results.json says of a search by gradients besides; {}: there was none."""
     soft = prepared.soft
     if not soft:

@@ -74,6 +74,12 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     """
     configs.check(config)
     start_jax(config)
+    if processes.several() and config.search.strategy == gradient.NAME:
+        raise JaxmergeError(
+            "a search by gradients runs in one process yet",
+            where="search.strategy",
+            expected="another strategy, or no --coordinator",
+        )
     processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
     parts = Held() if held is None else held
     parts.release(made_of(config))
@@ -111,6 +117,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     evaluators = parts.part(
         "evaluators", lambda: _evaluators(make, splits, remember=held is not None)
     )
+    soft = parts.part("soft", lambda: _soft(config, pool, model, tokenizer, tasks, mesh, like))
     directory = _recorded(config, workdir, pool, [*tasks, *heldout])
     return Prepared(
         directory,
@@ -121,7 +128,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         configs.objective(config),
         bounds_of([*tasks, *heldout]),
         (*warnings_of(tasks), *_moved(directory)),
-        parts.part("soft", lambda: _soft(config, pool, model, tokenizer, tasks, mesh, like)),
+        soft,
         {},
     )
 
@@ -138,12 +145,6 @@ def _soft(
     """What a search by gradients climbs; None: the search is of another kind."""
     if config.search.strategy != gradient.NAME:
         return None
-    if processes.several():
-        raise JaxmergeError(
-            "a search by gradients runs in one process yet",
-            where="search.strategy",
-            expected="another strategy, or no --coordinator",
-        )
     return SoftScore(
         pool.trees,
         model,
@@ -217,7 +218,7 @@ def made_of(config: Config) -> dict[str, Any]:
     return {
         "pool": pool,
         "residency": pool,
-        "evaluators": [pool, tasks, plain["evaluate"], search["population"]],
+        "evaluators": [pool, tasks, plain["evaluate"], search["population"], of_gradient],
         "soft": [pool, tasks, plain["evaluate"], plain["seed"], search["minibatch"], of_gradient],
         "strategy": [sources, strategy, grain],
         "sources": sources,

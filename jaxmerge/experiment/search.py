@@ -45,7 +45,8 @@ def search(
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir, held)
     directory, pool = prepared.directory, prepared.pool
-    read_before = pool.traffic()
+    read_before, soft = pool.traffic(), prepared.soft
+    looked_before = soft.read if soft else 0
     for warning in prepared.warnings if processes.first() else ():
         print(f"jaxmerge: {warning}", file=sys.stderr)
 
@@ -77,10 +78,10 @@ def search(
             _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
-        if prepared.soft:
-            findings["soft"] = phases.climbed(config, prepared)
-            findings["tokens"]["read"] += prepared.soft.read
-            findings["tokens"]["differentiated"] = prepared.soft.differentiated(config.search.steps)
+        if soft:
+            findings["soft"] = phases.climbed(prepared)
+            findings["tokens"]["read"] += soft.read - looked_before
+            findings["tokens"]["differentiated"] = soft.differentiated(config.search.steps)
         findings["residency"] = pool.traffic(since=read_before)
         if storage := phases.stored(prepared, tested.winner):
             findings["storage"] = storage

@@ -13,6 +13,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.batches import Limits
 from jaxmerge.evaluation.respond import Responder
 from jaxmerge.evaluation.tokenizer import Tokenizer
+from jaxmerge.merge.groups import Groups
 from jaxmerge.models.model import Model
 from jaxmerge.planning import estimate, work
 from jaxmerge.planning.estimate import Amount, Measured, Rates, Seconds
@@ -44,6 +45,7 @@ class Job(NamedTuple):
         population: candidates of a generation.
         vmap_candidates: see `Responder`.
         storage: how a pool on the devices is held; see `pool.load`.
+        groups: of leaves that share their weights; None: all do.
     """
 
     model: Model
@@ -55,6 +57,7 @@ class Job(NamedTuple):
     population: int
     vmap_candidates: int
     storage: str = "exact"
+    groups: Groups | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +201,7 @@ def _least(job: Job, layout: Layout, machine: Machine) -> Step:
         mesh,
         job.model.layers if layout.rematerialise else "",
         job.storage,
+        job.groups,
     )
 
 

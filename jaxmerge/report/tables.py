@@ -210,6 +210,8 @@ def cost_section(results: Json) -> str:
     if "tokens" in results:
         tokens = results["tokens"]
         said["Tokens"] = f"{tokens['read']:,} read, {tokens['written']:,} written"
+        if "differentiated" in tokens:
+            said["Tokens"] += f", {tokens['differentiated']:,} forward and backward"
     said["Time"] = _duration(sum(seconds.values()))
     residency = results.get("residency", {"kind": "device"})
     if residency["kind"] != "device":

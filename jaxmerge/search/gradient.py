@@ -28,6 +28,9 @@ NAME = "gradient"
 POPULATION = 2  # the iterate, and the mean of iterates
 SCHEDULES = ("cosine", "linear", "constant")
 
+# Of optax, but no optimisers: parts that they are made of.
+_PARTS = ("scale", "clip", "clip_by_global_norm", "clip_by_block_rms", "add_decayed_weights")
+
 _STEP = 1e-4  # of the difference that says how the objective changes with a task's score
 
 
@@ -97,6 +100,8 @@ def gradient(
         space.mapped, constraint=constraint, bounds=bounds, shrink=shrink if groups > 1 else 0.0
     )
 
+    to_weights, moved = jax.jit(mapped), _moved(mapped, optimizer)
+
     def init(seed: int) -> State:
         with on_host():
             z = jnp.tile(jnp.array(start or [0.0] * checkpoints, jnp.float32), (groups, 1))
@@ -107,17 +112,21 @@ def gradient(
         stop = min(first + settings.every, settings.steps)
         for step in range(first, stop):
             with on_host():
-                weights = _weights(mapped)(state["z"])
+                weights = to_weights(state["z"])
             found = slopes(np.asarray(weights), step)
             by_score = _by_score(objective, {name: slope.score for name, slope in found.items()})
             rise = sum(by_score[name] * slope.by_weights for name, slope in found.items())
+            if constraint != "free":
+                # What moves all weights of a group alike moves nothing where they have a sum. It is
+                # taken away, since some optimisers would go by the sign of its rounding.
+                rise = rise - np.mean(rise, axis=1, keepdims=True)
             with on_host():
-                state = _moved(mapped, optimizer)(state, jnp.asarray(rise, jnp.float32))
+                state = moved(state, jnp.asarray(rise, jnp.float32))
                 if step >= settings.steps // 2:
                     state = {**state, "sum": state["sum"] + state["z"]}
         late = stop - settings.steps // 2
-        mean = state["sum"] / late if late > 0 else state["z"]
-        return np.stack([np.asarray(each).reshape(-1) for each in (state["z"], mean)]), state
+        z, total = (np.asarray(state[name]).reshape(-1) for name in ("z", "sum"))
+        return np.stack([z, total / np.float32(late) if late > 0 else z]), state
 
     def tell(
         seed: int, generation: int, z_PxD: np.ndarray, fitness_P: np.ndarray, state: State
@@ -136,10 +145,13 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
     }[settings.schedule]()
     make = getattr(optax, settings.optimizer, None)
     try:
-        made = make(schedule) if make else None
-    except TypeError:
+        made = make(schedule) if make and settings.optimizer not in _PARTS else None
+        if made:  # some want to know the value too
+            update = functools.partial(_first_update, made)
+            jax.eval_shape(update, jax.ShapeDtypeStruct((1,), np.float32))
+    except (TypeError, ValueError, AttributeError):
         made = None
-    if not isinstance(made, optax.GradientTransformation):
+    if not made:
         raise JaxmergeError(
             "optax has no optimiser of this name that takes a learning rate",
             where="search.optimizer",
@@ -149,12 +161,10 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
     return made
 
 
-@functools.cache
-def _weights(mapped: Callable[[Any], Any]) -> Any:
-    return jax.jit(mapped)
+def _first_update(optimizer: optax.GradientTransformation, z: jax.Array) -> Any:
+    return optimizer.update(z, optimizer.init(z), z)
 
 
-@functools.cache
 def _moved(mapped: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Any:
     """One step up, along the derivatives by the weights."""
 

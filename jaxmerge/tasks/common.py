@@ -38,7 +38,7 @@ class Soft(NamedTuple):
         kind: see above.
         requests: whose likelihoods are asked for.
         right: which of the requests is right; of choices.
-        lengths: by which the log-likelihood of each is divided.
+        lengths: by which the log-likelihood of each is divided; 0 stands for its tokens.
     """
 
     kind: Literal["answer", "choice", "text"]

@@ -18,9 +18,9 @@ from typing import Literal
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.sandbox import Limits, check_program, require
-from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.common import Example, Soft, Task
 from jaxmerge.tasks.kinds import generation
-from jaxmerge.tasks.requests import Response
+from jaxmerge.tasks.requests import Likelihood, Prompt, Response
 from jaxmerge.tasks.splits import divide, public
 
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # as in the paper: the function has ended
@@ -100,7 +100,14 @@ def human_eval(
         form=form,
         judge_threads=min(os.cpu_count() or 1, _MOST_THREADS),
     )
-    return dataclasses.replace(task, judge=judge, warning=public("HumanEval"))
+
+    def soft(example: Example) -> Soft | None:
+        """The reference solution, which is right; written on from the prompt, as in `text`."""
+        if form != "text":
+            return None
+        return Soft("answer", (Likelihood(Prompt(example.prompt, form="text"), example.target),))
+
+    return dataclasses.replace(task, judge=judge, soft=soft, warning=public("HumanEval"))
 
 
 def problems() -> list[dict[str, str]]:

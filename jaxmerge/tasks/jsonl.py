@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -66,7 +67,9 @@ def jsonl(
     if choices:
         return multiple_choice(name, splits, **options)
     every = {where: example for of_file in found.values() for where, example in of_file.items()}
-    return generation(name, splits, _judge(judge, name, every), **options)
+    made = generation(name, splits, _judge(judge, name, every), **options)
+    # An expression is no answer, though many match themselves.
+    return dataclasses.replace(made, soft=lambda _: None) if judge == "regex" else made
 
 
 def _read(path: str) -> list[tuple[str, dict[str, Any]]]:

@@ -80,10 +80,11 @@ def generation(
         return sum(judge(example, str(text)) for text in responses) / len(responses)
 
     def soft(example: Example) -> Soft | None:
-        """The target with its end, where the judge takes it for right."""
-        if not example.target or judge(example, example.target) <= 0:
+        """The target with its end, where that is a text that the judge takes for right."""
+        target, endings = example.target, [text for text in until if text]
+        if not target or judge(example, target) < 1 or any(text in target for text in endings):
             return None
-        ending = next((text for text in until if text), "")
+        ending = next(iter(endings), "")
         prompt = Prompt(example.prompt, before, form)
         return Soft("answer", (Likelihood(prompt, example.target + ending, ended=not ending),))
 

@@ -3,6 +3,7 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,10 +14,11 @@ from jaxmerge.evaluation.soft import FORMS, Slope, SoftScore
 from jaxmerge.evaluation.tokenizer import Bytes
 from jaxmerge.experiment.search import search
 from jaxmerge.merge.groups import groups
+from jaxmerge.merge.pullback import pullback
 from jaxmerge.scores.objective import define
 from jaxmerge.search import gradient, space
 from jaxmerge.sharding import make_mesh, shardings
-from jaxmerge.tasks import kinds
+from jaxmerge.tasks import build, kinds
 from jaxmerge.tasks.common import Example
 from tests import tiny
 
@@ -151,6 +153,8 @@ def test_the_objective_rises_to_a_known_optimum(constraint):
     [
         ("optimizer", "adamm"),
         ("optimizer", "cosine_decay_schedule"),
+        ("optimizer", "lbfgs"),
+        ("optimizer", "clip"),
         ("schedule", "cosin"),
         ("steps", 0),
         ("learning_rate", 0.0),
@@ -213,3 +217,49 @@ def test_goes_on_where_it_stopped(finished, tmp_path, kept):
     assert tiny.log(tmp_path / "run") == tiny.log(workdir)
     assert again["best"] == found["best"]
     assert again["tokens"] == found["tokens"]
+
+
+def test_targets_that_are_no_answers_have_no_soft_score(tmp_path):
+    """Expressions, targets that a stop would cut short, and those that are only partly right."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(f'{{"prompt": "{word}", "target": "yes|no"}}\n' for word in WORDS))
+    for judge, there in (("regex", False), ("exact", True)):
+        task = build("jsonl", path=str(path), search=4, test=4, judge=judge)
+        assert (task.soft(task.splits["search"][0]) is not None) == there
+    cut = kinds.generation("cut", {"search": [Example("a", "b\nc")]}, until=("\n",))
+    assert cut.soft(cut.splits["search"][0]) is None
+    partly = kinds.generation("partly", {"search": [Example("a", "b")]}, lambda *_: 0.5)
+    assert partly.soft(partly.splits["search"][0]) is None
+
+
+@pytest.mark.parametrize("aggregate", ["worst", "chebyshev"])
+def test_soft_scores_of_tasks_are_not_compared(aggregate):
+    config = configs.default()
+    config.pool.checkpoints = ("a",)
+    config.objective.tasks, config.objective.aggregate = ("sorting", "counting"), aggregate
+    config.search.strategy = "gradient"
+    with pytest.raises(JaxmergeError, match=r"objective\.aggregate"):
+        configs.check(config)
+
+
+def test_leaves_that_are_no_floats_have_no_derivatives():
+    trees = [{**tree, "steps": jnp.arange(3)} for tree in TREES]
+    of_one = pullback(trees, {"steps": None, "final_norm": {"scale": jnp.ones((1, 16))}})
+    expected = [np.sum(tree["final_norm"]["scale"]) for tree in TREES]
+    np.testing.assert_allclose(of_one[0, 0], expected, rtol=1e-5)
+
+
+def test_weights_that_change_nothing_stay():
+    """Of groups that are equal in all checkpoints, whatever rounding their derivatives have."""
+
+    def slopes(weights_GxK, step):
+        noise = 1e-3 * np.array([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]])
+        return {"a": Slope(0.5, noise)}
+
+    settings = gradient.Settings("adam", 0.1, "constant", 50, 50)
+    strategy = gradient.gradient(
+        slopes, settings, define(["a"]), groups=2, checkpoints=3, start=(0.3, -0.2, 0.1)
+    )
+    z_PxD, _ = strategy.ask(0, 0, strategy.init(0))
+    np.testing.assert_allclose(z_PxD[0, :3], [0.3, -0.2, 0.1], atol=1e-6)
+    assert z_PxD[0, 5] > 0.1 + 1.0
