@@ -74,12 +74,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     """
     configs.check(config)
     start_jax(config)
-    if processes.several() and config.search.strategy == gradient.NAME:
-        raise JaxmergeError(
-            "a search by gradients runs in one process yet",
-            where="search.strategy",
-            expected="another strategy, or no --coordinator",
-        )
+    _check_processes(config)
     processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
     parts = Held() if held is None else held
     parts.release(made_of(config))
@@ -131,6 +126,15 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         soft,
         {},
     )
+
+
+def _check_processes(config: Config) -> None:
+    if processes.several() and config.search.strategy == gradient.NAME:
+        raise JaxmergeError(
+            "a search by gradients runs in one process yet",
+            where="search.strategy",
+            expected="another strategy, or no --coordinator",
+        )
 
 
 def _soft(

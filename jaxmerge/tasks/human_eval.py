@@ -31,6 +31,7 @@ _INSTRUCTION = (
 _MOST_THREADS = 16
 
 
+# Longer than a screen by what its docstring says of the arguments.
 def human_eval(
     *,
     search: int = 164,
@@ -100,14 +101,17 @@ def human_eval(
         form=form,
         judge_threads=min(os.cpu_count() or 1, _MOST_THREADS),
     )
+    return dataclasses.replace(
+        task,
+        judge=judge,
+        soft=_solution if form == "text" else lambda _: None,
+        warning=public("HumanEval"),
+    )
 
-    def soft(example: Example) -> Soft | None:
-        """The reference solution, which is right; written on from the prompt, as in `text`."""
-        if form != "text":
-            return None
-        return Soft("answer", (Likelihood(Prompt(example.prompt, form="text"), example.target),))
 
-    return dataclasses.replace(task, judge=judge, soft=soft, warning=public("HumanEval"))
+def _solution(example: Example) -> Soft:
+    """The reference solution, which is right, as it is written on from the prompt."""
+    return Soft("answer", (Likelihood(Prompt(example.prompt, form="text"), example.target),))
 
 
 def problems() -> list[dict[str, str]]:
