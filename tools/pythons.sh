@@ -19,7 +19,7 @@ for version in "$@"; do
   "${install[@]}" "$(grep '^torch==' constraints.txt)"
   "${install[@]}" --upgrade --upgrade-strategy eager "$(grep '^torch==' constraints.txt)" ".[test]"
   # From elsewhere, so that it is the installed package: with its data, and its commands.
-  for command in jaxmerge jaxmerge-plan jaxmerge-sweep; do
+  for command in jaxmerge; do
     (cd / && "${python%/python}/$command" --help) >/dev/null
   done
   echo "== Python $version: $(sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9-]*\).*/\1/p' pyproject.toml |
