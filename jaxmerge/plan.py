@@ -288,7 +288,7 @@ def _lacking(made: Plan) -> str:
 
 
 def console() -> None:
-    """The command line: `jaxmerge-plan`, or `python -m jaxmerge.plan`."""
+    """The command line: `jaxmerge plan`, or `python -m jaxmerge.plan`."""
     flags.DEFINE_string("topology", THIS, "this, cpu:N, or a TPU slice such as v5p:4x4x8.")
     command_line.start(main, __doc__ or "", required=("config",))
 
