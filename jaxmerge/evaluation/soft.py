@@ -94,6 +94,10 @@ class SoftScore:
         minibatch: examples of a task in a step, in all places.
         seed: of the order of the minibatches.
 
+    Attributes:
+        forms: what is climbed of each task's answers; see `FORMS`.
+        agreement: what `choose_forms` found.
+
     Raises:
         JaxmergeError: a task has no example with a soft score.
     """
@@ -120,6 +124,7 @@ class SoftScore:
             for name, asked in self._tasks.items()
         }
         self.forms = dict.fromkeys(self._tasks, FORMS[0])
+        self.agreement: dict[str, float] = {}
         self._looks = 0  # whole passes over all examples
         # Between CPU devices, collectives of programs that queue up can wait for each other.
         self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
@@ -183,9 +188,10 @@ class SoftScore:
                 ranks = [rankdata(column) for column in columns]
                 now = float(np.corrcoef(*ranks)[0, 1]) if varied else float("nan")
                 if form == FORMS[0]:
-                    agreement[name] = now
+                    self.forms[name], agreement[name] = form, now
                 elif asked.kind == "answer" and _is_better(now, agreement[name]):
                     self.forms[name], agreement[name] = form, now
+        self.agreement = agreement
         return agreement
 
     def differentiated(self, steps: int) -> int:

@@ -98,7 +98,6 @@ def _gradient(
             f"{agreement[task]:.2f}{said}",
             file=sys.stderr,
         )
-    prepared.agreement.update(agreement)
     fields = config.space
     return gradient.gradient(
         soft.slopes,
@@ -124,7 +123,7 @@ def climbed(prepared: Prepared) -> dict[str, Any]:
             "spearman": None if math.isnan(agreement) else agreement,
             "left_out": soft.left_out[task],
         }
-        for task, agreement in prepared.agreement.items()
+        for task, agreement in soft.agreement.items()
     }
 
 

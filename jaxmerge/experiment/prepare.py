@@ -57,7 +57,6 @@ class Prepared(NamedTuple):
     bounds: dict[str, list[float | None]]  # of all tasks, as in results.json
     warnings: tuple[str, ...]  # of the objective's tasks
     soft: SoftScore | None  # what a search by gradients climbs
-    agreement: dict[str, float]  # of soft and true scores, by task, when the search has begun
 
 
 def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
@@ -124,7 +123,6 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         bounds_of([*tasks, *heldout]),
         (*warnings_of(tasks), *_moved(directory)),
         soft,
-        {},
     )
 
 

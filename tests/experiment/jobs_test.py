@@ -1,6 +1,5 @@
 """The jobs without a config file, as they are typed."""
 
-import json
 import os
 import subprocess
 import sys
@@ -17,8 +16,6 @@ from tests import tiny
 from tests.command import ROOT
 from tests.streaming import streaming_test as streamed
 
-QUESTIONS = [{"prompt": f"{word}=", "target": word[0]} for word in tiny.letters(3, 60)]
-
 
 def jaxmerge(*arguments, cwd=ROOT):
     """The command line; returns the exit code and what was printed."""
@@ -33,13 +30,6 @@ def jaxmerge(*arguments, cwd=ROOT):
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     return tiny.pool(tmp_path_factory.mktemp("pool"), 3)
-
-
-@pytest.fixture
-def questions(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text("\n".join(map(json.dumps, QUESTIONS)))
-    return path
 
 
 @pytest.mark.parametrize(
