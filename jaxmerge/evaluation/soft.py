@@ -187,9 +187,8 @@ class SoftScore:
                 varied = all(len(set(column)) > 1 for column in columns)
                 ranks = [rankdata(column) for column in columns]
                 now = float(np.corrcoef(*ranks)[0, 1]) if varied else float("nan")
-                if form == FORMS[0]:
-                    self.forms[name], agreement[name] = form, now
-                elif asked.kind == "answer" and _is_better(now, agreement[name]):
+                answer = asked.kind == "answer"
+                if form == FORMS[0] or (answer and _is_better(now, agreement[name])):
                     self.forms[name], agreement[name] = form, now
         self.agreement = agreement
         return agreement
