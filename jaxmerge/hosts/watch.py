@@ -25,6 +25,7 @@ SILENCE = 45.0  # seconds without one after which a process counts as gone
 LOST = 3  # exit code of a process that ends because another is gone
 
 _GRACE = 2.0  # seconds to end by itself when another process has said why it ends
+_ABORT = 15.0  # seconds that an abort waits for the watch, which a busy thread may hold up
 _HANDSHAKE = 5.0  # seconds for a connection to say whose it is
 _PATIENCE = 60.0  # seconds to reach process 0
 
@@ -43,7 +44,7 @@ def begin(index: int, count: int, from_first: Callable[[Callable[[], bytes]], by
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _speak_first(_: int) -> None:
     """Gives the watch time to say who is gone and to end the process; else the abort goes on."""
-    time.sleep(_GRACE)
+    time.sleep(_ABORT)
 
 
 def leave(why: str = "") -> None:
