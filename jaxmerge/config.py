@@ -231,9 +231,6 @@ def settings(config: Config) -> gradient.Settings:
 def _check_gradient(config: Config) -> None:
     """Refuses what a search by gradients does not go with."""
     for where, found, expected in (
-        ("pool.residency", config.pool.residency, "device"),
-        ("pool.storage", config.pool.storage, "exact"),
-        ("merge.rematerialise", config.merge.rematerialise, False),
         ("search.subset", config.search.subset, 1.0),
         ("search.racing", config.search.racing, 0.0),
         ("analyses.pool_sizes", tuple(config.analyses.pool_sizes), ()),

@@ -55,6 +55,7 @@ from jaxmerge.planning.layouts import Job, Layout, Machine, Plan, draw_up
 from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import AUTO, RESIDENCIES, Room
 from jaxmerge.planning.work import cast
+from jaxmerge.search import gradient
 from jaxmerge.tasks.common import Task
 from jaxmerge.trees import PyTree
 
@@ -206,12 +207,18 @@ def job_of(config: Config) -> Job:
         checkpoints,
         tokenizer,
         {"search": tasks, "test": tasks, "heldout": heldout},
-        evaluations(config, checkpoints, G),
+        evaluations(config, checkpoints, G) | _steps(config),
         build_strategy(config, checkpoints, groups=G).population,
         config.evaluate.vmap_candidates,
         config.pool.storage,
         groups,
+        config.search.minibatch if config.search.strategy == gradient.NAME else 0,
     )
+
+
+def _steps(config: Config) -> dict[str, int]:
+    """How many steps along the gradient there are, where there are any."""
+    return {"step": config.search.steps} if config.search.strategy == gradient.NAME else {}
 
 
 def _task(config: Config, name: str) -> Task:

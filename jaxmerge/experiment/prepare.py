@@ -73,7 +73,6 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     """
     configs.check(config)
     start_jax(config)
-    _check_processes(config)
     processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
     parts = Held() if held is None else held
     parts.release(made_of(config))
@@ -126,15 +125,6 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     )
 
 
-def _check_processes(config: Config) -> None:
-    if processes.several() and config.search.strategy == gradient.NAME:
-        raise JaxmergeError(
-            "a search by gradients runs in one process yet",
-            where="search.strategy",
-            expected="another strategy, or no --coordinator",
-        )
-
-
 def _soft(
     config: Config,
     pool: Pool,
@@ -148,7 +138,8 @@ def _soft(
     if config.search.strategy != gradient.NAME:
         return None
     return SoftScore(
-        pool.trees,
+        pool.merge,
+        len(pool.names),
         model,
         tokenizer,
         tasks,

@@ -13,13 +13,18 @@ from jaxmerge.evaluation.rows import Limits
 from jaxmerge.evaluation.soft import FORMS, Slope, SoftScore
 from jaxmerge.evaluation.tokenizer import Bytes
 from jaxmerge.experiment.search import search
+from jaxmerge.merge.differences import QuantisedMerger, quantised
 from jaxmerge.merge.groups import groups
+from jaxmerge.merge.leafwise import LeafwiseMerger
+from jaxmerge.merge.linear import merger
 from jaxmerge.merge.pullback import pullback
+from jaxmerge.merge.rematerialised import RematerialisingMerger
 from jaxmerge.scores.objective import define
 from jaxmerge.search import gradient, space
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tasks import build, kinds
 from jaxmerge.tasks.common import Example
+from jaxmerge.trees import named_leaves
 from tests import tiny
 
 K = 3
@@ -50,10 +55,11 @@ def placed(mesh):
     return [jax.device_put(tree, where) for tree in TREES]
 
 
-def soft_score(tasks, *, mesh=None, of=FINEST, minibatch=8):
+def soft_score(tasks, *, mesh=None, of=FINEST, minibatch=8, merge=None):
     mesh = mesh or make_mesh(pop=1, data=1, fsdp=1, tensor=1)
+    merge = merge or merger(placed(mesh), of)
     return SoftScore(
-        placed(mesh), MODEL, Bytes(), tasks, mesh, Limits(), groups=of, minibatch=minibatch
+        merge, K, MODEL, Bytes(), tasks, mesh, Limits(), groups=of, minibatch=minibatch
     )
 
 
@@ -108,6 +114,41 @@ def test_devices_make_no_difference(axes):
     whole = soft_score([TASKS["choice"]], minibatch=24).slopes(weights, 0)["choice"]
     parts = soft_score([TASKS["choice"]], mesh=mesh, minibatch=24).slopes(weights, 0)["choice"]
     np.testing.assert_allclose(parts.by_weights, whole.by_weights, rtol=2e-3, atol=2e-5)
+
+
+def elsewhere(kind, mesh):
+    """The same pool, kept otherwise."""
+    trees = placed(mesh)
+    if kind == "late":
+        return RematerialisingMerger(trees, "layers", FINEST)
+    names = [named_leaves(tree) for tree in trees]
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trees[0]
+    )
+    leafwise = LeafwiseMerger(like, lambda k, name: names[k][name], K, FINEST)
+    if kind == "leafwise":
+        return leafwise
+    others = [
+        {name: quantised(leaf, names[0][name], kind) for name, leaf in each.items()}
+        for each in names[1:]
+    ]
+    return QuantisedMerger(trees[0], others, leafwise, FINEST)
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [("late", (2, 1, 2, 2)), ("leafwise", (1, 1, 1, 1)), ("int8", (2, 1, 2, 2))],
+)
+def test_wherever_the_pool_lives(kind, axes):
+    """Derivatives are those of a pool on the devices; of one in bits, of what the bits say."""
+    mesh = make_mesh(*axes)
+    weights, tasks = some_weights(), [TASKS["choice"]]
+    there = soft_score(tasks, mesh=mesh, merge=elsewhere(kind, mesh)).slopes(weights, 0)["choice"]
+    here = soft_score(tasks, mesh=mesh).slopes(weights, 0)["choice"]
+    # Half a step of 8 bits is 1/254 of the largest difference in a block.
+    rounding = {"rtol": 0.05, "atol": 2e-3} if kind == "int8" else {"rtol": 1e-4, "atol": 1e-6}
+    assert there.score == pytest.approx(here.score, rel=1e-2 if kind == "int8" else 1e-5)
+    np.testing.assert_allclose(there.by_weights, here.by_weights, **rounding)
 
 
 def test_examples_without_an_answer_are_left_out():
