@@ -7,13 +7,12 @@ other, and then the tables of docs/strategies.md. The same command goes on where
 a run that is finished in DIR is not made again; with more --seeds, only those that are new. With
 --tables nothing is run, and the tables are those of what is finished.
 
-Every run has the same pool, the same examples and the same --tokens; gradients take as many steps as
-these are enough for. What they cost is counted by the log: see "Budgets in tokens" in
-docs/searching.md.
+Every run has the same pool, the same examples and the same --tokens; gradients take as many steps
+as these are enough for. How tokens are counted stands in docs/searching.md, "Budgets in tokens".
 
-A pool of SmolLM2 (an hour and more for each run on 2 cores):
+A pool of SmolLM2 (an hour and more for each run on 2 cores), with fewer seeds:
 
-    python tools/bench_strategies.py --out=DIR --config=configs/smollm2.py --seeds=3 --tokens=1000000
+    python tools/bench_strategies.py --out=DIR --config=configs/smollm2.py --tokens=500000 --seeds=3
 """
 
 from __future__ import annotations
@@ -287,7 +286,7 @@ def _ends(ends: Sequence[float] | None, sign: str = "") -> str:
 
 
 def report(args: argparse.Namespace, seeds: Sequence[int]) -> None:
-    """Prints the machine, the versions, the command and the tables; writes bench_strategies.json."""
+    """Prints machine, versions, command and tables; writes bench_strategies.json."""
     runs = collected(args.out, seeds)
     if PLAIN not in runs:
         return
@@ -315,7 +314,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--pool", default="", help="pattern of checkpoints, if not the config's")
-    parser.add_argument("--tokens", type=int, default=525_000, help="of each search")
+    parser.add_argument("--tokens", type=int, default=545_000, help="of each search")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
