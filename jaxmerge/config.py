@@ -138,6 +138,10 @@ def default() -> Config:
     config.search.score_every = 10
     config.search.population = 0  # candidates per generation; 0: 4 + floor(3 ln D), D = G K
     config.search.budget = 200  # evaluations; what is left below a whole generation is not used
+    # Tokens of the search, one that goes forward and backward counted as three; 0: any number. The
+    # search ends by this or by its budget (of "gradient": its steps), whichever is reached first:
+    # before the generation that would pass it. See "Budgets in tokens" in docs/searching.md.
+    config.search.budget_tokens = 0
     config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
     config.search.sigma = 0.5  # standard deviation of the first generation, in genotype units
     config.search.params = ml_collections.ConfigDict()  # fields of the strategy's evosax Params
@@ -214,6 +218,7 @@ def check(config: Config) -> None:
     groups.check(config.space.granularity, config.space.patterns)
     search = config.search
     gradient.check(settings(config))
+    check_least("search.budget_tokens", search.budget_tokens, 0)
     if search.strategy == gradient.NAME:
         _check_gradient(config)
     racing.check(search.subset, search.racing, search.finalists, search.strategy)

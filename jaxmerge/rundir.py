@@ -32,6 +32,8 @@ _CHOSEN = tuple(
 _WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
 
 
+_BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
+
 # One merge weight per checkpoint, in pool order; of groups that have weights of their own, each's.
 Weights = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
@@ -40,6 +42,19 @@ def as_weights(values: Any) -> Weights:
     """Weights `[K]` or `[G, K]` as a candidate has them."""
     rows = np.asarray(values, np.float64).tolist()
     return tuple(tuple(row) if isinstance(row, list) else row for row in rows)
+
+
+def cost(tokens: Mapping[str, int] | None) -> int:
+    """Tokens in the one unit that all ways of searching are compared in: a token that goes forward.
+
+    read + written + 3 differentiated: a pass backward costs two forward, and one goes before it.
+
+    Args:
+        tokens: as a candidate has them; None: they were not counted, which is 0 here.
+    """
+    told = tokens or {}
+    forward = told.get("read", 0) + told.get("written", 0)
+    return forward + _BOTH_WAYS * told.get("differentiated", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +78,9 @@ class Candidate:
         tokens: that it `read` (prompts, and what is scored; without padding) and `written` (up to
             the ones that ended its texts); None in logs of before they were counted. It took no
             time and no tokens when its scores are those of an earlier candidate of equal weights.
+            The first of a generation has also those that the strategy took to ask for it: read, and
+            `differentiated`, forward and backward; and its time. So the tokens that a search had
+            taken when a candidate was known are the sum up to its line.
         out_of: number of examples of each task in the split, where fewer were scored: `scores` are
             estimates then. None: all were scored.
         dropped: whether it was dropped from a race, as one that can't be among the selected.
@@ -81,6 +99,11 @@ class Candidate:
     tokens: dict[str, int] | None = None
     out_of: dict[str, int] | None = None
     dropped: bool = False
+
+    @property
+    def cost(self) -> int:
+        """Its tokens in the unit of `cost`."""
+        return cost(self.tokens)
 
     @property
     def by_checkpoint(self) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -167,11 +167,11 @@ class SoftScore:
         self.agreement = agreement
         return agreement
 
-    def differentiated(self, steps: int) -> int:
-        """Tokens that go through a model in so many steps, forward and then backward."""
+    def differentiated(self, steps: Iterable[int]) -> int:
+        """Tokens that go through a model in these steps, forward and then backward."""
         return sum(
             of.minibatches[self._turn(name, step)].read
-            for step in range(steps)
+            for step in steps
             for name, of in self._tasks.items()
         )
 

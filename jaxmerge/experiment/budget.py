@@ -125,11 +125,20 @@ def economy(
     return Economy(parts, search.racing, max(1, population // 2), search.finalists)
 
 
-def evaluations(config: Config, checkpoints: int, groups: int = 1) -> dict[str, int]:
-    """Candidates that a run of K checkpoints will have scored at its end, by split, at most."""
+def evaluations(
+    config: Config, checkpoints: int, groups: int = 1, draws: int | None = None
+) -> dict[str, int]:
+    """Candidates that a run of K checkpoints will have scored at its end, by split, about.
+
+    Args:
+        config: of the run.
+        checkpoints: K.
+        groups: G.
+        draws: that the search's tokens are enough for; None: as many as `search.budget` has.
+    """
     wanted, K = config.analyses, checkpoints
     strategy = build_strategy(config, K, groups=groups)
-    budget, searched = spent(config.search.budget, strategy), of_search(config, strategy)
+    searched = of_search(config, strategy)
     over = [
         spent(pool_size_budget(config), build_strategy(config, K, range(m), groups))
         for m in wanted.pool_sizes
@@ -137,7 +146,8 @@ def evaluations(config: Config, checkpoints: int, groups: int = 1) -> dict[str, 
     decided = config.search.finalists * (1 + len(over)) if config.search.subset < 1 else 0
     dropped = K if wanted.leave_one_out else 0
     pairs = math.comb(len(config.objective.tasks), 2) if wanted.transfer else 0
-    found = sum(BASELINES[name].evaluations(K, budget) for name in config.baselines)
+    draws = spent(config.search.budget, strategy) if draws is None else draws
+    found = sum(BASELINES[name].evaluations(K, draws) for name in config.baselines)
     return {
         "search": K + found + searched + sum(over) + decided,
         "test": K + len(config.baselines) + 1 + dropped + len(over) + pairs,

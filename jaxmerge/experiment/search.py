@@ -15,7 +15,7 @@ from jaxmerge import report
 from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
-from jaxmerge.experiment import budget, phases, results
+from jaxmerge.experiment import phases, results
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
 from jaxmerge.experiment.sources import huggingface_directory
@@ -45,8 +45,7 @@ def search(
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir, held)
     directory, pool = prepared.directory, prepared.pool
-    read_before, soft = pool.traffic(), prepared.soft
-    looked_before = soft.read if soft else 0
+    read_before = pool.traffic()
     for warning in prepared.warnings if processes.first() else ():
         print(f"jaxmerge: {warning}", file=sys.stderr)
 
@@ -58,11 +57,15 @@ def search(
             form = formatting.of_objective(objective, prepared.bounds)
             live.rate(objective, form, individuals)
         with _timed(seconds, "baselines"):
-            evaluations = budget.spent(config.search.budget, prepared.strategy)
-            setting = Setting(archive, individuals, objective, evaluations, config.seed)
-            found = [baselines.BASELINES[name].find(setting) for name in config.baselines]
+            setting = Setting(archive, individuals, objective, config.seed)
+            found = phases.baselines(config, setting, after=False)
         with _timed(seconds, "search"):
             winner = phases.search(config, prepared, archive, objective, individuals)
+        with _timed(seconds, "baselines"):
+            setting = setting._replace(tokens=winner.tokens)
+            found += phases.baselines(config, setting, after=True)
+            found.sort(key=lambda one: config.baselines.index(one.name))
+            winner = phases.decided(config, archive, objective, winner)
         with _timed(seconds, "test"):
             tested = results.test(archive, setting, found, winner, heldout=bool(config.heldout))
         with _timed(seconds, "analyses"):
@@ -78,10 +81,8 @@ def search(
             _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
-        if soft:
+        if prepared.soft:
             findings["soft"] = phases.climbed(prepared)
-            findings["tokens"]["read"] += soft.read - looked_before
-            findings["tokens"]["differentiated"] = soft.differentiated(config.search.steps)
         findings["residency"] = pool.traffic(since=read_before)
         if storage := phases.stored(prepared, tested.winner):
             findings["storage"] = storage
@@ -111,4 +112,4 @@ def _export_winner(
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[phase] = time.perf_counter() - started
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started

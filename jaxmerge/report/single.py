@@ -22,6 +22,11 @@ _CURVE = (
     "line in the band is the median of a generation, the band reaches from its 10% to its 90% "
     "quantile."
 )
+_BY_TOKENS = (
+    " A token counts once when it goes forward, read or written, and three times when it goes "
+    "forward and backward. The scores of the single checkpoints are not counted: all ways of "
+    "searching share them."
+)
 
 
 def write(directory: Path) -> Path:
@@ -51,7 +56,7 @@ def _finished(run: Run, results: Json) -> str:
         markup.warnings(results["warnings"]),
         "</header><main>",
         _tradeoff_section(run, tested=True),
-        markup.section("Search", markup.figure("curve", _CURVE, "low")),
+        _search_section(run),
         tables.weights_section(run, results),
         tables.groups_section(run, results),
         tables.scores_section(run, results),
@@ -81,7 +86,7 @@ def _unfinished(run: Run, now: datetime.datetime) -> str:
     if so_far:
         body += [
             _tradeoff_section(run, tested=False),
-            markup.section("Search", markup.figure("curve", _CURVE, "low")),
+            _search_section(run),
             unfinished.scores_section(run, so_far),
         ]
     body += [markup.section("How it is made", tables.pool_and_config(run)), "</main>"]
@@ -103,3 +108,10 @@ def _tradeoff_section(run: Run, *, tested: bool) -> str:
         f"{splits * tested}</div>",
         markup.figure("tradeoff", _TRADEOFF),
     )
+
+
+def _search_section(run: Run) -> str:
+    """The best so far: over tokens, where the log counts them, and over evaluations."""
+    counted = bool(plots.ways(run))
+    said = markup.figure("curve", _CURVE + _BY_TOKENS * counted, "low")
+    return markup.section("Search", markup.over(counted), said)

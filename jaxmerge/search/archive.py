@@ -28,12 +28,17 @@ _SAME_WEIGHTS = 1e-4
 
 
 class Request(NamedTuple):
-    """A candidate to be evaluated; the fields are those of `Candidate`."""
+    """A candidate to be evaluated; the fields are those of `Candidate`.
+
+    Tokens and seconds are what it took to ask for it: scoring adds its own.
+    """
 
     origin: str
     name: str
     weights: np.ndarray  # [K] or [G, K], float32
     generation: int = 0
+    tokens: Mapping[str, int] | None = None
+    seconds: float = 0.0
 
     @property
     def key(self) -> Weights:
@@ -260,8 +265,8 @@ class Archive:
                     weights=request.key,
                     scores=one.scores,
                     n=n,
-                    seconds=round(one.seconds, 6),
-                    tokens={"read": one.read, "written": one.written},
+                    seconds=round(request.seconds + one.seconds, 6),
+                    tokens=_added({"read": one.read, "written": one.written}, request.tokens),
                     out_of=None if n == out_of else out_of,
                     dropped=one.dropped,
                 )
@@ -285,6 +290,12 @@ def _groups(keys: Sequence[Weights], known: Mapping[Weights, Any], step: int) ->
             groups[-1].fresh.append(i)
         groups[-1] = groups[-1]._replace(stop=i + 1)
     return groups
+
+
+def _added(scoring: dict[str, int], asking: Mapping[str, int] | None) -> dict[str, int]:
+    """Tokens of both; kinds of which there are none are told of scoring alone."""
+    more = {kind: count for kind, count in (asking or {}).items() if count}
+    return scoring | {kind: scoring.get(kind, 0) + count for kind, count in more.items()}
 
 
 def _stacked(keys: Sequence[Weights]) -> Float[np.ndarray, "P *G K"]:

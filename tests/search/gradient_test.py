@@ -12,6 +12,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.rows import Limits
 from jaxmerge.evaluation.soft import FORMS, Slope, SoftScore
 from jaxmerge.evaluation.tokenizer import Bytes
+from jaxmerge.experiment import phases
 from jaxmerge.experiment.search import search
 from jaxmerge.merge.differences import QuantisedMerger, quantised
 from jaxmerge.merge.groups import groups
@@ -19,6 +20,7 @@ from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import merger
 from jaxmerge.merge.pullback import pullback
 from jaxmerge.merge.rematerialised import RematerialisingMerger
+from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.objective import define
 from jaxmerge.search import gradient, space
 from jaxmerge.sharding import make_mesh, shardings
@@ -231,7 +233,20 @@ def test_a_whole_run(finished):
     """It logs the iterates and their means, and says what it cost and found."""
     _, workdir, found = finished
     assert found["evaluations_by_origin"]["search"] == 6
-    assert found["tokens"]["differentiated"] > 0
+    log = [line for line in tiny.log(workdir) if line["origin"] == "search"]
+    kinds_of = [sorted(line["tokens"]) for line in log]
+    # The first of each two has the steps before it; the first of all, the choice of the forms too.
+    assert kinds_of == [["differentiated", "read", "written"], ["read", "written"]] * 3
+    assert log[0]["tokens"]["read"] > log[2]["tokens"]["read"] > 0
+    steps = sum(line["tokens"].get("differentiated", 0) for line in log)
+    assert found["tokens"]["differentiated"] == steps
+    assert found["best"]["tokens"] == sum(cost(line["tokens"]) for line in log)
+    assert found["curves"]["search"][-1]["search_objective"] == max(
+        np.mean([*line["scores"].values()]) for line in log
+    )
+    (random,) = [entry for entry in found["baselines"] if entry["name"] == "random"]
+    dearest = max(cost(line["tokens"]) for line in tiny.log(workdir) if line["split"] == "search")
+    assert found["best"]["tokens"] - dearest < random["tokens"] <= found["best"]["tokens"]
     assert found["groups"][0] == "embedding"
     best = max(
         (line for line in tiny.log(workdir) if line["split"] == "search"),
@@ -242,6 +257,33 @@ def test_a_whole_run(finished):
     assert (
         "Weights by group" in (workdir / "report.html").read_text() or "groups" not in found["best"]
     )
+
+
+def _within(tokens):
+    """Before the first step 1,000 tokens, each 300 more, and every ten of them 2 x 650 more."""
+    individuals = [
+        Candidate(k, 0, "individual", str(k), "search", k, (1.0,), {}, {}, 0.0, {"read": read})
+        for k, read in enumerate((640, 650, 8))
+    ]
+    config = configs.default()
+    config.search.budget_tokens = tokens
+    found = phases._within_tokens(config, lambda steps: 100 * len([*steps]), 1_000, individuals)
+    assert found == configs.settings(config)._replace(steps=found.steps)
+    return found.steps
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    [(0, 60), (10**6, 60), (26_800, 60), (26_799, 59), (5_300, 10), (6_899, 10), (6_900, 11)],
+)
+def test_steps_are_as_many_as_the_tokens_are_enough_for(tokens, steps):
+    assert _within(tokens) == steps
+
+
+def test_tokens_for_less_than_a_step():
+    assert _within(2_600) == 1
+    with pytest.raises(JaxmergeError, match=r"search\.budget_tokens"):
+        _within(2_599)
 
 
 @pytest.mark.parametrize("kept", [12, 17])
