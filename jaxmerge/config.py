@@ -16,7 +16,7 @@ import ml_collections
 
 from jaxmerge import tasks
 from jaxmerge.checkpoints import export, pool
-from jaxmerge.errors import JaxmergeError, check_least
+from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
 from jaxmerge.merge import groups
 from jaxmerge.report import tensorboard
@@ -127,6 +127,8 @@ def default() -> Config:
     # Any name in evosax.algorithms; or "gradient", which climbs a soft score, see
     # jaxmerge.search.gradient: with space.granularity = "leaf" it finds most.
     config.search.strategy = "CMA_ES"
+    # "gradient": before the strategy, which then starts where gradients ended; "": nothing.
+    config.search.warm_start = ""
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
     # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
     # two true scores: of the iterate, and of the mean of iterates.
@@ -219,7 +221,8 @@ def check(config: Config) -> None:
     search = config.search
     gradient.check(settings(config))
     check_least("search.budget_tokens", search.budget_tokens, 0)
-    if search.strategy == gradient.NAME:
+    check_choice("search.warm_start", search.warm_start, ("", gradient.NAME))
+    if gradient.NAME in (search.strategy, search.warm_start):
         _check_gradient(config)
     racing.check(search.subset, search.racing, search.finalists, search.strategy)
     baselines.check(config.baselines)
@@ -235,6 +238,13 @@ def settings(config: Config) -> gradient.Settings:
 
 def _check_gradient(config: Config) -> None:
     """Refuses what a search by gradients does not go with."""
+    if config.search.strategy == config.search.warm_start:
+        raise JaxmergeError(
+            "a search along gradients needs no other before it",
+            where="search.warm_start",
+            expected='"", or a strategy of evosax after it',
+            found=config.search.warm_start,
+        )
     for where, found, expected in (
         ("search.subset", config.search.subset, 1.0),
         ("search.racing", config.search.racing, 0.0),

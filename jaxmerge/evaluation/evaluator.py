@@ -60,6 +60,18 @@ class Step(NamedTuple):
     written_C: Int[np.ndarray, " C"]
 
 
+class Accepted(NamedTuple):
+    """Texts that judges gave the greatest score.
+
+    Attributes:
+        texts: by task, for each example, those that are not the same, in the order of candidates.
+        tokens: that were read and written for it.
+    """
+
+    texts: dict[str, list[tuple[str, ...]]]
+    tokens: dict[str, int]
+
+
 class Evaluator:
     """Scores populations of merges on the examples of one split.
 
@@ -146,6 +158,22 @@ class Evaluator:
         if waiting is not None:
             yield self._collect(*waiting)
 
+    def accepted(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Accepted:
+        """What candidates wrote to the judges' full content; see `Accepted`."""
+        texts = {asked.task.name: [{} for _ in asked.examples] for asked in self._tasks}
+        written = 0
+        for start in range(0, len(weights_PxK), self.candidates_per_step):
+            count, outputs = self._launch(weights_PxK[start : start + self.candidates_per_step])
+            for asked, of_task in zip(self._tasks, outputs):
+                answers = self._responder.answers(asked.prepared, of_task, count)
+                written += int(answers.written_C.sum())
+                for known, new in zip(texts[asked.task.name], asked.accepted(answers.responses)):
+                    known |= new
+        return Accepted(
+            {task: [tuple(each) for each in found] for task, found in texts.items()},
+            {"read": len(weights_PxK) * self.read, "written": written},
+        )
+
     def _launch(self, weights_CxK: np.ndarray) -> tuple[int, list[Outputs]]:
         count = len(weights_CxK)
         # The last step is filled up with a candidate it has: every step has the same shape.
@@ -198,19 +226,42 @@ class _Asked:
         Raises:
             JaxmergeError: the judge gave a score outside the task's bounds.
         """
-        answered = [
-            [
-                _Answered(i, tuple(responses[end - count : end]))
-                for i, (end, count) in enumerate(zip(self._ends, np.diff(self._ends, prepend=0)))
-            ]
-            for responses in answers
+        rows = [self._by_example(responses) for responses in answers]
+        known = self._look_up(dict.fromkeys(each for row in rows for each in row))
+        return np.array([[known[each] for each in row] for row in rows], np.float32)
+
+    def accepted(self, answers: Sequence[tuple[Response, ...]]) -> list[dict[str, None]]:
+        """Of what C models wrote about each example, the texts that have the greatest score.
+
+        Where there are several texts of an example, each is judged as if all were like it.
+        """
+        rows = [each for responses in answers for each in self._by_example(responses)]
+        alike = dict.fromkeys(
+            _Answered(each.example, (text,) * len(each.responses))
+            for each in rows
+            for text in each.responses
+            if isinstance(text, str)
+        )
+        found: list[dict[str, None]] = [{} for _ in self.examples]
+        for each, score in self._look_up(alike).items():
+            if score >= self.task.bounds[1]:
+                found[each.example][str(each.responses[0])] = None
+        return found
+
+    def _by_example(self, responses: Sequence[Response]) -> list[_Answered]:
+        counts = np.diff(self._ends, prepend=0)
+        return [
+            _Answered(i, tuple(responses[end - count : end]))
+            for i, (end, count) in enumerate(zip(self._ends, counts))
         ]
-        asked = dict.fromkeys(each for row in answered for each in row)
+
+    def _look_up(self, asked: Mapping[_Answered, object]) -> dict[_Answered, float]:
+        """Their scores; what is not known is judged."""
         new = [each for each in asked if each not in self._known]
         self._known |= dict(zip(new, processes.spread(self._judge_all, new).tolist()))
         # Only the last answers are remembered: a population's answers are alike.
         self._known = {each: self._known[each] for each in asked}
-        return np.array([[self._known[each] for each in row] for row in answered], np.float32)
+        return self._known
 
     def _judge_all(self, answered: Sequence[_Answered]) -> list[float]:
         if self.task.judge_threads <= 1:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.batches import together
 from jaxmerge.evaluation.rows import Limits, Row, rows_of
 from jaxmerge.evaluation.tokenizer import Tokenizer
@@ -80,20 +79,11 @@ def asked(
         count: examples of a minibatch, in all places.
         places: of the mesh axis `pop`.
         branching: whether the model reads what requests have in common once; see `Model.branches`.
-
-    Raises:
-        JaxmergeError: the task has no example with a soft score.
     """
     encoded = _examples(tokenizer, limits, branching, task)
     examples = sorted((one for one in encoded if one), key=lambda one: one.width)
     if not examples:
-        raise JaxmergeError(
-            "no search example of the task has a text that stands for its score, so there is "
-            "nothing that a gradient could climb",
-            where=f"task {task.name}",
-            expected="targets that its judge takes for right, choices or texts; or another "
-            "search.strategy",
-        )
+        return Asked("", [], len(encoded))
     cut = [examples[start : start + count] for start in range(0, len(examples), count)]
     size = -(-count // places)  # examples of a place
     R = size * max(len(one.soft.requests) for one in examples)
@@ -121,7 +111,10 @@ def _place(
     for number, one in enumerate(examples):
         these = slice(first, first + len(one.tokens))
         example_R[these], tokens_R[these] = number, one.tokens
-        right_R[first + one.soft.right] = 1.0
+        if one.soft.kind == "answer":
+            right_R[these] = 1.0
+        else:
+            right_R[[first + each for each in one.soft.right]] = 1.0
         lengths = np.broadcast_to(np.array(one.soft.lengths), len(one.tokens))
         length_R[these] = np.where(lengths > 0, lengths, one.tokens)
         for row in one.rows:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxmerge.evaluation.evaluator import Evaluator, Step
+from jaxmerge.evaluation.evaluator import Accepted, Evaluator, Step
 
 _MOST_BYTES = 2**28  # of scores on the host; a step of 2 candidates on 2,000 examples has 16 kB
 
@@ -54,6 +54,10 @@ class Remembering:
     def exact(self) -> Evaluator:
         """As of the evaluator, and without a memory: it is asked once."""
         return self._evaluator.exact()
+
+    def accepted(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Accepted:
+        """As of the evaluator, and without a memory."""
+        return self._evaluator.accepted(weights_PxK)
 
     def steps(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Iterator[Step]:
         """As of the evaluator: `candidates_per_step` rows at a time, as soon as they are known."""

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from scipy.stats import rankdata
 
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.generate import log_likelihood
 from jaxmerge.evaluation.minibatches import asked
 from jaxmerge.evaluation.rows import Limits
@@ -63,9 +64,10 @@ class SoftScore:
     Attributes:
         forms: what is climbed of each task's answers; see `FORMS`.
         agreement: what `choose_forms` found.
+        without: tasks that have no example with a soft score; they are left out.
 
     Raises:
-        JaxmergeError: a task has no example with a soft score.
+        JaxmergeError: no task has an example with a soft score.
     """
 
     def __init__(
@@ -88,7 +90,17 @@ class SoftScore:
             asked, places=mesh.shape["pop"], branching=model.branches is not None
         )
         self._model = model
-        self._tasks = {task.name: encode(task, tokenizer, limits, minibatch) for task in tasks}
+        asked_of = {task.name: encode(task, tokenizer, limits, minibatch) for task in tasks}
+        self._tasks = {name: of for name, of in asked_of.items() if of.minibatches}
+        self.without = tuple(name for name in asked_of if name not in self._tasks)
+        if not self._tasks:
+            raise JaxmergeError(
+                "no search example has a text that stands for its score, so there is nothing that "
+                "a gradient could climb",
+                where=", ".join(f"task {name}" for name in self.without),
+                expected="targets that the judge takes for right, choices, texts, or answers of "
+                "single checkpoints that it accepts; or another search.strategy",
+            )
         over_pop = NamedSharding(mesh, PartitionSpec("pop"))
         self._arrays = {
             name: [
@@ -113,7 +125,7 @@ class SoftScore:
         found = {}
         for name, of in self._tasks.items():
             turn = self._turn(name, step)
-            climb = self._program(name, differentiate=True)
+            climb = program(self._model, self._mesh, of.kind, self.forms[name])
             score_C, gradients = self._started(climb(merged, *self._arrays[name][turn]))
             by_C = self._started(self._merge.pullback(gradients))
             del gradients  # as large as a model: those of the next task take its place
@@ -130,16 +142,8 @@ class SoftScore:
             weights_GxK: of the merge.
             form: of answers; "": the one that was chosen for the task.
         """
-        merged, found = self._merged(weights_GxK), {}
-        self._looks += 1
-        for name, of in self._tasks.items():
-            score = self._program(name, differentiate=False, form=form)
-            sums = [self._started(score(merged, *each)) for each in self._arrays[name]]
-            count = sum(each.examples for each in of.minibatches)
-            total = sum(processes.fetch(each).astype(np.float64).sum() for each in sums)
-            found[name] = float(total / count)
-        self._give_back(merged)
-        return found
+        found = self._by_form(weights_GxK)
+        return {name: of[form or self.forms[name]] for name, of in found.items()}
 
     def choose_forms(self, checkpoints: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Chooses the form of answers whose ranks of the checkpoints agree best with the true ones.
@@ -151,21 +155,30 @@ class SoftScore:
             Spearman's correlation of the chosen form with the true score, by task; NaN where either
             is the same for all checkpoints.
         """
-        K, G = self._K, len(self._groups.names) if self._groups else 1
-        answers = any(of.kind == "answer" for of in self._tasks.values())
+        G = len(self._groups.names) if self._groups else 1
+        soft = [self._by_form(np.repeat(row[None], G, 0)) for row in np.eye(self._K)]
         agreement = {}
-        for form in FORMS if answers else FORMS[:1]:
-            soft = [self.score(np.repeat(row[None], G, 0), form) for row in np.eye(K)]
-            for name, of in self._tasks.items():
-                columns = [[one[name] for one in each] for each in (soft, checkpoints)]
-                varied = all(len(set(column)) > 1 for column in columns)
-                ranks = [rankdata(column) for column in columns]
-                now = float(np.corrcoef(*ranks)[0, 1]) if varied else float("nan")
-                answer = of.kind == "answer"
-                if form == FORMS[0] or (answer and _is_better(now, agreement[name])):
+        for name, of in self._tasks.items():
+            true = [each[name] for each in checkpoints]
+            for form in FORMS if of.kind == "answer" else FORMS[:1]:
+                now = _agreement([each[name][form] for each in soft], true)
+                if form == FORMS[0] or _is_better(now, agreement[name]):
                     self.forms[name], agreement[name] = form, now
         self.agreement = agreement
         return agreement
+
+    def _by_form(self, weights_GxK: np.ndarray) -> dict[str, dict[str, float]]:
+        """Each task's soft score in every form; all come from the same log-likelihoods."""
+        merged, found = self._merged(weights_GxK), {}
+        self._looks += 1
+        for name, of in self._tasks.items():
+            score = program(self._model, self._mesh, of.kind)
+            sums = [self._started(score(merged, *each)) for each in self._arrays[name]]
+            count = sum(each.examples for each in of.minibatches)
+            total_F = sum(processes.fetch(each).astype(np.float64).sum(0) for each in sums) / count
+            found[name] = dict(zip(FORMS, total_F.tolist()))
+        self._give_back(merged)
+        return found
 
     def differentiated(self, steps: Iterable[int]) -> int:
         """Tokens that go through a model in these steps, forward and then backward."""
@@ -193,10 +206,6 @@ class SoftScore:
         rows = weights_GxK if self._groups else weights_GxK[0]
         return self._merge(np.repeat(rows[None], self._mesh.shape["pop"], axis=0))
 
-    def _program(self, name: str, *, differentiate: bool, form: str = "") -> Callable[..., Any]:
-        kind, form = self._tasks[name].kind, form or self.forms[name]
-        return program(self._model, self._mesh, kind, form, differentiate)
-
     def _turn(self, name: str, step: int) -> int:
         """The minibatch of a task at a step: all of them in a new order, again and again."""
         count = len(self._tasks[name].minibatches)
@@ -205,40 +214,50 @@ class SoftScore:
         return int(rng.permutation(count)[step % count])
 
 
+def _agreement(soft: Sequence[float], true: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN where either is the same everywhere."""
+    if min(len(set(soft)), len(set(true))) < 2:
+        return math.nan
+    return float(np.corrcoef(rankdata(soft), rankdata(true))[0, 1])
+
+
 def _is_better(now: float, before: float) -> bool:
     """Whether a rank correlation is clearly above another; NaN is none."""
     return now > before + _BETTER or (math.isnan(before) and not math.isnan(now))
 
 
 @functools.cache
-def program(
-    model: Model, mesh: Mesh, kind: str, form: str, differentiate: bool
-) -> Callable[..., Any]:
-    """`(merged_C, *arrays_C) -> sums_C`, and their derivatives by the merged parameters.
+def program(model: Model, mesh: Mesh, kind: str, climbed: str = "") -> Callable[..., Any]:
+    """`(merged_C, *arrays_C) -> sums_CxF`, in each of `FORMS`; or sums `[C]` and derivatives.
 
     Args:
         model: of all merges.
         mesh: whose axis `pop` has a place for each of C merges.
-        kind: of the task, see `tasks.common.Soft`.
-        form: of answers, see `FORMS`.
-        differentiate: whether derivatives are wanted too.
+        kind: of the task, see `tasks.common.Soft`; other than answers have the same in all forms.
+        climbed: the form of which the derivatives by the merged parameters are wanted; "": none.
     """
 
-    def soft(params: Params, *arrays: Array) -> Array:
+    def soft(params: Params, *arrays: Array) -> dict[str, Array]:
         *tokens, request_BxQ, example_R, right_R, length_R, tokens_R = arrays
         R = len(example_R)
         nats_BxQ = log_likelihood(model, params, *tokens).nats_BxQ
         nats_R = jnp.zeros(R + 1).at[request_BxQ].add(nats_BxQ)[:R]
         # Requests that only fill up are of an example after the last, and not right.
         if kind == "choice":
-            return _chosen(nats_R / length_R, example_R, right_R)
+            return dict.fromkeys(FORMS, _chosen(nats_R / length_R, example_R, right_R))
         if kind == "text":
-            return jnp.sum(right_R * nats_R / length_R)
+            return dict.fromkeys(FORMS, jnp.sum(right_R * nats_R / length_R))
+        # What is no probability is not added up over an example's answers, but averaged.
+        answers_E = jnp.zeros(R + 1).at[example_R].add(right_R)
+        share_R = right_R / jnp.maximum(answers_E[example_R], 1)
         per_token_R = nats_R / tokens_R
-        of_form = {"probability": jnp.exp(nats_R), "per_token": jnp.exp(per_token_R)}
-        return jnp.sum(right_R * of_form.get(form, per_token_R))
+        return {
+            "probability": jnp.sum(right_R * jnp.exp(nats_R)),
+            "per_token": jnp.sum(share_R * jnp.exp(per_token_R)),
+            "log": jnp.sum(share_R * per_token_R),
+        }
 
-    def climbed(own: Params, shared: Any, *arrays: Array) -> tuple[Array, Params]:
+    def climb(own: Params, shared: Any, *arrays: Array) -> tuple[Array, Params]:
         """The score and its derivatives by the leaves that are floating point; None for others.
 
         Of leaves that are made a layer at a time, they are by what makes them: their weights.
@@ -249,14 +268,15 @@ def program(
 
         def of(some: Params) -> Array:
             each = jax.tree.map(lambda a, b: a if b is None else b, own, some)
-            return soft(joined(each, shared), *arrays)
+            return soft(joined(each, shared), *arrays)[climbed]
 
         return jax.value_and_grad(of)(jax.tree.map(floating, own))
 
     def scored(own: Params, shared: Any, *arrays: Array) -> Array:
-        return soft(joined(own, shared), *arrays)
+        found = soft(joined(own, shared), *arrays)
+        return jnp.stack([found[form] for form in FORMS])
 
-    run = climbed if differentiate else scored
+    run = climb if climbed else scored
 
     def local(own_C: Params, shared: Any, *arrays_C: Array) -> Any:
         return jax.lax.map(lambda each: run(each[0], shared, *each[1:]), (own_C, *arrays_C))
@@ -277,7 +297,7 @@ def program(
 
 
 def _chosen(value_R: Array, example_R: Array, right_R: Array) -> Array:
-    """The sum over examples of the softmax over its requests, at the right one."""
+    """The sum over examples of the softmax over its requests, at the right ones."""
     R = len(value_R)
     most_E = jnp.full(R + 1, -jnp.inf).at[example_R].max(jax.lax.stop_gradient(value_R))
     grown_R = jnp.exp(value_R - most_E[example_R])

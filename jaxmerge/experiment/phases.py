@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxmerge import config as configs
 from jaxmerge.config import Config
-from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment import analyses
+from jaxmerge.experiment import analyses, climb
 from jaxmerge.experiment.analyses import Study
 from jaxmerge.experiment.budget import (
+    WARM,
     build_strategy,
     economy,
     evaluations,
     of_search,
     pool_size_budget,
 )
+from jaxmerge.experiment.climb import Climb
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
 from jaxmerge.report.live import Live
@@ -48,11 +47,12 @@ def live(config: Config, prepared: Prepared) -> Live:
 
 def plan(config: Config, prepared: Prepared) -> Plan:
     """How many candidates the run will have scored at its end, about."""
-    read, soft, search = prepared.evaluators["search"].read, prepared.soft, config.search
-    searched = of_search(config, prepared.strategy)
+    evaluator, search = prepared.evaluators["search"], config.search
+    read, searched = evaluator.read, of_search(config, prepared.strategy)
     tokens = searched * read
-    if soft:
-        tokens += cost({"differentiated": soft.differentiated(range(search.steps))})
+    if climb.wanted(config):
+        share = len(evaluator.examples) * search.minibatch / sum(evaluator.examples.values())
+        tokens += cost({"differentiated": round(search.steps * min(share, 1) * read)})
     if search.budget_tokens:
         tokens = min(tokens, search.budget_tokens)
     return Plan(
@@ -74,121 +74,53 @@ def search(
     archive: Archive,
     objective: Objective,
     individuals: Sequence[Candidate],
-) -> Found:
-    """The search over all checkpoints."""
-    strategy, evaluations = prepared.strategy, config.search.budget
-    climbs = config.search.strategy == gradient.NAME
-    if climbs:
-        strategy, evaluations = _gradient(config, prepared, objective, individuals)
-    best = loop.search(
+) -> tuple[Found, Climb | None]:
+    """The search over all checkpoints, and what it climbed; None: nothing.
+
+    It is along gradients, by a strategy of evosax, or by one that starts where gradients ended.
+    """
+    strategy, search = prepared.strategy, config.search
+    run = functools.partial(
+        loop.search,
         archive,
-        strategy,
-        _to_weights(config, prepared.pool.count),
+        to_weights=_to_weights(config, prepared.pool.count),
         objective=objective,
-        budget=evaluations,
-        budget_tokens=0 if climbs else config.search.budget_tokens,
         seed=config.seed,
-        states=prepared.directory.path / "state",
-        save_seconds=config.search.save_seconds,
-        economy=_economy(config, prepared.directory, individuals, prepared.strategy),
+        save_seconds=search.save_seconds,
     )
-    return _found(archive, "search", "search", best)
+    climbed, budget = None, search.budget_tokens
+    if climb.wanted(config):
+        climbed = climb.climb(config, prepared, objective, individuals)
+        warming = search.strategy != gradient.NAME
+        name, states = (WARM, WARM) if warming else ("search", "state")
+        best = run(
+            climbed.strategy,
+            budget=climbed.evaluations,
+            states=prepared.directory.path / states,
+            origin=name,
+            name=name,
+        )
+        if not warming:
+            return _found(archive, "search", "search", best), climbed
+        warm = [one for one in archive.past if one.origin == WARM]
+        strategy = climb.warmed(config, prepared, warm)
+        budget = max(1, budget - sum(one.cost for one in warm)) if budget else 0
+    best = run(
+        strategy,
+        budget=search.budget,
+        budget_tokens=budget,
+        states=prepared.directory.path / "state",
+        economy=_economy(config, prepared.directory, individuals, strategy),
+    )
+    return _found(archive, "search", "search", best), climbed
 
 
 def decided(config: Config, archive: Archive, objective: Objective, found: Found) -> Found:
-    """The winner. For a search by gradients, checkpoints and baselines are finalists too."""
-    if config.search.strategy != gradient.NAME:
+    """The winner. Beside gradients, checkpoints and baselines are finalists too."""
+    if not climb.wanted(config):
         return found
     scored = [one for one in archive.past if one.split == "search"]
     return found._replace(candidate=strongest([found.candidate, *scored], objective))
-
-
-def _gradient(
-    config: Config, prepared: Prepared, objective: Objective, individuals: Sequence[Candidate]
-) -> tuple[Strategy, int]:
-    """The search along derivatives of the soft score, and how many candidates it scores."""
-    pool, soft = prepared.pool, prepared.soft
-    assert soft
-    looked = soft.read
-    agreement = soft.choose_forms([one.scores for one in individuals])
-    for task, left_out in soft.left_out.items() if processes.first() else ():
-        said = f", {left_out} examples left out" if left_out else ""
-        print(
-            f"jaxmerge: {task}: soft score {soft.forms[task]}, rank correlation "
-            f"{agreement[task]:.2f}{said}",
-            file=sys.stderr,
-        )
-    fields, first = config.space, {"read": soft.read - looked}
-    settings = _within_tokens(config, soft.differentiated, cost(first), individuals)
-
-    def tokens(generation: int) -> Mapping[str, int]:
-        every = settings.every
-        steps = range(generation * every, min((generation + 1) * every, settings.steps))
-        told = {"differentiated": soft.differentiated(steps)}
-        return told | (first if generation == 0 else {})
-
-    strategy = gradient.gradient(
-        soft.slopes,
-        settings,
-        objective,
-        groups=pool.count,
-        checkpoints=len(pool.names),
-        start=config.search.init,
-        constraint=fields.constraint,
-        bounds=fields.bounds,
-        shrink=fields.shrink,
-    )
-    return strategy._replace(tokens=tokens), settings.generations * gradient.POPULATION
-
-
-def _within_tokens(
-    config: Config,
-    differentiated: Callable[[Iterable[int]], int],
-    first: int,
-    individuals: Sequence[Candidate],
-) -> gradient.Settings:
-    """The settings with as many steps as the config's tokens are enough for, true scores included.
-
-    The schedule of the learning rate is that of so many steps. A true score is as dear as that of
-    the dearest single checkpoint.
-
-    Args:
-        config: of the run.
-        differentiated: tokens of some steps; see `SoftScore`.
-        first: tokens that were taken before the first step.
-        individuals: the single checkpoints.
-    """
-    settings, budget = configs.settings(config), config.search.budget_tokens
-    scoring = gradient.POPULATION * max(one.cost for one in individuals)
-    took = first
-    for step in range(settings.steps if budget else 0):
-        took += cost({"differentiated": differentiated([step])})
-        took += scoring if step % settings.every == 0 else 0
-        if took > budget and not step:
-            raise JaxmergeError(
-                "the budget is less than one step and its true scores",
-                where="search.budget_tokens",
-                expected=f"at least {took}",
-                found=str(budget),
-            )
-        if took > budget:
-            return settings._replace(steps=step)
-    return settings
-
-
-def climbed(prepared: Prepared) -> dict[str, Any]:
-    """What results.json says of a search by gradients besides; {}: there was none."""
-    soft = prepared.soft
-    if not soft:
-        return {}
-    return {
-        task: {
-            "form": soft.forms[task],
-            "spearman": None if math.isnan(agreement) else agreement,
-            "left_out": soft.left_out[task],
-        }
-        for task, agreement in soft.agreement.items()
-    }
 
 
 def analyse(
@@ -278,5 +210,6 @@ def _economy(
 def _found(archive: Archive, origin: str, name: str, best: Candidate) -> Found:
     """The best of a search, and what it took, the final decision included."""
     sought = {(origin, name), (loop.decision(origin), name)}
+    sought |= {(WARM, WARM)} if origin == "search" else set()
     mine = [one for one in archive.past if (one.origin, one.name) in sought]
     return Found(name, best, len(mine), sum(one.cost for one in mine))

@@ -56,7 +56,8 @@ class Prepared(NamedTuple):
     objective: Objective
     bounds: dict[str, list[float | None]]  # of all tasks, as in results.json
     warnings: tuple[str, ...]  # of the objective's tasks
-    soft: SoftScore | None  # what a search by gradients climbs
+    tasks: tuple[Task, ...]  # of the objective
+    soften: Callable[[Sequence[Task]], SoftScore]  # what a search along gradients climbs
 
 
 def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
@@ -110,7 +111,6 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     evaluators = parts.part(
         "evaluators", lambda: _evaluators(make, splits, remember=held is not None)
     )
-    soft = parts.part("soft", lambda: _soft(config, pool, model, tokenizer, tasks, mesh, like))
     directory = _recorded(config, workdir, pool, [*tasks, *heldout])
     return Prepared(
         directory,
@@ -121,7 +121,8 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         configs.objective(config),
         bounds_of([*tasks, *heldout]),
         (*warnings_of(tasks), *_moved(directory)),
-        soft,
+        tuple(tasks),
+        functools.partial(_soft, config, pool, model, tokenizer, mesh, like),
     )
 
 
@@ -130,13 +131,10 @@ def _soft(
     pool: Pool,
     model: Model,
     tokenizer: Tokenizer,
-    tasks: Sequence[Task],
     mesh: Mesh,
     like: str,
-) -> SoftScore | None:
-    """What a search by gradients climbs; None: the search is of another kind."""
-    if config.search.strategy != gradient.NAME:
-        return None
+    tasks: Sequence[Task],
+) -> SoftScore:
     return SoftScore(
         pool.merge,
         len(pool.names),
@@ -212,7 +210,6 @@ def made_of(config: Config) -> dict[str, Any]:
         "pool": pool,
         "residency": pool,
         "evaluators": [pool, tasks, plain["evaluate"], search["population"], of_gradient],
-        "soft": [pool, tasks, plain["evaluate"], plain["seed"], search["minibatch"], of_gradient],
         "strategy": [sources, strategy, grain],
         "sources": sources,
         "model": sources,

@@ -60,7 +60,7 @@ def search(
             setting = Setting(archive, individuals, objective, config.seed)
             found = phases.baselines(config, setting, after=False)
         with _timed(seconds, "search"):
-            winner = phases.search(config, prepared, archive, objective, individuals)
+            winner, climbed = phases.search(config, prepared, archive, objective, individuals)
         with _timed(seconds, "baselines"):
             setting = setting._replace(tokens=winner.tokens)
             found += phases.baselines(config, setting, after=True)
@@ -81,8 +81,8 @@ def search(
             _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
-        if prepared.soft:
-            findings["soft"] = phases.climbed(prepared)
+        if climbed:
+            findings["soft"] = climbed.findings()
         findings["residency"] = pool.traffic(since=read_before)
         if storage := phases.stored(prepared, tested.winner):
             findings["storage"] = storage

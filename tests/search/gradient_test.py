@@ -1,5 +1,6 @@
 """The soft score and its derivatives, and searches along them."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -25,7 +26,7 @@ from jaxmerge.scores.objective import define
 from jaxmerge.search import gradient, space
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tasks import build, kinds
-from jaxmerge.tasks.common import Example
+from jaxmerge.tasks.common import Example, accepting, wants_texts
 from jaxmerge.trees import named_leaves
 from tests import tiny
 
@@ -156,8 +157,52 @@ def test_wherever_the_pool_lives(kind, axes):
 def test_examples_without_an_answer_are_left_out():
     none = {"search": [*SPLITS["search"], Example("abc")], "test": []}
     assert soft_score([kinds.generation("answer", none)]).left_out == {"answer": 1}
+    judged = kinds.generation("judged", {"search": [Example("abc")], "test": []})
     with pytest.raises(JaxmergeError, match="nothing that a gradient could climb"):
-        soft_score([kinds.generation("judged", {"search": [Example("abc")], "test": []})])
+        soft_score([judged])
+    beside = soft_score([judged, TASKS["answer"]], of=None)
+    assert beside.without == ("judged",)
+    assert beside.slopes(np.full((1, K), 1 / K, np.float32), 0).keys() == {"answer"}
+
+
+def vowels(example, text):
+    """What only a program can judge."""
+    return float(sum(letter in "aeiou" for letter in text) >= 1)
+
+
+def test_accepted_texts_stand_for_scores():
+    """Their probabilities are added up; an example that nobody solved is left out."""
+    judged = kinds.generation("judged", {"search": [*map(Example, WORDS[:3])]}, vowels)
+    assert wants_texts(judged)
+    assert not wants_texts(TASKS["answer"])
+    told = accepting(judged, [("ab", "e"), (), ("i",)])
+    soft = [told.soft(example) for example in told.splits["search"]]
+    assert soft[1] is None
+    assert [request.continuation for request in soft[0].requests] == ["ab", "e"]
+    assert all(request.ended for request in soft[0].requests)
+    weights = some_weights()
+    each = [
+        soft_score([accepting(judged, [texts, (), ()])]).score(weights)["judged"]
+        for texts in (("ab",), ("e",), ("ab", "e"))
+    ]
+    assert each[2] == pytest.approx(each[0] + each[1], rel=1e-4)
+    both = soft_score([accepting(judged, [("ab", "e"), (), ()])])
+    alone = [
+        soft_score([accepting(judged, [texts, (), ()])]).score(weights, "log")["judged"]
+        for texts in (("ab",), ("e",))
+    ]
+    assert both.score(weights, "log")["judged"] == pytest.approx(np.mean(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.5])
+@pytest.mark.parametrize("constraint", space.CONSTRAINTS)
+def test_genotypes_give_their_weights_back(constraint, shrink):
+    z_PxD = np.random.default_rng(3).normal(size=(1, 6))
+    (weights,) = space.weights(z_PxD, constraint, groups=2, shrink=shrink)
+    found = space.genotypes(weights, constraint, shrink=shrink).reshape(1, 6)
+    again = space.weights(found, constraint, groups=2, shrink=shrink)
+    # A mean over groups of logarithms of sums is another than that of the genotypes.
+    np.testing.assert_allclose(again[0], weights, atol=1e-6)
 
 
 def test_forms_follow_the_true_scores():
@@ -284,6 +329,36 @@ def test_tokens_for_less_than_a_step():
     assert _within(2_600) == 1
     with pytest.raises(JaxmergeError, match=r"search\.budget_tokens"):
         _within(2_599)
+
+
+def test_a_judge_takes_part(tmp_path_factory):
+    """Texts of single checkpoints that a program accepted are climbed; then a strategy goes on."""
+    pool = tiny.pool(tmp_path_factory.mktemp("judged"))
+    config = _config(pool)
+    config.tasks.words = {"builder": "tests.search.gradient_test:judged"}
+    config.search.strategy, config.search.warm_start = "Sep_CMA_ES", "gradient"
+    config.search.population, config.search.budget = 4, 8
+    workdir = tmp_path_factory.mktemp("warm")
+    found = search(config, str(workdir))
+    assert 0 < found["soft"]["words"]["by_texts"] < 12
+    log = tiny.log(workdir)
+    assert [line["origin"] for line in log].count("warm-start") == 6
+    assert [line["origin"] for line in log].count("search") == 8
+    after = np.array([line["weights"] for line in log if line["origin"] == "search"][:4])
+    before = np.array([line["weights"] for line in log if line["origin"] == "warm-start"][-1])
+    assert np.abs(after.mean(0) - before).max() < 0.1  # it starts where gradients ended
+    (workdir / "candidates.jsonl").write_text(
+        "".join((workdir / "candidates.jsonl").read_text().splitlines(keepends=True)[:13])
+    )
+    shutil.rmtree(workdir / "state", ignore_errors=True)
+    assert search(config, str(workdir))["best"] == found["best"]
+    assert tiny.log(workdir) == log
+
+
+def judged(search, test):
+    return dataclasses.replace(
+        tiny.generation(search=search, test=test), judge=lambda _, texts: vowels(None, texts[0])
+    )
 
 
 @pytest.mark.parametrize("kept", [12, 17])
