@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -25,10 +26,11 @@ from etils import epath
 
 from jaxmerge.checkpoints import directory
 from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
-from jaxmerge.checkpoints.safetensors import in_file_order, make_header, parse_json, write_at
+from jaxmerge.checkpoints.safetensors import in_file_order, make_header, write_at
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.layout import Layout
+from jaxmerge.textfiles import parse_json, read_text
 from jaxmerge.trees import PyTree, named_leaves
 
 _NAMES = (directory.WEIGHTS, directory.INDEX, *directory.PICKLES)
@@ -145,7 +147,7 @@ def save(
     tensors = {
         name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in layout.tensors.items()
     }
-    files = split(tensors, shard_bytes)
+    files = split(tensors, shard_bytes, layout.wide)
     new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         new.mkdir(parents=True)
@@ -169,8 +171,26 @@ class WeightsFile(NamedTuple):
     size: int
 
 
-def split(tensors: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> list[WeightsFile]:
-    """Tensors to files, layer after layer, each as full as the limit of bytes allows."""
+def split(
+    tensors: Mapping[str, jax.ShapeDtypeStruct],
+    limit: int,
+    wide: Mapping[str, np.dtype] = MappingProxyType({}),
+) -> list[WeightsFile]:
+    """Tensors to files, layer after layer, each as full as the limit of bytes allows.
+
+    Args:
+        tensors: those of the model.
+        limit: bytes of a file, unless a single tensor has more.
+        wide: see `Layout.wide`.
+    """
+
+    def stored(name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        tensor = tensors[name]
+        return (
+            (wide[name], tensor.shape[:-1])
+            if name in wide
+            else (np.dtype(tensor.dtype), tensor.shape)
+        )
 
     def by_number(name: str) -> list[tuple[bool, int, str]]:
         parts = re.split(r"(\d+)", name)
@@ -186,10 +206,8 @@ def split(tensors: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> list[Weigh
         size += _bytes(tensors[name])
     files = []
     for number, group in enumerate(groups, start=1):
-        order = in_file_order({name: np.dtype(tensors[name].dtype) for name in group})
-        header = make_header(
-            (name, np.dtype(tensors[name].dtype), tensors[name].shape) for name in order
-        )
+        order = in_file_order({name: stored(name)[0] for name in group})
+        header = make_header((name, *stored(name)) for name in order)
         starts, at = {}, len(header)
         for name in order:
             starts[name] = at
@@ -310,7 +328,7 @@ def _copy(like: Path, new: Path, dtype: str) -> None:
         shutil.copyfile(template, new / _TEMPLATES / template.name)
     if not (like / "config.json").exists():
         return
-    text = (like / "config.json").read_text()
+    text = read_text(like / "config.json")
     config = parse_json(text.encode(), str(like / "config.json"))
     named = [key for key in ("dtype", "torch_dtype") if config.get(key)]  # of version 5, and before
     if dtype and any(config[key] != dtype for key in named):

@@ -35,10 +35,14 @@ def build_model(config: Config, source: Source) -> Model:
     if not named:
         arguments = dict(source.architecture)
         named = arguments.pop("model", "")
-        if "model_type" in arguments:
+        if arguments:
+            model_type = str(arguments.get("model_type"))
             raise JaxmergeError(
-                f"there is no decoder for models of type {arguments['model_type']}, so these "
-                "checkpoints can't be evaluated",
+                f"these are models of type {model_type}, but no causal language models (they have "
+                "another head, or none), so they can't be evaluated"
+                if model_type in families.FAMILIES
+                else f"there is no decoder for models of type {model_type}, so these checkpoints "
+                "can't be evaluated",
                 where="pool.model",
                 expected=f'one of {", ".join(families.FAMILIES)}; or your own, "module:function"; '
                 "--mode=merge merges them with given weights",

@@ -74,7 +74,12 @@ def plan(
         name: jax.ShapeDtypeStruct(leaf.shape, of_tensor[name].written)
         for name, leaf in leaves[0].items()
     }
-    return Plan(tuple(sources), of_tensor, huggingface.split(written, shard_bytes))
+    wide = {
+        name: tensor.dtype
+        for name, tensor in sources[0].tensors.items()
+        if tensor.dtype.itemsize == 8
+    }
+    return Plan(tuple(sources), of_tensor, huggingface.split(written, shard_bytes, wide))
 
 
 def merge(
