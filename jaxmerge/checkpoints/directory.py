@@ -158,13 +158,11 @@ def read_values(
 
 
 def check_filled(tensors: Mapping[str, Tensor], where: epath.PathLike) -> None:
-    """Raises `JaxmergeError` where tensors have no values."""
-    empty = [
-        f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if 0 in tensor.shape
-    ]
+    """Raises `JaxmergeError` where tensors are of shape [0]: their values are elsewhere."""
+    empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
     if empty:
         raise JaxmergeError(
-            "tensors without values, as a sharded trainer (DeepSpeed ZeRO-3, FSDP) leaves them in "
+            "tensors of shape [0], as a sharded trainer (DeepSpeed ZeRO-3, FSDP) leaves them in "
             "the place of those that it keeps elsewhere",
             where=str(where),
             expected="the gathered weights: stage3_gather_16bit_weights_on_model_save, "

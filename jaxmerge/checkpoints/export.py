@@ -75,6 +75,7 @@ def export(
     formats: Sequence[str] = FORMATS,
     architecture: Mapping[str, Any],
     like: str = "",
+    tokenizer: str = "",
     dtype: str = "",
     shard_bytes: int = 5_000_000_000,
     card: Callable[[], str] = str,
@@ -88,6 +89,7 @@ def export(
         formats: of `FORMATS`; `huggingface` is left out when `like` is "".
         architecture: what the Orbax checkpoint says of its model.
         like: Hugging Face directory that the configuration and tokenizer are copied from.
+        tokenizer: directory of another tokenizer and chat template; "": those of `like`.
         dtype: of the Hugging Face weights; "": that of the leaves.
         shard_bytes: size of its files at most, where no tensor alone is larger.
         card: text of its README.md; called when all leaves have been asked for.
@@ -115,6 +117,7 @@ def export(
             functools.partial(_here, leaf),
             abstract=abstract,
             like=like,
+            tokenizer=tokenizer,
             dtype=dtype,
             shard_bytes=shard_bytes,
             card=card,

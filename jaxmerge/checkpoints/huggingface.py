@@ -37,10 +37,11 @@ _NAMES = (directory.WEIGHTS, directory.INDEX, *directory.PICKLES)
 
 # What a model needs besides config.json and weights. Nothing else is copied: no weights, no
 # adapters, no pickles and no code.
-_COPIED = re.compile(
-    r"generation_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|"
+_COPIED = re.compile(r"generation_config\.json|(LICENSE|NOTICE)(\.txt|\.md)?")
+_TOKENIZER = re.compile(
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|"
     r"added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt|(tokenizer|spiece)\.model|"
-    r"chat_template\.(jinja|json)|(LICENSE|NOTICE)(\.txt|\.md)?"
+    r"chat_template\.(jinja|json)"
 )
 _TEMPLATES = "additional_chat_templates"
 
@@ -118,6 +119,7 @@ def save(
     *,
     abstract: PyTree,
     like: str,
+    tokenizer: str = "",
     dtype: str = "",
     shard_bytes: int = 5 * 10**9,
     card: Callable[[], str] | None = None,
@@ -132,6 +134,7 @@ def save(
         leaf: gives the leaf of a name; called once for each.
         abstract: tree of the leaves, or of their `ShapeDtypeStruct`: headers come before values.
         like: Hugging Face directory with the config, tokenizer and chat template to copy.
+        tokenizer: directory of another tokenizer and chat template; "": those of `like`.
         dtype: of the floating-point tensors, rounded to nearest even; "" keeps that of the leaves.
         shard_bytes: no file holds more tensors than this, unless a single one does.
         card: text of README.md; called when all leaves have been written.
@@ -152,7 +155,7 @@ def save(
     try:
         new.mkdir(parents=True)
         _write_files(new, files, layout, leaf)
-        publish(new, target, files, like, card)
+        publish(new, target, files, like, card, tokenizer)
     except OSError as error:
         raise JaxmergeError(
             "the model can't be written", where=str(path), found=error.strerror or str(error)
@@ -224,6 +227,7 @@ def publish(
     files: Sequence[WeightsFile],
     like: str,
     card: Callable[[], str] | None = None,
+    tokenizer: str = "",
 ) -> None:
     """Adds to a directory of written weights what else a model needs, and gives it its name.
 
@@ -233,9 +237,10 @@ def publish(
         files: the weights.
         like: see `save`.
         card: see `save`.
+        tokenizer: see `save`.
     """
     _write_index(new, files)
-    _copy(Path(like), new, _most_common(files))
+    _copy(Path(like), new, _most_common(files), Path(tokenizer or like))
     if card:
         (new / "README.md").write_text(card())
     _make_durable(new)
@@ -318,12 +323,13 @@ def _write_index(new: Path, files: Sequence[WeightsFile]) -> None:
     (new / directory.INDEX).write_text(text)
 
 
-def _copy(like: Path, new: Path, dtype: str) -> None:
+def _copy(like: Path, new: Path, dtype: str, tokenizer: Path) -> None:
     """What transformers needs besides the weights; the config with the dtype that they have now."""
-    for file in sorted(like.iterdir()):
-        if _COPIED.fullmatch(file.name) and file.is_file():
-            shutil.copyfile(file, new / file.name)
-    for template in sorted((like / _TEMPLATES).glob("*.jinja")):
+    for place, wanted in ((like, _COPIED), (tokenizer, _TOKENIZER)):
+        for file in sorted(place.iterdir()):
+            if wanted.fullmatch(file.name) and file.is_file():
+                shutil.copyfile(file, new / file.name)
+    for template in sorted((tokenizer / _TEMPLATES).glob("*.jinja")):
         (new / _TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(template, new / _TEMPLATES / template.name)
     if not (like / "config.json").exists():

@@ -35,7 +35,7 @@ def build_model(config: Config, source: Source) -> Model:
     if not named:
         arguments = dict(source.architecture)
         named = arguments.pop("model", "")
-        if arguments:
+        if not named and arguments:
             model_type = str(arguments.get("model_type"))
             raise JaxmergeError(
                 f"these are models of type {model_type}, but no causal language models (they have "
@@ -76,8 +76,16 @@ def build_groups(config: Config, model: Model, like: PyTree) -> Groups | None:
     return groups(like, space.granularity, patterns=space.patterns, layers=model.layers)
 
 
-def build_tokenizer(config: Config, directory: str, model: Model) -> Tokenizer:
+def build_tokenizer(
+    config: Config, directory: str, model: Model, models: Sequence[str] = ()
+) -> Tokenizer:
     """The tokenizer that the config names, or else that of a Hugging Face directory.
+
+    Args:
+        config: of the run.
+        directory: of the tokenizer; "": there is none.
+        model: that reads the tokens.
+        models: directories whose configs say which tokens end a text.
 
     Raises:
         JaxmergeError: there is none.
@@ -93,7 +101,7 @@ def build_tokenizer(config: Config, directory: str, model: Model) -> Tokenizer:
             expected='a Hugging Face directory here or in pool.base, "bytes", or "module:function"',
         )
     if os.path.isdir(named):
-        return Pretrained(named, chat=pool.chat, system=pool.system)
+        return Pretrained(named, chat=pool.chat, system=pool.system, models=models)
     if ":" not in named:
         raise JaxmergeError("there is no such directory", where="pool.tokenizer", found=named)
     return configs.imported(named, "pool.tokenizer")()
