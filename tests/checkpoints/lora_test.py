@@ -390,6 +390,18 @@ def test_tensors_that_have_no_place(adapter, tmp_path, damage, said):
     assert re.search(said, error.what)
 
 
+def test_what_a_sharded_trainer_left(adapter, tmp_path):
+    """Factors of shape [0], by their names; and a config with a byte order mark is read."""
+
+    def damage(path: Path) -> None:
+        _add(PREFIX + UP_A, 0)(path)
+        (path / CONFIG).write_text("\ufeff" + (path / CONFIG).read_text())
+
+    error = refused(adapter, tmp_path / "x", damage)
+    assert "shape [0]" in error.what
+    assert PREFIX + UP_A in error.found
+
+
 def test_the_same_tensor_twice(adapter, tmp_path):
     """A module saved whole has two spellings; both at once are refused."""
 
