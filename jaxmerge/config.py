@@ -36,7 +36,7 @@ def default() -> Config:
 
     config.pool = ml_collections.ConfigDict()
     # Directories or patterns, such as ("pools/quickstart/*",), of Orbax, of Hugging Face
-    # (safetensors), or PEFT LoRA adapters; at least two that are alike. --mode=evaluate takes any.
+    # (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike. --mode=evaluate takes any.
     config.pool.checkpoints = ()
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves.
@@ -48,7 +48,8 @@ def default() -> Config:
     config.pool.model = ""
     config.pool.model_args = ml_collections.ConfigDict()
     # "bytes"; a Hugging Face directory; "module:function", which returns a Tokenizer; "": that of
-    # the base or of the first Hugging Face checkpoint, or bytes where the model has 256 tokens.
+    # the base or of the first Hugging Face checkpoint, unless adapters bring one that extends it;
+    # or bytes where the model has 256 tokens. A directory's is exported too.
     config.pool.tokenizer = ""
     config.pool.chat = False  # put each prompt into the tokenizer's chat template
     config.pool.system = ""  # system message of the chat template; "": the template's own
@@ -102,7 +103,8 @@ def default() -> Config:
 
     config.merge = ml_collections.ConfigDict()
     # For --mode=merge: one number per checkpoint, in the order of pool.json (patterns are sorted);
-    # or several such tuples, for as many merges in one pass over the checkpoints.
+    # or several such tuples, for as many merges in one pass over the checkpoints. They are never
+    # scaled: if they do not sum to 1, the merge is no average, and a warning says so.
     config.merge.weights = ()
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
     config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time

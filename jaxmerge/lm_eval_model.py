@@ -24,6 +24,7 @@ from jaxmerge.checkpoints.pool import load
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import FORMATS
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation import vocabularies
 from jaxmerge.evaluation.batches import Limits
 from jaxmerge.evaluation.respond import Responder
 from jaxmerge.evaluation.tokenizer import Bytes, Pretrained, Tokenizer, is_in
@@ -97,14 +98,14 @@ class JaxmergeLM(LM):
     ):
         super().__init__()
         source = _source(path, subtree, base)
-        directory = tokenizer or source.directory or _beside(source.path)
         model = _model(source)
+        directory = tokenizer or _directory_of(source)
         mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
         (tree,) = load([source], mesh, model.sharding_rules, dtype=dtype).trees
         self._merged = linear.program(tree, population=True)((tree,), jnp.ones((1, 1)))
-        self._tokenizer = _tokenizer(directory, model, source.path)
+        self._tokenizer = _tokenizer(directory, model, source)
         self._directory = directory
-        self.max_length = max_length or _context(directory) or _CONTEXT
+        self.max_length = max_length or _context(source.directory or directory) or _CONTEXT
         rows = _ROWS if str(batch_size).startswith("auto") else int(batch_size)
         limits = Limits(rows=rows, context=self.max_length, truncate=True)
         self._responder = Responder(model, self._tokenizer, mesh, limits)
@@ -198,21 +199,29 @@ def _model(source: Source) -> Model:
     return decoder(DecoderConfig.from_plain(named))
 
 
+def _directory_of(source: Source) -> str:
+    """Where the tokenizer of a checkpoint is: an adapter may have its own."""
+    own = [] if source.format == "orbax" else [source.path]
+    rows = int(source.architecture["vocab"])
+    found = vocabularies.choose(own, [source.base] if source.base else [], rows=rows)
+    return found or _beside(source.path)
+
+
 def _beside(path: str) -> str:
     directory = os.path.join(os.path.dirname(path), "huggingface")
     return directory if is_in(directory) else ""
 
 
-def _tokenizer(directory: str, model: Model, path: str) -> Tokenizer:
+def _tokenizer(directory: str, model: Model, source: Source) -> Tokenizer:
     if directory == "bytes" or (not directory and model.vocabulary == Bytes.vocabulary):
         return Bytes()
     if not directory:
         raise JaxmergeError(
             "the checkpoint does not say which tokenizer it is for",
-            where=path,
+            where=source.path,
             expected='tokenizer=DIR of a Hugging Face directory, or tokenizer="bytes"',
         )
-    return Pretrained(directory)
+    return Pretrained(directory, models=[source.directory] if source.directory else [])
 
 
 def _context(directory: str) -> int:

@@ -44,7 +44,12 @@ from jaxmerge.experiment.build import (
     build_task,
     build_tokenizer,
 )
-from jaxmerge.experiment.sources import find_checkpoints, huggingface_directory, start_jax
+from jaxmerge.experiment.sources import (
+    find_checkpoints,
+    model_directories,
+    start_jax,
+    tokenizer_directory,
+)
 from jaxmerge.models.model import Model
 from jaxmerge.planning import chips, layouts
 from jaxmerge.planning.chips import CHIPS, DEVICE_KINDS, THIS, Topology
@@ -193,7 +198,9 @@ def job_of(config: Config) -> Job:
     model = build_model(config, sources[0] if sources else _ABSENT)
     if sources:
         abstract, checkpoints = sources[0].abstract, len(sources)
-        tokenizer = build_tokenizer(config, huggingface_directory(config, sources), model)
+        directories = model_directories(config, sources)
+        named = tokenizer_directory(config, sources)
+        tokenizer = build_tokenizer(config, named, model, directories)
     else:
         abstract, checkpoints = _described(config, model), len(config.pool.checkpoints)
         tokenizer = _tokenizer(config, model)

@@ -21,7 +21,7 @@ ROOMS = (
     *("experiment", "config", "search", "planning", "streaming"),
     *("evaluation", "checkpoints", "merge", "tasks", "report"),
     *("models", "sandbox", "scores", "hosts"),
-    *("rundir", "sharding", "trees", "errors"),
+    *("rundir", "sharding", "textfiles", "trees", "errors"),
 )
 MOST_ROOMS = 26
 MOST_LINES = 400  # of a file

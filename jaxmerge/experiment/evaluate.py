@@ -19,6 +19,7 @@ from jaxmerge.checkpoints.survey import find
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.experiment import results
 from jaxmerge.experiment.build import (
     bounds_of,
@@ -30,7 +31,12 @@ from jaxmerge.experiment.build import (
 )
 from jaxmerge.experiment.records import open_directory, record_pool, record_tasks
 from jaxmerge.experiment.sizes import least_step, sized
-from jaxmerge.experiment.sources import huggingface_directory, start_jax
+from jaxmerge.experiment.sources import (
+    huggingface_directory,
+    model_directories,
+    start_jax,
+    tokenizer_directory,
+)
 from jaxmerge.hosts import processes
 from jaxmerge.models.model import Model
 from jaxmerge.planning.here import room_of
@@ -48,7 +54,8 @@ class _Subject(NamedTuple):
 
     source: Source
     model: Model
-    directory: str  # that has its tokenizer; "": none
+    directory: str  # that has its Hugging Face config; "": none
+    tokenizer: str  # that has its tokenizer; "": none
 
 
 def evaluate(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
@@ -128,9 +135,15 @@ def _subjects(config: Config) -> list[_Subject]:
     pool, subjects = config.pool, []
     for source in find(pool.checkpoints, subtree=pool.subtree, base=pool.base):
         model, directory = build_model(config, source), huggingface_directory(config, [source])
-        build_tokenizer(config, directory, model)
-        subjects.append(_Subject(source, model, directory))
+        subject = _Subject(source, model, directory, tokenizer_directory(config, [source]))
+        _tokenizer(config, subject)
+        subjects.append(subject)
     return subjects
+
+
+def _tokenizer(config: Config, subject: _Subject) -> Tokenizer:
+    directories = model_directories(config, [subject.source])
+    return build_tokenizer(config, subject.tokenizer, subject.model, directories)
 
 
 def _check_examples(tasks: Sequence[Task]) -> None:
@@ -151,7 +164,7 @@ def _score(
 ) -> None:
     """Loads a checkpoint, records what it is and how it scores, and lets it go."""
     started = time.perf_counter()
-    source, model, tokenizer_directory = subject
+    source, model = subject.source, subject.model
     config = config.copy_and_resolve_references()
     config.evaluate.candidates_per_step = 1
     room, step = room_of(mesh.local_devices), least_step(config, [source], model, mesh)
@@ -162,12 +175,12 @@ def _score(
     evaluator = Evaluator(
         pool.merge,
         model,
-        build_tokenizer(config, tokenizer_directory, model),
+        _tokenizer(config, subject),
         tasks,
         "test",
         mesh,
         candidates_per_step=1,
-        limits=build_limits(config, tokenizer_directory),
+        limits=build_limits(config, subject.directory),
         vmap_candidates=1,
     )
     ((scores, written_C),) = evaluator.steps(np.ones((1, 1), np.float32))

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -30,11 +31,14 @@ from jaxmerge.experiment.sources import (
     find_checkpoints,
     huggingface_directory,
     start_jax,
+    tokenizer_directory,
 )
 from jaxmerge.merge.linear import linear
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming import merge as streaming
 from jaxmerge.streaming.merge import Output
+
+_SUM_ERROR = 1e-3  # of weights that were written down with four digits; it changes nothing
 
 
 class Merge(NamedTuple):
@@ -56,6 +60,8 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
         command: what the model card says to run again.
         out: where the checkpoint goes, of one merge in one format; "": `merged` in `workdir`.
 
+    Weights that do not sum to 1 are used as they are, and a warning says so.
+
     Returns:
         The checkpoints that were written, one per merge and format.
 
@@ -69,6 +75,8 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     # Before anything is written: it may refuse what can be merged by tensor.
     whole = find_checkpoints(config) if in_blocks and by_leaf else sources
     merges = _merges(config, sources)
+    for warning in filter(None, map(_warning, merges)):
+        print(f"jaxmerge: {warning}", file=sys.stderr)
     if out:
         _check_place(Path(out), Path(workdir), merges, config.export.formats)
     written = []
@@ -159,6 +167,21 @@ def _check_weights(row: Any, sources: Sequence[Source]) -> None:
         raise JaxmergeError("weights are finite numbers", where="merge.weights", found=str(row))
 
 
+def _warning(merge: Merge) -> str:
+    """What is said of weights that make no average; they are used as they are. "": nothing."""
+    total = math.fsum(merge.weights)
+    if abs(total - 1) <= _SUM_ERROR:
+        return ""
+    return (
+        f"the weights of {merge.path} sum to {total:.6g}, not 1: they are used as they are, so its "
+        f"tensors are {total:.6g} times an average of the checkpoints'. For an average divide each "
+        f"weight by {total:.6g}"
+        if total
+        else f"the weights of {merge.path} sum to 0: they are used as they are, so it is a "
+        "difference of checkpoints and no average of them"
+    )
+
+
 def _in_blocks(
     config: Config,
     sources: Sequence[Source],
@@ -183,6 +206,7 @@ def _in_blocks(
             outputs,
             directory,
             like=huggingface_directory(config, sources),
+            tokenizer=tokenizer_directory(config, sources),
             card=lambda records, output: _card(records, output.weights, command),
             memory_bytes=config.merge.memory_bytes,
             progress=bar.update,
@@ -210,6 +234,7 @@ def _by_leaf(
             functools.partial(_merged_leaf, leaves, weights),
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
+            tokenizer=tokenizer_directory(config, sources),
             card=functools.partial(_card_of_stream, leaves, each.weights, command),
             **{**config.export, "formats": tuple(wanted)},
         )

@@ -32,7 +32,13 @@ from jaxmerge.experiment.build import (
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.records import open_directory, record_pool, record_tasks
 from jaxmerge.experiment.sizes import least_step, sized
-from jaxmerge.experiment.sources import find_checkpoints, huggingface_directory, start_jax
+from jaxmerge.experiment.sources import (
+    find_checkpoints,
+    huggingface_directory,
+    model_directories,
+    start_jax,
+    tokenizer_directory,
+)
 from jaxmerge.hosts import processes
 from jaxmerge.models.model import Model
 from jaxmerge.planning.here import residency_here, room_of
@@ -235,7 +241,9 @@ def _moved(directory: RunDirectory) -> list[str]:
 
 def _model_and_tokenizer(config: Config, sources: Sequence[Source]) -> tuple[Model, Tokenizer]:
     model = build_model(config, sources[0])
-    return model, build_tokenizer(config, huggingface_directory(config, sources), model)
+    directories = model_directories(config, sources)
+    named = tokenizer_directory(config, sources)
+    return model, build_tokenizer(config, named, model, directories)
 
 
 def _tasks(config: Config) -> tuple[list[Task], list[Task]]:

@@ -18,7 +18,7 @@ from jaxmerge.config import Config
 from jaxmerge.experiment import phases, results
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
-from jaxmerge.experiment.sources import huggingface_directory
+from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate
 from jaxmerge.scores import formatting
@@ -103,6 +103,7 @@ def _export_winner(
         pool.merged(np.array(winner.weights, np.float32)),
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
+        tokenizer=tokenizer_directory(config, prepared.sources),
         card=lambda: card.of_search(records, findings),
         **config.export,
     )

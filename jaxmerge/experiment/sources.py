@@ -12,6 +12,7 @@ from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import survey
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation import vocabularies
 from jaxmerge.evaluation.tokenizer import check_same_vocabulary, is_in
 from jaxmerge.hosts import processes, watch
 
@@ -56,11 +57,7 @@ def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source
         dtype=pool.dtype,
         by_tensor=by_tensor,
     )
-    directories = [pool.base] if pool.base else []
-    directories += [source.path for source in sources if source.format != "orbax"]
-    with_tokenizer = [directory for directory in directories if is_in(directory)]
-    if with_tokenizer:
-        check_same_vocabulary(with_tokenizer)
+    tokenizer_directory(config, sources)
     like = huggingface_directory(config, sources)
     check_like(config.export.formats, like, sources[0].abstract, by_tensor=by_tensor)
     return sources
@@ -70,3 +67,31 @@ def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
     """Where the pool's Hugging Face configuration and tokenizer are; "": nowhere."""
     of_sources = [source.directory for source in sources if source.directory]
     return config.pool.base or (of_sources[0] if of_sources else "")
+
+
+def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
+    """Where the tokenizer of the pool is: a Hugging Face directory; "": nowhere.
+
+    It is the one that the config names, or else what `vocabularies.choose` says.
+
+    Raises:
+        JaxmergeError: the tokenizers contradict each other.
+    """
+    pool = config.pool
+    members = [os.path.realpath(each.path) for each in sources if each.format != "orbax"]
+    if pool.tokenizer:
+        check_same_vocabulary([each for each in members if is_in(each)])
+        return pool.tokenizer if os.path.isdir(pool.tokenizer) else ""
+    bases = [pool.base, *(source.base for source in sources)]
+    return vocabularies.choose(
+        members,
+        [os.path.realpath(os.path.expanduser(each)) for each in bases if each],
+        rows=min((int(source.architecture.get("vocab") or 0) for source in sources), default=0),
+        chat=pool.chat,
+    )
+
+
+def model_directories(config: Config, sources: Sequence[Source]) -> list[str]:
+    """The Hugging Face directories whose configs say how the models are used."""
+    found = [config.pool.base, *(source.directory for source in sources)]
+    return [each for each in dict.fromkeys(found) if each]
