@@ -51,6 +51,7 @@ def default() -> Config:
     # the base or of the first Hugging Face checkpoint, or bytes where the model has 256 tokens.
     config.pool.tokenizer = ""
     config.pool.chat = False  # put each prompt into the tokenizer's chat template
+    config.pool.chat_template = ""  # which, of several; "": `default`, or the only one
     config.pool.system = ""  # system message of the chat template; "": the template's own
     # Where the pool lives: "device"; "host", pinned memory; "disk", read once per step, so that
     # evaluate.candidates_per_step says how often; "auto", the first of them that fits. The scores

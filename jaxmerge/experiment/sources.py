@@ -14,6 +14,7 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.tokenizer import check_same_vocabulary, is_in
 from jaxmerge.hosts import processes, watch
+from jaxmerge.sharding import all_devices
 
 
 def start_jax(config: Config) -> None:
@@ -27,6 +28,7 @@ def start_jax(config: Config) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    all_devices()  # or there are none
     if processes.several():
         watch.begin(jax.process_index(), jax.process_count(), processes.from_first)
     elif jax.process_count() > 1:
@@ -56,7 +58,7 @@ def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source
         dtype=pool.dtype,
         by_tensor=by_tensor,
     )
-    directories = [pool.base] if pool.base else []
+    directories = [base_of(config)] if pool.base else []
     directories += [source.path for source in sources if source.format != "orbax"]
     with_tokenizer = [directory for directory in directories if is_in(directory)]
     if with_tokenizer:
@@ -66,7 +68,12 @@ def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source
     return sources
 
 
+def base_of(config: Config) -> str:
+    """The directory that `pool.base` names; "": none."""
+    return os.path.expanduser(config.pool.base)
+
+
 def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
     """Where the pool's Hugging Face configuration and tokenizer are; "": nowhere."""
     of_sources = [source.directory for source in sources if source.directory]
-    return config.pool.base or (of_sources[0] if of_sources else "")
+    return base_of(config) or (of_sources[0] if of_sources else "")

@@ -75,7 +75,7 @@ def jsonl(
 def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a file, each with where it stands."""
     try:
-        text = epath.Path(path).read_text()
+        text = epath.Path(path).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise JaxmergeError("the file can't be read", where=path, found=str(error)) from error
     lines = []

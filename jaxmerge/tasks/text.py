@@ -34,7 +34,7 @@ def text(*, path: str, search: int = 192, test: int = 1000, chunk_bytes: int = 2
             found=str(chunk_bytes),
         )
     try:
-        content = epath.Path(path).read_bytes().decode()
+        content = epath.Path(path).expanduser().read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise JaxmergeError("the file can't be read", where=path, found=str(error)) from error
     examples = [Example(chunk) for chunk in _chunks(content.encode(), chunk_bytes)]
