@@ -42,6 +42,20 @@ def check_least(where: str, value: int, least: int) -> None:
         raise JaxmergeError(f"must be at least {least}", where=where, found=str(value))
 
 
+def check_text(where: str, *texts: str) -> None:
+    """Raises `JaxmergeError` for a text with half of a surrogate pair, which no tokenizer reads."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise JaxmergeError(
+                "a text has half of a surrogate pair, which is no character",
+                where=where,
+                expected=r"whole characters, such as \ud83d\ude00 in JSON",
+                found=ascii(text[max(error.start - 20, 0) : error.start + 20]),
+            ) from error
+
+
 # What a system says no to, and what helps. The rest of its errors would be ours.
 _WAYS_OUT = {
     errno.ENOSPC: "room on that disk; the same command goes on from what is finished",

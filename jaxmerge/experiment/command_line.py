@@ -123,7 +123,14 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
         said = str(error.args[0] if error.args else error)
         with contextlib.suppress(SyntaxError, ValueError):
             said = str(ast.literal_eval(said))  # a KeyError has its message in quotation marks
-        raise JaxmergeError(said, where="command line or config file") from error
+        if isinstance(error, KeyError) and " " not in said:  # the name alone
+            raise JaxmergeError(
+                "there is no such field to set",
+                where="command line or config file",
+                expected=f"a field that the config file sets; {FIELDS}",
+                found=said,
+            ) from error
+        raise JaxmergeError(said, where="command line or config file", expected=FIELDS) from error
     if len(rest) > 1 and not members:
         raise JaxmergeError("these arguments are no flags", found=" ".join(rest[1:]))
     if not flags.FLAGS["verbosity"].present:
@@ -138,12 +145,18 @@ def _at_home(argument: str) -> str:
     return flag + equals + os.path.expanduser(path) if named else argument
 
 
+def _is_no_repetition(record: python_logging.LogRecord) -> bool:
+    """Orbax tells, with a trace, of an error that it raises then."""
+    return "run() raised an exception" not in str(record.msg)
+
+
 def _quiet() -> None:
     """Orbax tells of each file it opens, and of each read that it gives up on a damaged one;
     transformers of PyTorch, which nothing here needs.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(_is_no_repetition)
     python_logging.getLogger("asyncio").disabled = True
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)

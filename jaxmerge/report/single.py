@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from jaxmerge.report import analyses, markup, page, plots, tables, unfinished
+from jaxmerge.report import analyses, answers, markup, page, plots, tables, unfinished
 from jaxmerge.report.reading import Json, Run, models, read
 
 _INTERVALS = (
@@ -55,6 +55,7 @@ def _finished(run: Run, results: Json) -> str:
         tables.weights_section(run, results),
         tables.groups_section(run, results),
         tables.scores_section(run, results),
+        answers.section(run),
         tables.paired_section(run, results),
         tables.heldout_section(run, results),
         analyses.sections(run, results),
@@ -75,6 +76,7 @@ def _unfinished(run: Run, now: datetime.datetime) -> str:
     body = [
         f'<header class="unfinished"><h1>{title}</h1><p class="lead">{lead}</p>',
         markup.note(f"Written {now:%Y-%m-%d %H:%M:%S} UTC. {unfinished.CAUTION} {tables.aim(run)}"),
+        markup.warnings(run.outputs.get("warnings", ())),
         "</header><main>",
         unfinished.progress_section(run),
     ]
@@ -84,6 +86,7 @@ def _unfinished(run: Run, now: datetime.datetime) -> str:
             markup.section("Search", markup.figure("curve", _CURVE, "low")),
             unfinished.scores_section(run, so_far),
         ]
+    body.append(answers.section(run))
     body += [markup.section("How it is made", tables.pool_and_config(run)), "</main>"]
     data = {**plots.of_run(run, so_far, unfinished.front(run)), "analyses": {}}
     return page.assemble(f"jaxmerge: {title}", "".join(body), data, "run.js")
