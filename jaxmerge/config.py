@@ -167,6 +167,10 @@ def default() -> Config:
     # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
+    # Memory of the check that a merge still speaks, see jaxmerge.evaluation.speech: of one that was
+    # searched, it takes none; merges with given weights whose models are larger are not asked. 0:
+    # none is asked.
+    config.export.speech_bytes = 2**32
     config.export.shard_bytes = 5_000_000_000  # of a Hugging Face weights file, at most
 
     config.report = ml_collections.ConfigDict()

@@ -182,15 +182,35 @@ class Evaluator:
         if waiting is not None:
             yield self._collect(*waiting)
 
+    def ask(
+        self, weights_PxK: Float[np.ndarray, "P *G K"], requests: Sequence[Request]
+    ) -> list[tuple[Response, ...]]:
+        """What each candidate answers to requests of no task."""
+        prepared, answered = self._responder.prepare(requests), []
+        for start in range(0, len(weights_PxK), self.candidates_per_step):
+            weights_CxK = weights_PxK[start : start + self.candidates_per_step]
+            (outputs,) = self._asked(weights_CxK, [prepared])
+            answered += self._responder.answers(prepared, outputs, len(weights_CxK)).responses
+        return answered
+
+    def first_requests(self, count: int) -> list[Request]:
+        """The first requests of the tasks, as many of each, at most so many in all."""
+        share = -(-count // max(len(self._tasks), 1))
+        firsts = [request for asked in self._tasks for request in asked.prepared.requests[:share]]
+        return firsts[:count]
+
     def _launch(self, weights_CxK: np.ndarray) -> tuple[int, list[Outputs]]:
-        count = len(weights_CxK)
+        return len(weights_CxK), self._asked(weights_CxK, [each.prepared for each in self._tasks])
+
+    def _asked(self, weights_CxK: np.ndarray, prepared: Sequence[Prepared]) -> list[Outputs]:
+        """What the devices are to find out about candidates of one step."""
         # The last step is filled up with a candidate it has: every step has the same shape.
-        filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - count, axis=0)
+        filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - len(weights_CxK), axis=0)
         merged = self._merge(np.concatenate([weights_CxK, filling]))
-        outputs = [self._responder.launch(asked.prepared, merged) for asked in self._tasks]
+        outputs = [self._responder.launch(each, merged) for each in prepared]
         if isinstance(self._merge, ResidentMerger):
             self._merge.give_back(merged)
-        return count, outputs
+        return outputs
 
     def _collect(self, count: int, outputs: list[Outputs]) -> Step:
         scores, written_C = {}, np.zeros(count, np.int64)

@@ -91,8 +91,13 @@ def merge(config: Config, workdir: str, command: str, out: str = "") -> None:
 
     entry.keep_traces_in(workdir)
     mode.set_up_host(config)
-    for path in mode.merge(config, workdir, command, out):
-        print(f"Merged: {path}")
+    written = mode.merge(config, workdir, command, out)
+    for path in written:
+        print(f"Merged: {path}", flush=True)
+    if config.export.speech_bytes:
+        from jaxmerge.experiment import speech
+
+        speech.of_merge(config, Path(workdir), written)
 
 
 def _connect(workdir: str) -> None:

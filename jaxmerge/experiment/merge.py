@@ -225,7 +225,9 @@ def _by_leaf(
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
             card=functools.partial(_card_of_stream, leaves, each.weights, command),
-            **{**config.export, "formats": tuple(wanted)},
+            formats=wanted,
+            dtype=config.export.dtype,
+            shard_bytes=config.export.shard_bytes,
         )
         if finished and compare and each is merges[-1]:
             for name in named_leaves(leaves.abstract):

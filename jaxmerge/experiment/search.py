@@ -16,7 +16,7 @@ from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
 from jaxmerge.evaluation.evaluator import Sample
-from jaxmerge.experiment import budget, phases, results
+from jaxmerge.experiment import budget, phases, results, speech
 from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
@@ -76,6 +76,10 @@ def search(
             findings = results.collect(
                 directory, pool.names, objective, prepared.bounds, tested, names
             )
+        with _timed(seconds, "speech"):
+            silent = speech.of_search(config, prepared, tested.winner)
+            odd += [silent] if silent else []
+            _say([silent] if silent else [])
         said = {"command": command, "warnings": [*prepared.warnings, *odd]}
         findings = {"version": 2, **said, **findings, "analyses": analysed}
         with _timed(seconds, "export"):
@@ -107,7 +111,9 @@ def _export_winner(
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
         card=lambda: card.of_search(records, findings),
-        **config.export,
+        formats=config.export.formats,
+        dtype=config.export.dtype,
+        shard_bytes=config.export.shard_bytes,
     )
 
 
