@@ -36,7 +36,8 @@ def default() -> Config:
 
     config.pool = ml_collections.ConfigDict()
     # Directories or patterns, such as ("pools/quickstart/*",), of Orbax, of Hugging Face
-    # (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike. --mode=evaluate takes any.
+    # (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike. --mode=evaluate
+    # takes any.
     config.pool.checkpoints = ()
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves.
@@ -52,6 +53,7 @@ def default() -> Config:
     # or bytes where the model has 256 tokens. A directory's is exported too.
     config.pool.tokenizer = ""
     config.pool.chat = False  # put each prompt into the tokenizer's chat template
+    config.pool.chat_template = ""  # which, of several; "": `default`, or the only one
     config.pool.system = ""  # system message of the chat template; "": the template's own
     # Where the pool lives: "device"; "host", pinned memory; "disk", read once per step, so that
     # evaluate.candidates_per_step says how often; "auto", the first of them that fits. The scores
@@ -174,6 +176,10 @@ def default() -> Config:
     # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
+    # Memory of the check that a merge still speaks, see jaxmerge.evaluation.speech: of one that was
+    # searched, it takes none; merges with given weights whose models are larger are not asked. 0:
+    # none is asked.
+    config.export.speech_bytes = 2**32
     config.export.shard_bytes = 5_000_000_000  # of a Hugging Face weights file, at most
 
     config.report = ml_collections.ConfigDict()

@@ -9,8 +9,12 @@ program, importing this module adds the name.
 
 from __future__ import annotations
 
+from jaxmerge import entry
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    entry.begin()
+
 import os
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -99,7 +103,7 @@ class JaxmergeLM(LM):
         super().__init__()
         source = _source(path, subtree, base)
         model = _model(source)
-        directory = tokenizer or _directory_of(source)
+        directory = os.path.expanduser(tokenizer) or _directory_of(source)
         mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
         (tree,) = load([source], mesh, model.sharding_rules, dtype=dtype).trees
         self._merged = linear.program(tree, population=True)((tree,), jnp.ones((1, 1)))
@@ -233,11 +237,7 @@ def main() -> None:
     """The command `lm_eval`, which knows the model `jaxmerge` too."""
     from lm_eval.__main__ import cli_evaluate
 
-    try:
-        cli_evaluate()
-    except JaxmergeError as error:
-        print(f"lm_eval: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli_evaluate()
 
 
 if __name__ == "__main__":

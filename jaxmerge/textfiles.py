@@ -45,7 +45,7 @@ def read_bytes(path: epath.PathLike) -> bytes:
         JaxmergeError: the file can't be read.
     """
     try:
-        return epath.Path(path).read_bytes()
+        return epath.Path(path).expanduser().read_bytes()
     except OSError as error:
         raise JaxmergeError(
             "the file can't be read", where=str(path), found=error.strerror or str(error)

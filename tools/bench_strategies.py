@@ -219,7 +219,7 @@ def _paired(
         {task: np.mean([of[s].samples[task] for s in seeds], axis=0) for task in objective.tasks}
         for of in (ours, theirs)
     ]
-    compared = stats.paired(*means, objective)
+    compared = stats.paired(means[0], means[1], objective)
     return {
         "delta": compared.delta,
         "ci95_examples": (compared.low, compared.high),

@@ -97,10 +97,10 @@ def export(
     Returns:
         The directories of all formats that are there now.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     wanted = [name for name in formats if name != "huggingface" or like]
     there = processes.from_first(
-        lambda: json.dumps([name for name in wanted if (path / name).exists()]).encode()
+        lambda: json.dumps([name for name in wanted if (path / name).is_dir()]).encode()
     )
     missing = [name for name in wanted if name not in json.loads(there)]
     if "orbax" in missing:

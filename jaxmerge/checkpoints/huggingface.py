@@ -242,7 +242,7 @@ def publish(
     _write_index(new, files)
     _copy(Path(like), new, _most_common(files), Path(tokenizer or like))
     if card:
-        (new / "README.md").write_text(card())
+        (new / "README.md").write_text(card(), "utf-8", errors="backslashreplace")
     _make_durable(new)
     new.rename(target)
     _sync(target.parent)

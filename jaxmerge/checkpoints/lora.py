@@ -238,7 +238,7 @@ def _whole(tensor: Tensor) -> np.ndarray:
 
 def _named_base(path: epath.Path) -> str:
     named = adapter_config.read(path).base
-    if not named or not epath.Path(named).is_dir():
+    if not named or not epath.Path(named).expanduser().is_dir():
         raise JaxmergeError(
             "the adapter's base is not here",
             where=str(path / CONFIG),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from etils import epath
 from jaxmerge.checkpoints.digest import digests
 from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, at
 from jaxmerge.trees import PyTree, map_named
 
 _METADATA = "_CHECKPOINT_METADATA"
@@ -39,18 +40,33 @@ def save(
         architecture: `Model.architecture`, so that the checkpoint can be opened by itself.
 
     Raises:
-        JaxmergeError: there is something at `path`.
+        JaxmergeError: there is something at `path`, or it can't be written.
     """
     path = absolute(path)
-    if path.exists():
-        raise JaxmergeError("there is something here already", where=str(path))
+    with at(path):
+        if path.exists():
+            raise JaxmergeError(
+                "there is something here already", where=str(path), expected="a path that is free"
+            )
     checksums = {name: digest.checksum for name, digest in digests(params).items()}
     ours: Any = {"checksums": checksums, "architecture": dict(architecture or {})}
     ocp = _orbax()
     context = ocp.Context()
     context.array.saving.use_compression = False
-    with context:
+    with at(path), _system_errors(), context:
         ocp.save(path, params, custom_metadata={"jaxmerge": ours})
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """What the system refuses, as an `OSError`: tensorstore only puts the number in its text."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def recognises(path: epath.Path) -> bool:

@@ -366,13 +366,20 @@ def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:
     """One leaf of a checkpoint, as stored; see `load` for what is checked of a whole one."""
     placed = map_named(
         lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        _branch(source.abstract, name.split("/")),
+        _branch(source.abstract, name),
     )
     return named_leaves(FORMATS[source.format].restore(source, placed))[name]
 
 
-def _branch(tree: PyTree, path: Sequence[str]) -> PyTree:
-    """The part of a tree of dicts that leads to one leaf."""
-    if not path or not isinstance(tree, Mapping):
+def _branch(tree: PyTree, name: str) -> PyTree:
+    """The part of a tree of dicts that leads to one leaf; keys may have a slash in them."""
+    if not isinstance(tree, Mapping):
         return tree
-    return {path[0]: _branch(tree[path[0]], path[1:])}
+    keys = [key for key in tree if f"{name}/".startswith(f"{key}/")]
+    if len(keys) > 1:
+        keys = [key for key in keys if _rest(name, key) in named_leaves(tree[key])]
+    return {keys[0]: _branch(tree[keys[0]], _rest(name, keys[0]))}
+
+
+def _rest(name: str, key: str) -> str:
+    return name[len(f"{key}/") :]

@@ -175,8 +175,8 @@ class SoftScore:
             score = program(self._model, self._mesh, of.kind)
             sums = [self._started(score(merged, *each)) for each in self._arrays[name]]
             count = sum(each.examples for each in of.minibatches)
-            total_F = sum(processes.fetch(each).astype(np.float64).sum(0) for each in sums) / count
-            found[name] = dict(zip(FORMS, total_F.tolist()))
+            sums_CxF = np.concatenate([processes.fetch(each).astype(np.float64) for each in sums])
+            found[name] = dict(zip(FORMS, (sums_CxF.sum(axis=0) / count).tolist()))
         self._give_back(merged)
         return found
 

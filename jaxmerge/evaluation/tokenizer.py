@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,6 +79,10 @@ def plain(prompt: Prompt) -> str:
     return "".join(question + answer for question, answer in prompt.shots) + prompt.text
 
 
+class _Refused(Exception):
+    """A chat template raised something; says what."""
+
+
 class Pretrained:
     """The tokenizer of a Hugging Face directory, through `transformers.AutoTokenizer`.
 
@@ -90,9 +95,11 @@ class Pretrained:
         chat: whether prompts are messages of a user, put into the chat template, or plain text.
         system: the system message before each; "": whatever the template does without one.
         models: directories of models whose configs say which tokens end a text, besides this one.
+        template: the name of one of several chat templates; "": `default`, or the only one.
 
     Raises:
-        JaxmergeError: there is no tokenizer, no chat template, or no token that ends a text.
+        JaxmergeError: there is no tokenizer, no chat template, or no token that ends a text; the
+            template has a mistake, or refuses the system message.
     """
 
     def __init__(
@@ -101,12 +108,15 @@ class Pretrained:
         *,
         chat: bool = False,
         system: str = "",
+        template: str = "",
         models: Sequence[str] = (),
     ):
+        directory = os.path.expanduser(directory)
         self._tokenizer = _load(directory)
         self._chat, self._system, self._directory = chat, system, directory
+        self._named = template
         if chat:
-            self._is_chat(Prompt(""))
+            self._in_template(self._messages(Prompt("?")), tokenize=False)
         ends = _ids(self._tokenizer.eos_token_id)
         ends += [i for each in dict.fromkeys([directory, *models]) for i in _ends_of_model(each)]
         ends += self._end_of_turn()
@@ -125,12 +135,7 @@ class Pretrained:
 
     def prompt(self, prompt: Prompt) -> list[int]:
         if self._is_chat(prompt):
-            return self._tokenizer.apply_chat_template(
-                self._messages(prompt),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
+            return self._in_template(self._messages(prompt), tokenize=True, return_dict=False)
         text = plain(prompt)
         if prompt.form == "bare" or (self._begins and text.startswith(self._begins)):
             return self.encode(text)
@@ -172,8 +177,24 @@ class Pretrained:
 
     @property
     def template(self) -> str:
-        """The chat template; "" where there is none."""
-        return self._tokenizer.chat_template or ""
+        """The chat template; "" where there is none.
+
+        Raises:
+            JaxmergeError: there are several, and it is not known which is meant.
+        """
+        found = self._tokenizer.chat_template or ""
+        if not isinstance(found, dict):
+            return found
+        named = self._named or "default"
+        if named not in found:
+            raise JaxmergeError(
+                "there are several chat templates, and "
+                + (f"none is called {named}" if self._named else "none is the default"),
+                where=self._directory,
+                expected=f"pool.chat_template: one of {', '.join(sorted(found))}",
+                found=f"pool.chat_template = {self._named!r}",
+            )
+        return found[named]
 
     def render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -190,22 +211,63 @@ class Pretrained:
         Raises:
             JaxmergeError: there is no chat template, or it refuses the messages.
         """
-        self._is_chat(Prompt("", form="chat"))
-        import jinja2  # late: a merge of files starts sooner without it
+        options = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return self._rendered(messages, **options)
+        except _Refused as refused:
+            without = [message for message in messages if message["role"] != "system"]
+            if len(without) == len(messages):
+                raise self._refusal(refused) from refused
+        try:
+            return self._rendered(without, **options)
+        except _Refused as refused:
+            raise self._refusal(refused) from refused
 
-        without = [message for message in messages if message["role"] != "system"]
-        for kept in (messages, without):
+    def _in_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        """Messages in the chat template, where an answer begins.
+
+        Raises:
+            JaxmergeError: the template refuses them, or the system's message, or has a mistake.
+        """
+        options["add_generation_prompt"] = True
+        try:
+            return self._rendered(messages, **options)
+        except _Refused as refused:
+            if not self._system:
+                raise self._refusal(refused) from refused
             try:
-                return self._tokenizer.apply_chat_template(
-                    list(kept),
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            except jinja2.TemplateError as error:
-                refused = error
-        raise JaxmergeError(
-            "the chat template refuses the messages", where=self._directory, found=str(refused)
+                self._rendered(messages[1:], **options)
+            except _Refused as without:
+                raise self._refusal(without) from without
+            raise JaxmergeError(
+                "the chat template refuses a system message",
+                where=self._directory,
+                expected='pool.system = ""; what it should say can stand in the prompts of tasks',
+                found=f"pool.system = {self._system!r}, of which the template says: {refused}",
+            ) from refused
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        self._is_chat(Prompt("", form="chat"))
+        template = self.template
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), chat_template=template, **options
+            )
+        except Exception as error:  # a template is a program of others: it can raise anything
+            number = getattr(error, "lineno", None)  # of a mistake of syntax
+            line = f", line {number}" if number else ""
+            raise _Refused(f"{type(error).__name__}{line}: {error}") from error
+
+    def _refusal(self, refused: _Refused) -> JaxmergeError:
+        return JaxmergeError(
+            "the chat template can't be filled in",
+            where=self._directory,
+            expected="a template without mistakes that takes these turns; or pool.chat = False",
+            found=str(refused),
         )
 
     def _end_of_turn(self) -> list[int]:
@@ -233,7 +295,8 @@ class Pretrained:
             raise JaxmergeError(
                 "the tokenizer has no chat template",
                 where=self._directory,
-                expected="pool.chat=False, and no task of form chat",
+                expected="pool.chat = False, and no task of form chat; or pool.tokenizer: a "
+                "directory whose tokenizer has one",
             )
         return chat
 

@@ -91,7 +91,7 @@ def build_tokenizer(
         JaxmergeError: there is none.
     """
     pool = config.pool
-    named = pool.tokenizer or directory
+    named = os.path.expanduser(pool.tokenizer) or directory
     if named == "bytes" or (not named and model.vocabulary in (0, Bytes.vocabulary)):
         return Bytes()
     if not named:
@@ -101,7 +101,13 @@ def build_tokenizer(
             expected='a Hugging Face directory here or in pool.base, "bytes", or "module:function"',
         )
     if os.path.isdir(named):
-        return Pretrained(named, chat=pool.chat, system=pool.system, models=models)
+        return Pretrained(
+            named,
+            chat=pool.chat,
+            system=pool.system,
+            template=pool.chat_template,
+            models=models,
+        )
     if ":" not in named:
         raise JaxmergeError("there is no such directory", where="pool.tokenizer", found=named)
     return configs.imported(named, "pool.tokenizer")()

@@ -21,6 +21,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator
 from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.experiment import results
+from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.build import (
     bounds_of,
     build_limits,
@@ -94,13 +95,18 @@ def evaluate(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
         print(f"jaxmerge: {warning}", file=sys.stderr)
     with closing(open_directory(config, workdir, orbax=False)) as directory:
         record_tasks(directory, [*tasks, *heldout])
-        mesh, entries = _mesh(config), []
+        mesh, entries, answers = _mesh(config), [], Answers(directory, "test")
         for k, subject in enumerate(subjects):
             if k == len(directory.candidates):
-                _score(config, directory, subject, [*tasks, *heldout], mesh)
+                _score(config, directory, subject, [*tasks, *heldout], mesh, answers)
             entries.append(_entry(config, directory, k, subject.source))
             findings = {**head, "checkpoints": entries, **results.environment()}
             directory.write_json("evaluation.json", findings)
+        odd = answers.warn(directory.candidates, head["bounds"])
+        findings["warnings"] = [*head["warnings"], *odd]
+        directory.write_json("evaluation.json", findings)
+    for warning in odd if processes.first() else ():
+        print(f"jaxmerge: {warning}", file=sys.stderr)
     return findings
 
 
@@ -160,7 +166,12 @@ def _mesh(config: Config) -> Mesh:
 
 
 def _score(
-    config: Config, directory: RunDirectory, subject: _Subject, tasks: Sequence[Task], mesh: Mesh
+    config: Config,
+    directory: RunDirectory,
+    subject: _Subject,
+    tasks: Sequence[Task],
+    mesh: Mesh,
+    answers: Answers,
 ) -> None:
     """Loads a checkpoint, records what it is and how it scores, and lets it go."""
     started = time.perf_counter()
@@ -183,7 +194,9 @@ def _score(
         limits=build_limits(config, subject.directory),
         vmap_candidates=1,
     )
-    ((scores, written_C),) = evaluator.steps(np.ones((1, 1), np.float32))
+    (step,) = evaluator.steps(np.ones((1, 1), np.float32))
+    scores, written_C = step.scores, step.written_C
+    answers.add(source.name, step.samples[0])
     _record(directory, pool.records[0])
     k = len(directory.candidates)
     candidate = Candidate(

@@ -26,7 +26,7 @@ from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment.records import record_pool
+from jaxmerge.experiment.records import record_pool, say_unlocked
 from jaxmerge.experiment.sources import (
     find_checkpoints,
     huggingface_directory,
@@ -37,6 +37,7 @@ from jaxmerge.merge.linear import linear
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming import merge as streaming
 from jaxmerge.streaming.merge import Output
+from jaxmerge.trees import named_leaves
 
 _SUM_ERROR = 1e-3  # of weights that were written down with four digits; it changes nothing
 
@@ -68,6 +69,7 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     Raises:
         JaxmergeError: anything that the user can mend.
     """
+    workdir, out = os.path.expanduser(workdir), os.path.expanduser(out)
     configs.check_pool(config)
     start_jax(config)
     in_blocks, by_leaf = _paths(config)
@@ -81,10 +83,14 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
         _check_place(Path(out), Path(workdir), merges, config.export.formats)
     written = []
     with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
+        say_unlocked(directory)
         if in_blocks:
             written += _in_blocks(config, sources, merges, directory, command, out)
         if by_leaf and not (out and Path(out).exists()):
-            paths, records = _by_leaf(config, by_leaf, whole, merges, directory.path, command)
+            path = directory.path
+            paths, records = _by_leaf(
+                config, by_leaf, whole, merges, path, command, compare=not in_blocks
+            )
             written += paths
             if not in_blocks:
                 record_pool(directory, records)
@@ -222,9 +228,17 @@ def _by_leaf(
     merges: Sequence[Merge],
     directory: Path,
     command: str,
+    *,
+    compare: bool,
 ) -> tuple[list[Path], tuple[Record, ...]]:
-    """Writes the other formats, one merge after the other; what `pool.json` says besides."""
+    """Writes the other formats, one merge after the other; what `pool.json` says besides.
+
+    Args:
+        compare: of merges that are all there, read the checkpoints to be compared with what it
+            says; a merge in blocks has done so.
+    """
     written, records = [], ()
+    finished = all((directory / each.path / name).is_dir() for each in merges for name in wanted)
     for each in merges:
         leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
         weights = np.asarray(each.weights, np.float32)
@@ -236,9 +250,15 @@ def _by_leaf(
             like=huggingface_directory(config, sources),
             tokenizer=tokenizer_directory(config, sources),
             card=functools.partial(_card_of_stream, leaves, each.weights, command),
-            **{**config.export, "formats": tuple(wanted)},
+            formats=wanted,
+            dtype=config.export.dtype,
+            shard_bytes=config.export.shard_bytes,
         )
-        records = leaves.records()
+        if finished and compare and each is merges[-1]:
+            for name in named_leaves(leaves.abstract):
+                leaves(name)
+        if leaves.read:  # not of a merge that was there
+            records = leaves.records()
     return written, records
 
 

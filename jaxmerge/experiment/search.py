@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from jaxmerge import report
 from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
-from jaxmerge.experiment import phases, results
+from jaxmerge.evaluation.evaluator import Sample
+from jaxmerge.experiment import phases, results, speech
+from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
@@ -23,7 +25,7 @@ from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate
 from jaxmerge.scores import formatting
 from jaxmerge.search import baselines
-from jaxmerge.search.archive import Archive
+from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import Setting
 
 
@@ -46,13 +48,15 @@ def search(
         prepared = prepare(config, workdir, held)
     directory, pool = prepared.directory, prepared.pool
     read_before = pool.traffic()
-    for warning in prepared.warnings if processes.first() else ():
-        print(f"jaxmerge: {warning}", file=sys.stderr)
+    _say(prepared.warnings)
 
     with closing(directory), phases.live(config, prepared) as live:
-        archive = Archive(directory, prepared.evaluators, live.candidates)
+        answers = Answers(directory, "search")
+        archive = Archive(directory, prepared.evaluators, live.candidates, _individuals_to(answers))
         with _timed(seconds, "individuals"):
             individuals = baselines.individuals(archive, pool.names)
+            odd = answers.warn(individuals, prepared.bounds)
+            _say(odd)
             objective = prepared.objective.measured_by([one.scores for one in individuals])
             form = formatting.of_objective(objective, prepared.bounds)
             live.rate(objective, form, individuals)
@@ -75,7 +79,11 @@ def search(
             findings = results.collect(
                 directory, pool.names, objective, prepared.bounds, tested, names
             )
-        said = {"command": command, "warnings": list(prepared.warnings)}
+        with _timed(seconds, "speech"):
+            silent = speech.of_search(config, prepared, tested.winner)
+            odd += [silent] if silent else []
+            _say([silent] if silent else [])
+        said = {"command": command, "warnings": [*prepared.warnings, *odd]}
         findings = {"version": 2, **said, **findings, "analyses": analysed}
         with _timed(seconds, "export"):
             _export_winner(config, prepared, tested.winner, findings)
@@ -105,8 +113,25 @@ def _export_winner(
         like=huggingface_directory(config, prepared.sources),
         tokenizer=tokenizer_directory(config, prepared.sources),
         card=lambda: card.of_search(records, findings),
-        **config.export,
+        formats=config.export.formats,
+        dtype=config.export.dtype,
+        shard_bytes=config.export.shard_bytes,
     )
+
+
+def _say(warnings: Sequence[str]) -> None:
+    for warning in warnings if processes.first() else ():
+        print(f"jaxmerge: {warning}", file=sys.stderr)
+
+
+def _individuals_to(answers: Answers) -> Callable[[Request, Mapping[str, Sample]], None]:
+    """Keeps what checkpoints by themselves said; merges say too much."""
+
+    def keep(asked: Request, samples: Mapping[str, Sample]) -> None:
+        if asked.origin == "individual":
+            answers.add(asked.name, samples)
+
+    return keep
 
 
 @contextmanager

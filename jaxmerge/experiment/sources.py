@@ -15,6 +15,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation import vocabularies
 from jaxmerge.evaluation.tokenizer import check_same_vocabulary, is_in
 from jaxmerge.hosts import processes, watch
+from jaxmerge.sharding import all_devices
 
 
 def start_jax(config: Config) -> None:
@@ -28,6 +29,7 @@ def start_jax(config: Config) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    all_devices()  # or there are none
     if processes.several():
         watch.begin(jax.process_index(), jax.process_count(), processes.from_first)
     elif jax.process_count() > 1:
@@ -63,10 +65,15 @@ def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source
     return sources
 
 
+def base_of(config: Config) -> str:
+    """The directory that `pool.base` names; "": none."""
+    return os.path.expanduser(config.pool.base)
+
+
 def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
     """Where the pool's Hugging Face configuration and tokenizer are; "": nowhere."""
     of_sources = [source.directory for source in sources if source.directory]
-    return config.pool.base or (of_sources[0] if of_sources else "")
+    return base_of(config) or (of_sources[0] if of_sources else "")
 
 
 def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
@@ -79,10 +86,11 @@ def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
     """
     pool = config.pool
     members = [os.path.realpath(each.path) for each in sources if each.format != "orbax"]
-    if pool.tokenizer:
+    named = os.path.expanduser(pool.tokenizer)
+    if named:
         check_same_vocabulary([each for each in members if is_in(each)])
-        return pool.tokenizer if os.path.isdir(pool.tokenizer) else ""
-    bases = [pool.base, *(source.base for source in sources)]
+        return named if os.path.isdir(named) else ""
+    bases = [base_of(config), *(source.base for source in sources)]
     return vocabularies.choose(
         members,
         [os.path.realpath(os.path.expanduser(each)) for each in bases if each],
@@ -93,5 +101,5 @@ def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
 
 def model_directories(config: Config, sources: Sequence[Source]) -> list[str]:
     """The Hugging Face directories whose configs say how the models are used."""
-    found = [config.pool.base, *(source.directory for source in sources)]
+    found = [base_of(config), *(source.directory for source in sources)]
     return [each for each in dict.fromkeys(found) if each]

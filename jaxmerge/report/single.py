@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from jaxmerge.report import analyses, markup, page, plots, tables, unfinished
+from jaxmerge.report import analyses, answers, markup, page, plots, tables, unfinished
 from jaxmerge.report.reading import Json, Run, models, read
 
 _INTERVALS = (
@@ -60,6 +60,7 @@ def _finished(run: Run, results: Json) -> str:
         tables.weights_section(run, results),
         tables.groups_section(run, results),
         tables.scores_section(run, results),
+        answers.section(run),
         tables.paired_section(run, results),
         tables.heldout_section(run, results),
         analyses.sections(run, results),
@@ -80,6 +81,7 @@ def _unfinished(run: Run, now: datetime.datetime) -> str:
     body = [
         f'<header class="unfinished"><h1>{title}</h1><p class="lead">{lead}</p>',
         markup.note(f"Written {now:%Y-%m-%d %H:%M:%S} UTC. {unfinished.CAUTION} {tables.aim(run)}"),
+        markup.warnings(run.outputs.get("warnings", ())),
         "</header><main>",
         unfinished.progress_section(run),
     ]
@@ -89,6 +91,7 @@ def _unfinished(run: Run, now: datetime.datetime) -> str:
             _search_section(run),
             unfinished.scores_section(run, so_far),
         ]
+    body.append(answers.section(run))
     body += [markup.section("How it is made", tables.pool_and_config(run)), "</main>"]
     data = {**plots.of_run(run, so_far, unfinished.front(run)), "analyses": {}}
     return page.assemble(f"jaxmerge: {title}", "".join(body), data, "run.js")

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.evaluator import Evaluator, Sample
 from jaxmerge.evaluation.remember import Remembering
 from jaxmerge.rundir import Candidate, RunDirectory, Weights, as_weights
 from jaxmerge.search.slices import Keep, Slices, score
@@ -75,6 +75,7 @@ class Archive:
         directory: whose log is read and continued.
         evaluators: by split.
         on_candidates: told of every group of candidates, as soon as their scores are known.
+        on_samples: told what a request that is evaluated now has said, before that is recorded.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class Archive:
         directory: RunDirectory,
         evaluators: Mapping[str, Evaluator | Remembering],
         on_candidates: Callable[[Sequence[Candidate]], None] = lambda candidates: None,
+        on_samples: Callable[[Request, Mapping[str, Sample]], None] = lambda asked, samples: None,
     ):
         self._directory, self._evaluators, self._tell = directory, evaluators, on_candidates
+        self._tell_samples = on_samples
         self._next = 0  # the id of the next candidate to be asked for
 
     @property
@@ -203,6 +206,8 @@ class Archive:
                     means = {task: _mean(s) for task, s in row.items()}
                     written = int(step.written_C[place])
                     new[requests[i].key] = _Scored(row, means, seconds, evaluator.read, written)
+                    if step.samples:
+                        self._tell_samples(requests[i], step.samples[place])
             asked, scored = requests[group.start : group.stop], []
             for i, request in enumerate(asked, group.start):
                 one = new.get(request.key)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_text
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.judges import JUDGES
 from jaxmerge.tasks.kinds import TextJudge, generation, multiple_choice
@@ -96,9 +96,11 @@ def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _example(line: dict[str, Any], where: str, prompt: str, target: str, choices: str) -> Example:
     question, answers = _filled(prompt, line, where)[0], _filled(target, line, where)
+    check_text(where, question, *answers)
     if not choices:
         return Example(question, answers[0], data={**line, "targets": answers})
     options = tuple(map(_text, _field(line, choices, where, list)))
+    check_text(where, *options)
     right = answers[0]
     single = _SINGLE.fullmatch(target)
     place = _field(line, single[1], where, object) if single else None

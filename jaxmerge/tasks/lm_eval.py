@@ -13,6 +13,7 @@ import functools
 import importlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -88,7 +89,7 @@ def lm_eval(
             is a group, runs what models write, or shows images; its data can't be had; few-shot
             examples would come from the documents that are scored.
     """
-    where = f"task {task}"
+    where, task = f"task {task}", os.path.expanduser(task)
     found = _load(task, where)
     _check_kind(found, form, where)
     _set_shots(found, num_fewshot, where)

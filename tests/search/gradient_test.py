@@ -13,7 +13,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.rows import Limits
 from jaxmerge.evaluation.soft import FORMS, Slope, SoftScore
 from jaxmerge.evaluation.tokenizer import Bytes
-from jaxmerge.experiment import phases
+from jaxmerge.experiment import climb
 from jaxmerge.experiment.search import search
 from jaxmerge.merge.differences import QuantisedMerger, quantised
 from jaxmerge.merge.groups import groups
@@ -27,6 +27,7 @@ from jaxmerge.search import gradient, space
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tasks import build, kinds
 from jaxmerge.tasks.common import Example, accepting, wants_texts
+from jaxmerge.tasks.requests import Likelihood, Prompt
 from jaxmerge.trees import named_leaves
 from tests import tiny
 
@@ -149,9 +150,9 @@ def test_wherever_the_pool_lives(kind, axes):
     there = soft_score(tasks, mesh=mesh, merge=elsewhere(kind, mesh)).slopes(weights, 0)["choice"]
     here = soft_score(tasks, mesh=mesh).slopes(weights, 0)["choice"]
     # Half a step of 8 bits is 1/254 of the largest difference in a block.
-    rounding = {"rtol": 0.05, "atol": 2e-3} if kind == "int8" else {"rtol": 1e-4, "atol": 1e-6}
+    rtol, atol = (0.05, 2e-3) if kind == "int8" else (1e-4, 1e-6)
     assert there.score == pytest.approx(here.score, rel=1e-2 if kind == "int8" else 1e-5)
-    np.testing.assert_allclose(there.by_weights, here.by_weights, **rounding)
+    np.testing.assert_allclose(there.by_weights, here.by_weights, rtol=rtol, atol=atol)
 
 
 def test_examples_without_an_answer_are_left_out():
@@ -176,10 +177,11 @@ def test_accepted_texts_stand_for_scores():
     assert wants_texts(judged)
     assert not wants_texts(TASKS["answer"])
     told = accepting(judged, [("ab", "e"), (), ("i",)])
-    soft = [told.soft(example) for example in told.splits["search"]]
-    assert soft[1] is None
-    assert [request.continuation for request in soft[0].requests] == ["ab", "e"]
-    assert all(request.ended for request in soft[0].requests)
+    first, second, _ = (told.soft(example) for example in told.splits["search"])
+    assert second is None
+    assert first is not None
+    prompt = Prompt(WORDS[0])
+    assert first.requests == tuple(Likelihood(prompt, text, ended=True) for text in ("ab", "e"))
     weights = some_weights()
     each = [
         soft_score([accepting(judged, [texts, (), ()])]).score(weights)["judged"]
@@ -312,7 +314,7 @@ def _within(tokens):
     ]
     config = configs.default()
     config.search.budget_tokens = tokens
-    found = phases._within_tokens(config, lambda steps: 100 * len([*steps]), 1_000, individuals)
+    found = climb._within_tokens(config, lambda steps: 100 * len([*steps]), 1_000, individuals)
     assert found == configs.settings(config)._replace(steps=found.steps)
     return found.steps
 

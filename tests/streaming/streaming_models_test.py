@@ -35,8 +35,8 @@ BERT = {
 
 def other_models() -> dict[str, Any]:
     """Models that are no causal language models, some of families that have a decoder."""
-    llama = transformers.LlamaConfig(**LLAMA, num_labels=1, pad_token_id=0)
-    bert = transformers.BertConfig(**BERT)
+    llama = transformers.LlamaConfig.from_dict({**LLAMA, "num_labels": 1, "pad_token_id": 0})
+    bert = transformers.BertConfig.from_dict(BERT)
     return {
         "reward": lambda: transformers.LlamaForSequenceClassification(llama),
         "embedding": lambda: transformers.LlamaModel(llama),
