@@ -124,7 +124,7 @@ def _within(tokens):
         for k, read in enumerate((640, 650, 8))
     ]
     config = configs.default()
-    config.search.budget_tokens = tokens
+    config.search.strategy, config.search.budget_tokens = "gradient", tokens
     found = climb._within_tokens(config, lambda steps: 100 * len([*steps]), 1_000, individuals)
     assert found == configs.settings(config)._replace(steps=found.steps)
     return found.steps
