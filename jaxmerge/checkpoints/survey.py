@@ -71,7 +71,9 @@ def survey(
     dtype: str = "",
     by_tensor: bool = False,
 ) -> tuple[Source, ...]:
-    """Finds the checkpoints of a pool and compares their metadata; reads no data.
+    """Finds the checkpoints of a pool and compares their metadata.
+
+    No data are read, but for a head that not all members of a tied model have.
 
     Args:
         patterns: see `find`; `subtree`, `base` and `by_tensor` alike.
