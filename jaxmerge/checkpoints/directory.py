@@ -157,8 +157,8 @@ def read_values(
     return None
 
 
-def check_filled(tensors: Mapping[str, Tensor], where: epath.PathLike) -> None:
-    """Raises `JaxmergeError` where tensors are of shape [0]: their values are elsewhere."""
+def check_filled(tensors: Mapping[str, Any], where: epath.PathLike) -> None:
+    """Raises `JaxmergeError` where tensors or leaves have shape [0]: they are kept elsewhere."""
     empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
     if empty:
         raise JaxmergeError(

@@ -15,7 +15,7 @@ from jaxmerge.checkpoints import directory, huggingface, lora, orbax
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.layout import COMPUTED
-from jaxmerge.trees import differences
+from jaxmerge.trees import differences, named_leaves
 
 # By the name in `Source.format`; the first that recognises a path reads it.
 FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
@@ -52,15 +52,18 @@ def find(
             checkpoints must all be such directories.
 
     Raises:
-        JaxmergeError: a path has no checkpoint, or is named twice.
+        JaxmergeError: a path has no checkpoint, or is named twice; a leaf is of shape [0].
     """
     paths = [path for pattern in patterns for path in _find(pattern)]
-    return tuple(
+    sources = tuple(
         huggingface.describe(name, path, by_tensor=True)
         if by_tensor
         else FORMATS[_format(path)].describe(name, path, subtree, base)
         for name, path in zip(_names(paths), paths)
     )
+    for source in sources:
+        directory.check_filled(named_leaves(source.abstract), source.path)
+    return sources
 
 
 def survey(
@@ -71,7 +74,9 @@ def survey(
     dtype: str = "",
     by_tensor: bool = False,
 ) -> tuple[Source, ...]:
-    """Finds the checkpoints of a pool and compares their metadata; reads no data.
+    """Finds the checkpoints of a pool and compares their metadata.
+
+    No data are read, but for a head that not all members of a tied model have.
 
     Args:
         patterns: see `find`; `subtree`, `base` and `by_tensor` alike.

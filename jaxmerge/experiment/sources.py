@@ -95,9 +95,15 @@ def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
     return vocabularies.choose(
         members,
         [os.path.realpath(os.path.expanduser(each)) for each in bases if each],
-        rows=min((int(source.architecture.get("vocab") or 0) for source in sources), default=0),
+        rows=min((_rows(source) for source in sources), default=0),
         chat=pool.chat,
     )
+
+
+def _rows(source: Source) -> int:
+    """Of the embedding; 0 where there is no decoder, which would say it."""
+    known = source.architecture.get("model") == "decoder"
+    return int(source.architecture["vocab"]) if known else 0
 
 
 def model_directories(config: Config, sources: Sequence[Source]) -> list[str]:
