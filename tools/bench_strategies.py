@@ -215,16 +215,24 @@ def _paired(
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None
-    means = [
+    mine, other = (
         {task: np.mean([of[s].samples[task] for s in seeds], axis=0) for task in objective.tasks}
         for of in (ours, theirs)
-    ]
-    compared = stats.paired(means[0], means[1], objective)
+    )
+    compared = stats.paired(mine, other, objective)
     return {
         "delta": compared.delta,
         "ci95_examples": (compared.low, compared.high),
         "ci95_seeds": interval([ours[s].test - theirs[s].test for s in seeds]),
     }
+
+
+def _cpu() -> str:
+    """The model of the processor, where Linux says it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -296,7 +304,7 @@ def report(args: argparse.Namespace, seeds: Sequence[int]) -> None:
     single = next((one["heldout"] for one in results["individuals"] if one["heldout"]), {})
     loads = [json.loads(path.read_text())["load"] for path in args.out.glob("*/bench.json")]
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "devices": results["devices"],
         "load_before_runs": [min(loads, default=None), max(loads, default=None)],
