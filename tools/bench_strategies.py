@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats as scipy_stats
 
-from jaxmerge.scores import stats
+from jaxmerge.scores import pareto, stats
 from jaxmerge.scores.objective import Objective, from_plain
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +69,10 @@ class Found(NamedTuple):
     heldout: Mapping[str, float]  # {}: it was not scored there
     tokens: int
     seconds: float | None  # of the search; None: not told apart from others
-    front: bool  # whether no candidate of the run beats it on all tasks of the search split
-    hypervolume: float | None  # of all that the run scored on the search split
+    # Of the way's own candidates and the checkpoints, on all examples of the search split: whether
+    # none dominates it, and the volume below them.
+    front: bool
+    hypervolume: float
     nonzero: float  # share of the checkpoints
 
 
@@ -130,24 +132,37 @@ def found(workdir: Path, name: str) -> Found:
     results = json.loads((workdir / "results.json").read_text())
     entries = [results["best"], *results["baselines"]]
     entry = next(one for one in entries if one["name"] == name)
+    lines = [json.loads(line) for line in (workdir / "candidates.jsonl").read_text().splitlines()]
     searched = name == "search"
+    origins = ("individual", "search" if searched else f"baseline:{name}")
+    scores_PxM = np.array(
+        [
+            [one["scores"][task] for task in results["tasks"]]
+            for one in lines
+            if (one["split"], one.get("out_of")) == ("search", None) and one["origin"] in origins
+        ]
+    )
+    own_M = np.array([entry["search"][task] for task in results["tasks"]])
+    corner_M = np.array([results["hypervolume_reference"][task] for task in results["tasks"]])
+    dominated = (scores_PxM >= own_M).all(axis=1) & (scores_PxM > own_M).any(axis=1)
     weights = np.array([*entry["weights"].values()])
     threshold = results["analyses"]["nonzero"]["threshold"]
     return Found(
         test=entry["test_objective"],
-        samples=_samples(workdir, name, results["tasks"]),
+        samples=_samples(workdir, name, results["tasks"], lines),
         heldout=entry["heldout"],
         tokens=entry["tokens"],
         seconds=results["seconds"]["search"] if searched else None,
-        front=entry["id"] in results["pareto"],
-        hypervolume=results["hypervolume"] if searched else None,
+        front=not dominated.any(),
+        hypervolume=pareto.hypervolume(scores_PxM[pareto.front(scores_PxM)], corner_M),
         nonzero=float(np.mean(np.abs(weights) > threshold)),
     )
 
 
-def _samples(workdir: Path, name: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def _samples(
+    workdir: Path, name: str, tasks: Sequence[str], lines: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
     """Scores of a method's choice on each test example, by task."""
-    lines = map(json.loads, (workdir / "candidates.jsonl").read_text().splitlines())
     sought = ("final", name, "test")
     final = next(one for one in lines if (one["origin"], one["name"], one["split"]) == sought)
     rows = {}
@@ -195,7 +210,7 @@ def summary(runs: Runs, objective: Objective) -> dict[str, Any]:
             "tokens": round(float(np.mean([one.tokens for one in each]))),
             "seconds": _mean([one.seconds for one in each]),
             "front": float(np.mean([one.front for one in each])),
-            "hypervolume": _mean([one.hypervolume for one in each]),
+            "hypervolume": float(np.mean([one.hypervolume for one in each])),
             "nonzero": float(np.mean([one.nonzero for one in each])),
         }
         if way != PLAIN and PLAIN in runs:
@@ -267,7 +282,7 @@ def tables(said: Mapping[str, Any], single: Mapping[str, float]) -> str:
         [
             way,
             f"{told['front']:.0%}",
-            "" if told["hypervolume"] is None else f"{told['hypervolume']:.4f}",
+            f"{told['hypervolume']:.3f}",
             f"{told['nonzero']:.0%}",
             *(
                 f"{100 * (told['heldout'][task] - single[task]):+.1f}" if told["heldout"] else ""

@@ -75,8 +75,7 @@ def search(
         to_weights: genotypes to merge weights; see `jaxmerge.search.space`.
         objective: what is maximised.
         budget: evaluations at most.
-        budget_tokens: tokens at most, in the unit of `rundir.cost`; 0: there is no such limit. See
-            `_fits` for when no generation is begun any more.
+        budget_tokens: tokens at most, as `rundir.cost` counts them; 0: any number. See `_fits`.
         seed: of the strategy.
         states: directory for the strategy's state; None: it is not saved.
         save_seconds: least time between two saves; 0 saves every generation.

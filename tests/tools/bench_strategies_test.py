@@ -22,7 +22,7 @@ def _found(test: float, seed: int, **changes) -> bench.Found:
 RUNS = {
     bench.PLAIN: {seed: _found(0.70, seed) for seed in range(3)},
     "gradient by leaf": {seed: _found(0.85, 10 + seed, tokens=1001) for seed in range(1, 3)},
-    "random": {0: _found(0.70, 0, heldout={}, seconds=None, hypervolume=None)},
+    "random": {0: _found(0.70, 0, heldout={}, seconds=None)},
 }
 
 
@@ -49,7 +49,7 @@ def test_the_tables_have_a_line_for_each_way():
     assert len(lines) == 2 * (2 + len(RUNS)) + 1
     assert {line.count("|") for line in lines if line} == {8, 6}
     (claims,) = [line for line in lines[6:] if line.startswith("| gradient by leaf")]
-    assert claims == "| gradient by leaf | 100% | 0.2500 | 100% | +10.0 |"
+    assert claims == "| gradient by leaf | 100% | 0.250 | 100% | +10.0 |"
 
 
 def test_what_a_run_says(tmp_path):
@@ -59,6 +59,7 @@ def test_what_a_run_says(tmp_path):
     found = bench.found(tmp_path / "run", "search")
     assert (found.test, found.tokens) == (results["best"]["test_objective"], 5000 * 180)
     assert np.mean([found.samples[task].mean() for task in TASKS]) == pytest.approx(found.test)
-    assert found.front == (results["best"]["id"] in results["pareto"])
+    assert found.front  # the fabricated winner is the best of its search in the mean
+    assert 0.2 < found.hypervolume < 1
     weights = np.array([*results["best"]["weights"].values()])
     assert found.nonzero == np.mean(np.abs(weights) > 0.01)
