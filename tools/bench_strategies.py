@@ -37,8 +37,9 @@ from jaxmerge.scores.objective import Objective, from_plain
 ROOT = Path(__file__).parents[1]
 PLAIN = "CMA-ES"  # what all others are compared with: the paper's method
 
-# Of each way the fields of the config in which it differs. One more is one line more, such as
-# "CMA-ES by leaf, warm": {"search.warm_start": "gradient", ...}.
+_WARM = {"search.warm_start": "gradient", "search.steps": 24}  # leaves a good half of the tokens
+
+# Of each way the fields of the config in which it differs. One more is one line more.
 WAYS: dict[str, dict[str, Any]] = {
     PLAIN: {"search.strategy": "CMA_ES", "space.granularity": "model"},
     "gradient by model": {"search.strategy": "gradient", "space.granularity": "model"},
@@ -47,6 +48,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "gradient by leaf": {"search.strategy": "gradient", "space.granularity": "leaf"},
     "Sep-CMA-ES by leaf": {"search.strategy": "Sep_CMA_ES", "space.granularity": "leaf"},
     "SNES by leaf": {"search.strategy": "SNES", "space.granularity": "leaf"},
+    "CMA-ES, warm": {"search.strategy": "CMA_ES", "space.granularity": "model", **_WARM},
+    "SNES by leaf, warm": {"search.strategy": "SNES", "space.granularity": "leaf", **_WARM},
 }
 BASELINES = ("uniform", "best-per-task", "greedy", "random")  # rows too, from the runs of PLAIN
 
@@ -101,7 +104,7 @@ def command(args: argparse.Namespace, way: str, seed: int) -> list[str]:
 
 def directory(out: Path, way: str, seed: int) -> Path:
     """Where a run is."""
-    return out / f"{way.replace(' ', '-')}-{seed}"
+    return out / f"{way.replace(',', '').replace(' ', '-')}-{seed}"
 
 
 def run(args: argparse.Namespace, way: str, seed: int) -> None:
@@ -134,7 +137,7 @@ def found(workdir: Path, name: str) -> Found:
     entry = next(one for one in entries if one["name"] == name)
     lines = [json.loads(line) for line in (workdir / "candidates.jsonl").read_text().splitlines()]
     searched = name == "search"
-    origins = ("individual", "search" if searched else f"baseline:{name}")
+    origins = ("individual", *(("search", "warm-start") if searched else (f"baseline:{name}",)))
     scores_PxM = np.array(
         [
             [one["scores"][task] for task in results["tasks"]]

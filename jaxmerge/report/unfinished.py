@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxmerge.report import markup
+from jaxmerge.report import markup, plots
 from jaxmerge.report.markup import text
 from jaxmerge.report.reading import Json, Run
 from jaxmerge.rundir import cost
@@ -114,6 +114,7 @@ def _search(run: Run) -> tuple[int, int, str]:
     """How far the search is, how far it may come, and in which unit: tokens or evaluations."""
     lines, search = run.of_origin("search"), run.config["search"]
     if search.get("budget_tokens"):
+        lines = [*run.of_origin(plots.WARM), *lines]
         return sum(cost(line.get("tokens")) for line in lines), search["budget_tokens"], "tokens"
     if search.get("strategy") == "gradient":  # the iterate and the mean of iterates
         return len(lines), 2 * -(-search["steps"] // search["score_every"]), "evaluations"
