@@ -41,7 +41,11 @@ def default() -> Config:
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves.
     config.pool.base = ""
-    config.pool.subtree = ""  # where in a checkpoint the parameters are: "params"; "": all of it
+    # Of Orbax checkpoints. item: the one of a step with several that holds the parameters, such as
+    # "items"; subtree: where in it they are, such as "params". "": what is clear by itself is
+    # taken, what is not is refused; see jaxmerge.checkpoints.parameters.
+    config.pool.item = ""
+    config.pool.subtree = ""
     # "" reads the architecture that is saved with the checkpoint; "decoder" takes it from
     # model_args; "module:function" calls function(**model_args), which returns a
     # jaxmerge.models.model.Model, or apply(params, tokens_BxT) -> logits_BxTxV.

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxmerge.checkpoints import huggingface, orbax
+from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
 from jaxmerge.trees import PyTree, map_named, named_leaves
@@ -70,6 +71,7 @@ def export(
     abstract: PyTree,
     leaf: Callable[[str], jax.Array],
     *,
+    source: Source | None = None,
     formats: Sequence[str] = FORMATS,
     architecture: Mapping[str, Any],
     like: str = "",
@@ -83,6 +85,8 @@ def export(
         path: the directory `merged`.
         abstract: tree of the merged model's leaves.
         leaf: the merged leaf of a name, such as `Pool.merged` gives it.
+        source: the pool's first checkpoint; the Orbax checkpoint is made like it where it is one
+            too, see `orbax.save`.
         formats: of `FORMATS`; `huggingface` is left out when `like` is "".
         architecture: what the Orbax checkpoint says of its model.
         like: Hugging Face directory that the configuration and tokenizer are copied from.
@@ -101,7 +105,8 @@ def export(
     missing = [name for name in wanted if name not in json.loads(there)]
     if "orbax" in missing:
         tree = map_named(lambda name, _: leaf(name), abstract)
-        orbax.save(path / "orbax", tree, architecture=architecture)
+        like_source = source if source and source.format == "orbax" else None
+        orbax.save(path / "orbax", tree, architecture=architecture, like=like_source)
         leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
     if "huggingface" in missing and not processes.first():
         for name in huggingface.layout(like).leaves:

@@ -49,7 +49,13 @@ def recognises(path: epath.Path) -> bool:
 
 
 def describe(
-    name: str, path: epath.Path, subtree: str = "", base: str = "", *, by_tensor: bool = False
+    name: str,
+    path: epath.Path,
+    subtree: str = "",
+    base: str = "",
+    item: str = "",
+    *,
+    by_tensor: bool = False,
 ) -> Source:
     """Reads the config and the headers of the weights.
 
@@ -58,6 +64,7 @@ def describe(
         path: the directory.
         subtree: not heeded: a directory holds parameters alone.
         base: not heeded: a directory holds a whole model.
+        item: not heeded, as `subtree`.
         by_tensor: see `directory.read`.
 
     Raises:

@@ -30,7 +30,7 @@ from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
 from jaxmerge.merge.rematerialised import rematerialising
-from jaxmerge.trees import PyTree, byte_count, map_named, named_leaves, parameter_count
+from jaxmerge.trees import PyTree, byte_count, map_named, named_leaves, parameter_count, pruned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,15 +363,8 @@ def _leafwise(
 
 def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:
     """One leaf of a checkpoint, as stored; see `load` for what is checked of a whole one."""
-    placed = map_named(
-        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        _branch(source.abstract, name.split("/")),
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        pruned(source.abstract, name.__eq__),
     )
     return named_leaves(FORMATS[source.format].restore(source, placed))[name]
-
-
-def _branch(tree: PyTree, path: Sequence[str]) -> PyTree:
-    """The part of a tree of dicts that leads to one leaf."""
-    if not path or not isinstance(tree, Mapping):
-        return tree
-    return {path[0]: _branch(tree[path[0]], path[1:])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -37,13 +38,20 @@ def count(patterns: Sequence[str]) -> int:
 
 
 def find(
-    patterns: Sequence[str], *, subtree: str = "", base: str = "", by_tensor: bool = False
+    patterns: Sequence[str],
+    *,
+    subtree: str = "",
+    base: str = "",
+    item: str = "",
+    by_tensor: bool = False,
 ) -> tuple[Source, ...]:
     """Finds checkpoints, which need not be alike; reads no data.
 
     Args:
-        patterns: directories, or patterns such as `pools/quickstart/*`, whose matches are sorted.
-        subtree: where in each Orbax checkpoint the parameters are; "" for all of it.
+        patterns: directories, or patterns such as `pools/quickstart/*`, whose matches are sorted,
+            by number where their names have numbers: step 200 comes before step 1000.
+        subtree: where in each Orbax checkpoint the parameters are; "": see `parameters.subtree`.
+        item: which item of each Orbax checkpoint they are in; "": see `parameters.item`.
         base: Hugging Face directory that adapters are laid upon; "": the one that each names.
         by_tensor: every tensor of a Hugging Face directory is a leaf, see `directory.read`; the
             checkpoints must all be such directories.
@@ -55,7 +63,7 @@ def find(
     return tuple(
         huggingface.describe(name, path, by_tensor=True)
         if by_tensor
-        else FORMATS[_format(path)].describe(name, path, subtree, base)
+        else FORMATS[_format(path)].describe(name, path, subtree, base, item)
         for name, path in zip(_names(paths), paths)
     )
 
@@ -65,20 +73,21 @@ def survey(
     *,
     subtree: str = "",
     base: str = "",
+    item: str = "",
     dtype: str = "",
     by_tensor: bool = False,
 ) -> tuple[Source, ...]:
     """Finds the checkpoints of a pool and compares their metadata; reads no data.
 
     Args:
-        patterns: see `find`; `subtree`, `base` and `by_tensor` alike.
+        patterns: see `find`; `subtree`, `base`, `item` and `by_tensor` alike.
         dtype: what `load` will cast to; floating-point dtypes may differ unless it is "".
 
     Raises:
         JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
             then every difference of leaf names, shapes, dtypes and architectures is listed.
     """
-    sources = find(patterns, subtree=subtree, base=base, by_tensor=by_tensor)
+    sources = find(patterns, subtree=subtree, base=base, item=item, by_tensor=by_tensor)
     if by_tensor and any(each.architecture != sources[0].architecture for each in sources):
         sources = tuple(
             each._replace(architecture=directory.with_defaults(epath.Path(each.path)))
@@ -96,24 +105,39 @@ def survey(
 
 def _find(pattern: str) -> list[epath.Path]:
     path = orbax.absolute(pattern)
-    if any(mark in path.name for mark in "*?["):
-        found = sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
-        found = [match for match in found if _format(match)]
+    fixed = next((i for i, part in enumerate(path.parts) if any(m in part for m in "*?[")), 0)
+    if fixed:
+        above = epath.Path(*path.parts[:fixed])
+        matches = above.glob("/".join(path.parts[fixed:])) if above.is_dir() else []
+        found = [match for match in sorted(matches, key=_by_number) if _format(match)]
     else:
         found = [path] if path.exists() else []
         if found and not _format(path):
             raise JaxmergeError(
                 "this is no checkpoint",
                 where=str(path),
-                expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}",
+                expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}"
+                + _steps_within(path),
             )
     if not found:
         raise JaxmergeError("there is no checkpoint here", where=str(path))
     return found
 
 
+def _by_number(path: epath.Path) -> list[tuple[int, str]]:
+    """Orders paths part by part, digits in them as the numbers that they are."""
+    pieces = (piece for part in path.parts for piece in [*re.split(r"(\d+)", part), ""])
+    return [(int(each) if each.isdecimal() else -1, each) for each in pieces]
+
+
 def _format(path: epath.Path) -> str:
     return next((name for name, module in FORMATS.items() if module.recognises(path)), "")
+
+
+def _steps_within(path: epath.Path) -> str:
+    """What to name instead of a directory of checkpoints, for a message."""
+    inside = path.is_dir() and any(each.is_dir() and _format(each) for each in path.iterdir())
+    return f"; the ones in here are '{path}/*'" if inside else ""
 
 
 def _names(paths: Sequence[epath.Path]) -> list[str]:

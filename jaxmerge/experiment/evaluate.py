@@ -126,7 +126,8 @@ def table(findings: Mapping[str, Any]) -> str:
 def _subjects(config: Config) -> list[_Subject]:
     """All checkpoints with their models; what can't be evaluated is refused before any is."""
     pool, subjects = config.pool, []
-    for source in find(pool.checkpoints, subtree=pool.subtree, base=pool.base):
+    where = {"subtree": pool.subtree, "base": pool.base, "item": pool.item}
+    for source in find(pool.checkpoints, **where):
         model, directory = build_model(config, source), huggingface_directory(config, [source])
         build_tokenizer(config, directory, model)
         subjects.append(_Subject(source, model, directory))

@@ -208,6 +208,7 @@ def _by_leaf(
             directory / each.path,
             leaves.abstract,
             functools.partial(_merged_leaf, leaves, weights),
+            source=sources[0],
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
             card=functools.partial(_card_of_stream, leaves, each.weights, command),

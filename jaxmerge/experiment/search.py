@@ -100,6 +100,7 @@ def _export_winner(
         directory.path / "merged",
         pool.trees[0],
         pool.merged(np.array(winner.weights, np.float32)),
+        source=prepared.sources[0],
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
         card=lambda: card.of_search(records, findings),

@@ -53,6 +53,7 @@ def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source
         pool.checkpoints,
         subtree=pool.subtree,
         base=pool.base,
+        item=pool.item,
         dtype=pool.dtype,
         by_tensor=by_tensor,
     )
