@@ -46,6 +46,9 @@ def default() -> Config:
     # taken, what is not is refused; see jaxmerge.checkpoints.parameters.
     config.pool.item = ""
     config.pool.subtree = ""
+    # "default" or "llama3.1", as in MaxText's config: of Llama models of MaxText whose rope is not
+    # scaled. Nothing in the checkpoint says it.
+    config.pool.rope_type = ""
     # "" reads the architecture that is saved with the checkpoint; "decoder" takes it from
     # model_args; "module:function" calls function(**model_args), which returns a
     # jaxmerge.models.model.Model, or apply(params, tokens_BxT) -> logits_BxTxV.

@@ -72,8 +72,8 @@ def read(directory: epath.Path, *, by_tensor: bool = False) -> Checkpoint:
     tensors = _tensors(directory)
     config = _config(directory)
     model_type = str(config.get("model_type", ""))
-    known = _known(directory) if model_type and not by_tensor else None
-    if known is None:
+    model = _known(directory) if model_type and not by_tensor else None
+    if model is None:
         shapes = {
             name: tensor.shape
             for name, tensor in tensors.items()
@@ -85,10 +85,16 @@ def read(directory: epath.Path, *, by_tensor: bool = False) -> Checkpoint:
         architecture = {**said, "model": ""} if said else {}
         return Checkpoint(directory, architecture, Layout(parts, shapes, shapes), tensors)
     checkpoint = Checkpoint(
-        directory, {"model": "decoder", **known.config.plain()}, known.layout, tensors
+        directory, {"model": "decoder", **model.config.plain()}, model.layout, tensors
     )
     _check_tensors(checkpoint)
     return checkpoint
+
+
+def known(directory: epath.Path) -> Layout | None:
+    """The layout of a model for which there is a decoder, by its config alone."""
+    found = _known(directory) if _config(directory).get("model_type") else None
+    return found.layout if found else None
 
 
 def abstract(checkpoint: Checkpoint) -> PyTree:

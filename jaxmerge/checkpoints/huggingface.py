@@ -113,7 +113,9 @@ def layout(path: str, *, by_tensor: bool = False) -> Layout:
     Raises:
         JaxmergeError: see `directory.read`.
     """
-    return directory.read(epath.Path(path), by_tensor=by_tensor).layout
+    # Of a model that is known, the config is enough: a base need not have weights.
+    known = None if by_tensor else directory.known(epath.Path(path))
+    return known or directory.read(epath.Path(path), by_tensor=by_tensor).layout
 
 
 def save(

@@ -27,6 +27,8 @@ class Source(NamedTuple):
         item: of an Orbax checkpoint with named items, the one that holds the parameters.
         carried: its leaves that are not merged, as `ShapeDtypeStruct`: what is written takes those
             of the first checkpoint, see `parameters.split`.
+        view: what the leaves are of a trainer's checkpoint that is taken for one of the decoder,
+            see `trainers.View`; None for all others.
         custom: metadata that others wrote beside an Orbax checkpoint, kept with what is written.
     """
 
@@ -43,3 +45,4 @@ class Source(NamedTuple):
     item: str = ""
     carried: PyTree = MappingProxyType({})
     custom: Mapping[str, Any] = MappingProxyType({})
+    view: Any = None

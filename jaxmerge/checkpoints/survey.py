@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from jaxmerge.checkpoints import directory, huggingface, lora, orbax
+from jaxmerge.checkpoints import directory, huggingface, lora, orbax, trainers
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import differences
 
 # By the name in `Source.format`; the first that recognises a path reads it.
-FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
+FORMATS = {
+    **{"orbax": orbax, "lora": lora, "huggingface": huggingface},
+    **dict.fromkeys(("maxtext", "gemma", "tunix"), trainers),
+}
 
 
 def formats(patterns: Sequence[str]) -> set[str]:
@@ -43,7 +46,9 @@ def find(
     subtree: str = "",
     base: str = "",
     item: str = "",
+    rope_type: str = "",
     by_tensor: bool = False,
+    as_stored: bool = False,
 ) -> tuple[Source, ...]:
     """Finds checkpoints, which need not be alike; reads no data.
 
@@ -53,6 +58,10 @@ def find(
         subtree: where in each Orbax checkpoint the parameters are; "": see `parameters.subtree`.
         item: which item of each Orbax checkpoint they are in; "": see `parameters.item`.
         base: Hugging Face directory that adapters are laid upon; "": the one that each names.
+        rope_type: of MaxText's Llama models, see `config.pool.rope_type`.
+        as_stored: Orbax checkpoints have the leaves that are in them. Else those of a trainer that
+            is known are taken for the decoder's, where `base` or a Hugging Face member says which
+            model they are of; see `trainers.as_decoder`.
         by_tensor: every tensor of a Hugging Face directory is a leaf, see `directory.read`; the
             checkpoints must all be such directories.
 
@@ -60,11 +69,18 @@ def find(
         JaxmergeError: a path has no checkpoint, or is named twice.
     """
     paths = [path for pattern in patterns for path in _find(pattern)]
-    return tuple(
+    found = [
         huggingface.describe(name, path, by_tensor=True)
         if by_tensor
         else FORMATS[_format(path)].describe(name, path, subtree, base, item)
         for name, path in zip(_names(paths), paths)
+    ]
+    if as_stored or all(source.format != "orbax" for source in found):
+        return tuple(found)
+    of_model = base or next((each.directory for each in found if each.directory), "")
+    return tuple(
+        trainers.as_decoder(source, of_model, rope_type) if source.format == "orbax" else source
+        for source in found
     )
 
 
@@ -74,20 +90,30 @@ def survey(
     subtree: str = "",
     base: str = "",
     item: str = "",
+    rope_type: str = "",
     dtype: str = "",
     by_tensor: bool = False,
+    as_stored: bool = False,
 ) -> tuple[Source, ...]:
     """Finds the checkpoints of a pool and compares their metadata; reads no data.
 
     Args:
-        patterns: see `find`; `subtree`, `base`, `item` and `by_tensor` alike.
+        patterns: see `find`; `subtree` and all others but `dtype` alike.
         dtype: what `load` will cast to; floating-point dtypes may differ unless it is "".
 
     Raises:
         JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
             then every difference of leaf names, shapes, dtypes and architectures is listed.
     """
-    sources = find(patterns, subtree=subtree, base=base, item=item, by_tensor=by_tensor)
+    sources = find(
+        patterns,
+        subtree=subtree,
+        base=base,
+        item=item,
+        rope_type=rope_type,
+        by_tensor=by_tensor,
+        as_stored=as_stored,
+    )
     if by_tensor and any(each.architecture != sources[0].architecture for each in sources):
         sources = tuple(
             each._replace(architecture=directory.with_defaults(epath.Path(each.path)))
@@ -116,7 +142,7 @@ def _find(pattern: str) -> list[epath.Path]:
             raise JaxmergeError(
                 "this is no checkpoint",
                 where=str(path),
-                expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}"
+                expected="a finished checkpoint of a known format: orbax, lora, huggingface"
                 + _steps_within(path),
             )
     if not found:

@@ -127,6 +127,7 @@ def _subjects(config: Config) -> list[_Subject]:
     """All checkpoints with their models; what can't be evaluated is refused before any is."""
     pool, subjects = config.pool, []
     where = {"subtree": pool.subtree, "base": pool.base, "item": pool.item}
+    where |= {"rope_type": pool.rope_type, "as_stored": bool(pool.model)}
     for source in find(pool.checkpoints, **where):
         model, directory = build_model(config, source), huggingface_directory(config, [source])
         build_tokenizer(config, directory, model)

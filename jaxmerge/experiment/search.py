@@ -104,6 +104,7 @@ def _export_winner(
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
         card=lambda: card.of_search(records, findings),
+        rope_type=config.pool.rope_type,
         **config.export,
     )
 

@@ -37,12 +37,15 @@ def start_jax(config: Config) -> None:
         )
 
 
-def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source, ...]:
+def find_checkpoints(
+    config: Config, *, by_tensor: bool = False, as_stored: bool = False
+) -> tuple[Source, ...]:
     """The pool's checkpoints, compared with each other; no data are read.
 
     Args:
         config: of the run.
         by_tensor: see `survey.survey`.
+        as_stored: see `survey.find`; only Orbax checkpoints can be written then.
 
     Raises:
         JaxmergeError: they can't be merged, having other leaves, shapes or vocabularies; or the
@@ -54,16 +57,21 @@ def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source
         subtree=pool.subtree,
         base=pool.base,
         item=pool.item,
+        rope_type=pool.rope_type,
+        as_stored=as_stored or bool(pool.model),
         dtype=pool.dtype,
         by_tensor=by_tensor,
     )
     directories = [pool.base] if pool.base else []
-    directories += [source.path for source in sources if source.format != "orbax"]
+    directories += [each.path for each in sources if each.format in ("huggingface", "lora")]
     with_tokenizer = [directory for directory in directories if is_in(directory)]
     if with_tokenizer:
         check_same_vocabulary(with_tokenizer)
     like = huggingface_directory(config, sources)
-    check_like(config.export.formats, like, sources[0].abstract, by_tensor=by_tensor)
+    formats = ("orbax",) if as_stored else config.export.formats
+    check_like(
+        formats, like, sources[0].abstract, by_tensor=by_tensor, rope_type=config.pool.rope_type
+    )
     return sources
 
 
