@@ -170,7 +170,8 @@ def default() -> Config:
     config.analyses.pool_size_budget = 0  # evaluations of each of these; 0: search.budget
 
     config.export = ml_collections.ConfigDict()
-    # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint.
+    # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint. Also
+    # maxtext, maxtext_unscanned, gemma and tunix, see docs/trainers.md.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
     config.export.shard_bytes = 5_000_000_000  # of a Hugging Face weights file, at most

@@ -238,7 +238,8 @@ def _check_rope(model: Known, layout: str, rope_type: str, where: str) -> None:
         )
 
 
-def abstract(model: Known) -> dict[str, jax.ShapeDtypeStruct]:
+@functools.lru_cache(maxsize=8)  # the members of a pool share it; it takes a part of a second
+def abstract(model: Known) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The decoder's leaves by name."""
     from jaxmerge.models.decoder import decoder
 
