@@ -16,9 +16,10 @@ config file: python -m jaxmerge.run --config=FILE --workdir=DIR.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
+
+from jaxmerge import entry
 
 COMMANDS = {  # each a function without arguments, which is documented for --help
     "merge": "jaxmerge.experiment.jobs:merge",
@@ -32,6 +33,7 @@ COMMANDS = {  # each a function without arguments, which is documented for --hel
 
 def main() -> int | None:
     """Runs the command that the arguments name."""
+    entry.begin()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
         print((__doc__ or "").strip())
@@ -39,6 +41,8 @@ def main() -> int | None:
     if name.startswith("-"):  # as python -m jaxmerge.run
         return importlib.import_module("jaxmerge.run").console()
     if name not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(name, COMMANDS, 1) or ["--help"]
         print(f"jaxmerge: no such command: {name}; try jaxmerge {near[0]}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ import ml_collections
 
 from jaxmerge import tasks
 from jaxmerge.checkpoints import export, pool
-from jaxmerge.errors import JaxmergeError, check_least
+from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
 from jaxmerge.merge import groups
 from jaxmerge.report import tensorboard
@@ -36,7 +36,8 @@ def default() -> Config:
 
     config.pool = ml_collections.ConfigDict()
     # Directories or patterns, such as ("pools/quickstart/*",), of Orbax, of Hugging Face
-    # (safetensors), or PEFT LoRA adapters; at least two that are alike. --mode=evaluate takes any.
+    # (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike. --mode=evaluate
+    # takes any.
     config.pool.checkpoints = ()
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves.
@@ -55,9 +56,11 @@ def default() -> Config:
     config.pool.model = ""
     config.pool.model_args = ml_collections.ConfigDict()
     # "bytes"; a Hugging Face directory; "module:function", which returns a Tokenizer; "": that of
-    # the base or of the first Hugging Face checkpoint, or bytes where the model has 256 tokens.
+    # the base or of the first Hugging Face checkpoint, unless adapters bring one that extends it;
+    # or bytes where the model has 256 tokens. A directory's is exported too.
     config.pool.tokenizer = ""
     config.pool.chat = False  # put each prompt into the tokenizer's chat template
+    config.pool.chat_template = ""  # which, of several; "": `default`, or the only one
     config.pool.system = ""  # system message of the chat template; "": the template's own
     # Where the pool lives: "device"; "host", pinned memory; "disk", read once per step, so that
     # evaluate.candidates_per_step says how often; "auto", the first of them that fits. The scores
@@ -109,7 +112,8 @@ def default() -> Config:
 
     config.merge = ml_collections.ConfigDict()
     # For --mode=merge: one number per checkpoint, in the order of pool.json (patterns are sorted);
-    # or several such tuples, for as many merges in one pass over the checkpoints.
+    # or several such tuples, for as many merges in one pass over the checkpoints. They are never
+    # scaled: if they do not sum to 1, the merge is no average, and a warning says so.
     config.merge.weights = ()
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
     config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time
@@ -134,6 +138,8 @@ def default() -> Config:
     # Any name in evosax.algorithms; or "gradient", which climbs a soft score, see
     # jaxmerge.search.gradient: with space.granularity = "leaf" it finds most.
     config.search.strategy = "CMA_ES"
+    # "gradient": before the strategy, which then starts where gradients ended; "": nothing.
+    config.search.warm_start = ""
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
     # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
     # two true scores: of the iterate, and of the mean of iterates.
@@ -145,6 +151,10 @@ def default() -> Config:
     config.search.score_every = 10
     config.search.population = 0  # candidates per generation; 0: 4 + floor(3 ln D), D = G K
     config.search.budget = 200  # evaluations; what is left below a whole generation is not used
+    # Tokens of the search, one that goes forward and backward counted as three; 0: any number. The
+    # search ends by this or by its budget (of "gradient": its steps), whichever is reached first:
+    # before the generation that would pass it. See "Budgets in tokens" in docs/searching.md.
+    config.search.budget_tokens = 0
     config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
     config.search.sigma = 0.5  # standard deviation of the first generation, in genotype units
     config.search.params = ml_collections.ConfigDict()  # fields of the strategy's evosax Params
@@ -174,6 +184,10 @@ def default() -> Config:
     # maxtext, maxtext_unscanned, gemma and tunix, see docs/trainers.md.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
+    # Memory of the check that a merge still speaks, see jaxmerge.evaluation.speech: of one that was
+    # searched, it takes none; merges with given weights whose models are larger are not asked. 0:
+    # none is asked.
+    config.export.speech_bytes = 2**32
     config.export.shard_bytes = 5_000_000_000  # of a Hugging Face weights file, at most
 
     config.report = ml_collections.ConfigDict()
@@ -222,7 +236,9 @@ def check(config: Config) -> None:
     groups.check(config.space.granularity, config.space.patterns)
     search = config.search
     gradient.check(settings(config))
-    if search.strategy == gradient.NAME:
+    check_least("search.budget_tokens", search.budget_tokens, 0)
+    check_choice("search.warm_start", search.warm_start, ("", gradient.NAME))
+    if gradient.NAME in (search.strategy, search.warm_start):
         _check_gradient(config)
     racing.check(search.subset, search.racing, search.finalists, search.strategy)
     baselines.check(config.baselines)
@@ -238,10 +254,14 @@ def settings(config: Config) -> gradient.Settings:
 
 def _check_gradient(config: Config) -> None:
     """Refuses what a search by gradients does not go with."""
+    if config.search.strategy == config.search.warm_start:
+        raise JaxmergeError(
+            "a search along gradients needs no other before it",
+            where="search.warm_start",
+            expected='"", or a strategy of evosax after it',
+            found=config.search.warm_start,
+        )
     for where, found, expected in (
-        ("pool.residency", config.pool.residency, "device"),
-        ("pool.storage", config.pool.storage, "exact"),
-        ("merge.rematerialise", config.merge.rematerialise, False),
         ("search.subset", config.search.subset, 1.0),
         ("search.racing", config.search.racing, 0.0),
         ("analyses.pool_sizes", tuple(config.analyses.pool_sizes), ()),

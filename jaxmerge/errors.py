@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
 
 
 class JaxmergeError(Exception):
@@ -37,3 +40,88 @@ def check_least(where: str, value: int, least: int) -> None:
     """Raises `JaxmergeError`, which names the field, for a value below the least there can be."""
     if value < least:
         raise JaxmergeError(f"must be at least {least}", where=where, found=str(value))
+
+
+def check_text(where: str, *texts: str) -> None:
+    """Raises `JaxmergeError` for a text with half of a surrogate pair, which no tokenizer reads."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise JaxmergeError(
+                "a text has half of a surrogate pair, which is no character",
+                where=where,
+                expected=r"whole characters, such as \ud83d\ude00 in JSON",
+                found=ascii(text[max(error.start - 20, 0) : error.start + 20]),
+            ) from error
+
+
+# What a system says no to, and what helps. The rest of its errors would be ours.
+_WAYS_OUT = {
+    errno.ENOSPC: "room on that disk; the same command goes on from what is finished",
+    errno.EDQUOT: "room in the quota there; the same command goes on from what is finished",
+    errno.EROFS: "a place that can be written to",
+    errno.EACCES: "a place that this user may read and write",
+    errno.EPERM: "a place that this user may read and write",
+    errno.ENOTDIR: "a directory; one of its parents is a file",
+    errno.EISDIR: "a file; there is a directory",
+    errno.EEXIST: "another path; there is something here, which is no directory",
+    errno.ENOENT: "the file or directory, which is missing or was taken away meanwhile",
+    errno.ENOTEMPTY: "another path; there is something in this directory",
+    errno.ENAMETOOLONG: "a shorter path",
+    errno.ELOOP: "a path whose links lead somewhere",
+    errno.EFBIG: "a file system, or a limit (ulimit -f), that takes files of this size",
+    errno.EMFILE: "a higher limit of open files (ulimit -n)",
+    errno.ENFILE: "fewer open files on this machine",
+    errno.ENOMEM: "more memory",
+    errno.EIO: "a disk that works; the same command goes on from what is finished",
+    errno.ESTALE: "the file system, which was mounted anew; the same command goes on",
+    errno.ETIMEDOUT: "the file system to answer; the same command goes on",
+    errno.ENOTCONN: "the file system to be mounted; the same command goes on",
+    errno.EXDEV: "two paths on one file system",
+    errno.ETXTBSY: "a file that nobody runs",
+    errno.EBUSY: "a file that nobody else uses",
+}
+
+
+def of_system(error: OSError, where: str = "") -> JaxmergeError:
+    """What the system refused, as a mistake that can be mended.
+
+    Args:
+        error: as it was raised.
+        where: the path, where the error does not say it.
+    """
+    path = os.fspath(error.filename) if isinstance(error.filename, str | bytes) else where
+    return JaxmergeError(
+        "the system refuses to read or write this",
+        where=os.fsdecode(path),
+        expected=_WAYS_OUT.get(error.errno or 0, ""),
+        found=error.strerror or str(error),
+    )
+
+
+@contextlib.contextmanager
+def at(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system refuses inside is told as a `JaxmergeError` about this path."""
+    try:
+        yield
+    except OSError as error:
+        raise of_system(error, os.fspath(path)) from error
+
+
+def told(error: BaseException) -> JaxmergeError | None:
+    """A foreseen error that is no mistake in the input; None where nobody foresaw it.
+
+    Paths that the system refuses, and memory that there is not enough of, on the host or a device.
+    """
+    if isinstance(error, OSError) and error.errno in _WAYS_OUT and error.errno != errno.ENOENT:
+        return of_system(error)
+    on_device = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    if isinstance(error, MemoryError) or on_device:
+        return JaxmergeError(
+            f"there is not enough memory on {'a device' if on_device else 'this machine'}",
+            expected="smaller evaluate.candidates_per_step or evaluate.batch_tokens, another "
+            "pool.residency, or a larger mesh; `jaxmerge plan` says what a run takes",
+            found=(str(error).strip().splitlines() or ["MemoryError"])[0][:300],
+        )
+    return None

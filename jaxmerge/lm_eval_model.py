@@ -9,8 +9,12 @@ program, importing this module adds the name.
 
 from __future__ import annotations
 
+from jaxmerge import entry
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    entry.begin()
+
 import os
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +28,7 @@ from jaxmerge.checkpoints.pool import load
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import FORMATS
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation import vocabularies
 from jaxmerge.evaluation.batches import Limits
 from jaxmerge.evaluation.respond import Responder
 from jaxmerge.evaluation.tokenizer import Bytes, Pretrained, Tokenizer, is_in
@@ -97,14 +102,14 @@ class JaxmergeLM(LM):
     ):
         super().__init__()
         source = _source(path, subtree, base)
-        directory = tokenizer or source.directory or _beside(source.path)
         model = _model(source)
+        directory = os.path.expanduser(tokenizer) or _directory_of(source)
         mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
         (tree,) = load([source], mesh, model.sharding_rules, dtype=dtype).trees
         self._merged = linear.program(tree, population=True)((tree,), jnp.ones((1, 1)))
-        self._tokenizer = _tokenizer(directory, model, source.path)
+        self._tokenizer = _tokenizer(directory, model, source)
         self._directory = directory
-        self.max_length = max_length or _context(directory) or _CONTEXT
+        self.max_length = max_length or _context(source.directory or directory) or _CONTEXT
         rows = _ROWS if str(batch_size).startswith("auto") else int(batch_size)
         limits = Limits(rows=rows, context=self.max_length, truncate=True)
         self._responder = Responder(model, self._tokenizer, mesh, limits)
@@ -198,21 +203,29 @@ def _model(source: Source) -> Model:
     return decoder(DecoderConfig.from_plain(named))
 
 
+def _directory_of(source: Source) -> str:
+    """Where the tokenizer of a checkpoint is: an adapter may have its own."""
+    own = [] if source.format == "orbax" else [source.path]
+    rows = int(source.architecture["vocab"])
+    found = vocabularies.choose(own, [source.base] if source.base else [], rows=rows)
+    return found or _beside(source.path)
+
+
 def _beside(path: str) -> str:
     directory = os.path.join(os.path.dirname(path), "huggingface")
     return directory if is_in(directory) else ""
 
 
-def _tokenizer(directory: str, model: Model, path: str) -> Tokenizer:
+def _tokenizer(directory: str, model: Model, source: Source) -> Tokenizer:
     if directory == "bytes" or (not directory and model.vocabulary == Bytes.vocabulary):
         return Bytes()
     if not directory:
         raise JaxmergeError(
             "the checkpoint does not say which tokenizer it is for",
-            where=path,
+            where=source.path,
             expected='tokenizer=DIR of a Hugging Face directory, or tokenizer="bytes"',
         )
-    return Pretrained(directory)
+    return Pretrained(directory, models=[source.directory] if source.directory else [])
 
 
 def _context(directory: str) -> int:
@@ -224,11 +237,7 @@ def main() -> None:
     """The command `lm_eval`, which knows the model `jaxmerge` too."""
     from lm_eval.__main__ import cli_evaluate
 
-    try:
-        cli_evaluate()
-    except JaxmergeError as error:
-        print(f"lm_eval: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -18,10 +18,17 @@ compiled, and no field of the config states it. Any field can be set on the comm
 
 from __future__ import annotations
 
+from jaxmerge import entry
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    entry.begin()
+
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +51,13 @@ from jaxmerge.experiment.build import (
     build_task,
     build_tokenizer,
 )
-from jaxmerge.experiment.sources import find_checkpoints, huggingface_directory, start_jax
+from jaxmerge.experiment.sources import (
+    base_of,
+    find_checkpoints,
+    model_directories,
+    start_jax,
+    tokenizer_directory,
+)
 from jaxmerge.models.model import Model
 from jaxmerge.planning import chips, layouts
 from jaxmerge.planning.chips import CHIPS, DEVICE_KINDS, THIS, Topology
@@ -55,6 +68,7 @@ from jaxmerge.planning.layouts import Job, Layout, Machine, Plan, draw_up
 from jaxmerge.planning.page import page
 from jaxmerge.planning.residency import AUTO, RESIDENCIES, Room
 from jaxmerge.planning.work import cast
+from jaxmerge.search import gradient
 from jaxmerge.tasks.common import Task
 from jaxmerge.trees import PyTree
 
@@ -99,8 +113,14 @@ def plan(config: Config, topology: str = THIS) -> Answer:
         tempfile.NamedTemporaryFile("r") as said,
         ProcessPoolExecutor(1, mp_context=spawn) as process,
     ):
+        # Ctrl-C reaches both; this one answers it, and the other ends with this one.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return process.submit(_answer, config, of, said.name).result()
+            answer = process.submit(_answer, config, of, said.name)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            return answer.result()
         except BrokenProcessPool as broken:
             raise JaxmergeError(
                 "the compiler ended its process",
@@ -111,6 +131,7 @@ def plan(config: Config, topology: str = THIS) -> Answer:
 
 def _answer(config: Config, of: Topology, said: str) -> Answer:
     """`plan`, in a process of its own whose complaints go to the file `said`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(said, "w") as file:
         os.dup2(file.fileno(), 2)
     configs.check(config)
@@ -129,6 +150,13 @@ def _answer(config: Config, of: Topology, said: str) -> Answer:
     change = layouts.fitting(job, ((name, each, machine) for name, each in smaller))
     larger = layouts.fitting(job, _larger(layout, of))
     return Answer(made, mesh, change or "", larger or "")
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _larger(layout: Layout, of: Topology) -> Iterator[tuple[str, Layout, Machine]]:
@@ -173,7 +201,7 @@ def layout_of(config: Config) -> Layout:
         mesh.tensor,
         evaluate.candidates_per_step,
         "device" if config.merge.rematerialise else config.pool.residency,
-        build_limits(config, config.pool.base if os.path.isdir(config.pool.base) else ""),
+        build_limits(config, base_of(config) if os.path.isdir(base_of(config)) else ""),
         config.merge.rematerialise,
     )
 
@@ -192,7 +220,9 @@ def job_of(config: Config) -> Job:
     model = build_model(config, sources[0] if sources else _ABSENT)
     if sources:
         abstract, checkpoints = sources[0].abstract, len(sources)
-        tokenizer = build_tokenizer(config, huggingface_directory(config, sources), model)
+        directories = model_directories(config, sources)
+        named = tokenizer_directory(config, sources)
+        tokenizer = build_tokenizer(config, named, model, directories)
     else:
         abstract, checkpoints = _described(config, model), len(config.pool.checkpoints)
         tokenizer = _tokenizer(config, model)
@@ -206,12 +236,18 @@ def job_of(config: Config) -> Job:
         checkpoints,
         tokenizer,
         {"search": tasks, "test": tasks, "heldout": heldout},
-        evaluations(config, checkpoints, G),
+        evaluations(config, checkpoints, G) | _steps(config),
         build_strategy(config, checkpoints, groups=G).population,
         config.evaluate.vmap_candidates,
         config.pool.storage,
         groups,
+        config.search.minibatch if config.search.strategy == gradient.NAME else 0,
     )
+
+
+def _steps(config: Config) -> dict[str, int]:
+    """How many steps along the gradient there are, where there are any."""
+    return {"step": config.search.steps} if config.search.strategy == gradient.NAME else {}
 
 
 def _task(config: Config, name: str) -> Task:
@@ -241,10 +277,10 @@ def _described(config: Config, model: Model) -> PyTree:
 
 def _tokenizer(config: Config, model: Model) -> Tokenizer:
     """The tokenizer of checkpoints that are only described: where it is not there either, bytes."""
-    named = config.pool.tokenizer or config.pool.base
+    named = os.path.expanduser(config.pool.tokenizer) or base_of(config)
     if named and not os.path.exists(named) and "/" in named:
         return Bytes()
-    return build_tokenizer(config, config.pool.base, model)
+    return build_tokenizer(config, base_of(config), model)
 
 
 def main(_: Sequence[str]) -> None:

@@ -18,6 +18,11 @@ their units and defaults, are in jaxmerge/config.py.
 
 from __future__ import annotations
 
+from jaxmerge import entry
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    entry.begin()
+
 from collections.abc import Sequence
 
 from absl import flags

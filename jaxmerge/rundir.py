@@ -7,21 +7,20 @@ per-example scores are on disk before that line is.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.durable import HOLDER, Lock, as_json, parsed, read_json, replacing, sync, there
+from jaxmerge.errors import JaxmergeError, at
 
+TRACES = "error-*.log"  # of errors that nobody foresaw, see `jaxmerge.entry`
 ANALYSIS = "analysis:"  # begins the origin of what only an analysis asked for
 
 # Sizes of which 0 stands for what the directory has: it was chosen when that was made.
@@ -32,6 +31,8 @@ _CHOSEN = tuple(
 _WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
 
 
+_BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
+
 # One merge weight per checkpoint, in pool order; of groups that have weights of their own, each's.
 Weights = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
@@ -40,6 +41,19 @@ def as_weights(values: Any) -> Weights:
     """Weights `[K]` or `[G, K]` as a candidate has them."""
     rows = np.asarray(values, np.float64).tolist()
     return tuple(tuple(row) if isinstance(row, list) else row for row in rows)
+
+
+def cost(tokens: Mapping[str, int] | None) -> int:
+    """Tokens in the one unit that all ways of searching are compared in: a token that goes forward.
+
+    read + written + 3 differentiated: a pass backward costs two forward, and one goes before it.
+
+    Args:
+        tokens: as a candidate has them; None: they were not counted, which is 0 here.
+    """
+    told = tokens or {}
+    forward = told.get("read", 0) + told.get("written", 0)
+    return forward + _BOTH_WAYS * told.get("differentiated", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +77,9 @@ class Candidate:
         tokens: that it `read` (prompts, and what is scored; without padding) and `written` (up to
             the ones that ended its texts); None in logs of before they were counted. It took no
             time and no tokens when its scores are those of an earlier candidate of equal weights.
+            The first of a generation has also those that the strategy took to ask for it: read, and
+            `differentiated`, forward and backward; and its time. So the tokens that a search had
+            taken when a candidate was known are the sum up to its line.
         out_of: number of examples of each task in the split, where fewer were scored: `scores` are
             estimates then. None: all were scored.
         dropped: whether it was dropped from a race, as one that can't be among the selected.
@@ -81,6 +98,11 @@ class Candidate:
     tokens: dict[str, int] | None = None
     out_of: dict[str, int] | None = None
     dropped: bool = False
+
+    @property
+    def cost(self) -> int:
+        """Its tokens in the unit of `cost`."""
+        return cost(self.tokens)
 
     @property
     def by_checkpoint(self) -> tuple[float, ...]:
@@ -102,6 +124,7 @@ class RunDirectory:
     Attributes:
         moved: the fields that say where a run computes and differ from those that it was begun
             with, a line each: such a run goes on, but sums may be added up in another order.
+        unlocked: why nothing keeps other machines out of the directory; "": something does.
 
     Raises:
         JaxmergeError: the directory belongs to a run with another config (every field that differs
@@ -116,16 +139,22 @@ class RunDirectory:
         writer: bool = True,
         from_writer: Callable[[Callable[[], bytes]], bytes] = lambda make: make(),
     ):
-        self.path, self._writer, self._from_writer = Path(path), writer, from_writer
+        self.path = Path(path).expanduser()
+        self._writer, self._from_writer = writer, from_writer
         self._log = self.path / "candidates.jsonl"
         self.moved: tuple[str, ...] = ()
+        self.unlocked = ""
         if writer:
             self.moved = check(path, config)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path / ".lock")
-            self.write_json("config.json", config)
-            self._log.touch()
+            with at(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = Lock(self.path / ".lock")
+            self.unlocked = self._lock.missing
         try:
+            if writer:
+                self.write_json("config.json", config)
+                with at(self._log):
+                    self._log.touch()
             log = from_writer(lambda: _whole_lines(self._log))
             self.candidates = _candidates(log, str(self._log))
         except JaxmergeError:
@@ -140,15 +169,20 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """What a JSON file says; None where there is none."""
         path = self.path / name
-        text = self._from_writer(lambda: path.read_bytes() if path.exists() else b"null")
-        return _parsed(text, str(path))
+
+        def read() -> bytes:
+            with at(path):
+                return path.read_bytes() if path.exists() else b"null"
+
+        text = self._from_writer(read)
+        return parsed(text, str(path))
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file whole."""
         if not self._writer:
             return
         with replacing(self.path / name) as temporary:
-            temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            temporary.write_bytes(as_json(value, indent=2) + b"\n")
 
     def append(self, candidates: Sequence[Candidate], scores: Mapping[str, np.ndarray]) -> None:
         """Records evaluated candidates, durably: first their examples, then their lines.
@@ -163,14 +197,15 @@ class RunDirectory:
         first = candidates[0]
         for task, scores_CxN in scores.items():
             data = np.ascontiguousarray(scores_CxN, "<f4")
-            with _open_or_create(self._examples(first.split, task)) as stream:
+            file = self._examples(first.split, task)
+            with at(file), _open_or_create(file) as stream:
                 stream.seek(first.row * data.shape[1] * 4)
                 stream.write(data.tobytes())
-                _sync(stream)
+                sync(stream)
         lines = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in candidates)
-        with open(self._log, "ab") as stream:
+        with at(self._log), open(self._log, "ab") as stream:
             stream.write(lines.encode())
-            _sync(stream)
+            sync(stream)
 
     def cut(self, count: int) -> None:
         """Forgets all candidates but the first `count`."""
@@ -187,12 +222,15 @@ class RunDirectory:
         for task, count in (candidate.out_of or candidate.n).items():
             offset = candidate.row * count * 4
             file = self._examples(candidate.split, task)
-            read = functools.partial(np.fromfile, file, "<f4", count=count, offset=offset)
-            data = self._from_writer(lambda read=read: read().tobytes())
+            read = functools.partial(_read_values, file, count, offset)
+            data = self._from_writer(read)
             rows[task] = np.frombuffer(data, "<f4")
             if len(rows[task]) != count:
                 raise JaxmergeError(
-                    f"the scores of candidate {candidate.id} are missing", where=str(file)
+                    f"the scores of candidate {candidate.id} are missing",
+                    where=str(file),
+                    expected="the file as the run wrote it; or another directory, for a new run",
+                    found=f"{len(rows[task])} of {count} scores",
                 )
         return rows
 
@@ -206,8 +244,8 @@ def check(path: str | Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     Returns:
         See `RunDirectory.moved`.
     """
-    path = Path(path)
-    if (path / "config.json").exists():
+    path = Path(path).expanduser()
+    if there(path / "config.json"):
         return check_same_config(path, read_json(path / "config.json"), config)
     check_new(path, "config.json")
     return ()
@@ -220,12 +258,26 @@ def check_new(path: Path, first: str) -> None:
         path: of a directory.
         first: the file that is written first: one that was not finished is no obstacle.
     """
-    if path.exists() and not path.is_dir():
-        raise JaxmergeError("there is a file here, and no directory", where=str(path))
-    if path.exists() and any(
-        entry.name != ".lock" and not entry.match(f"{first}*.tmp") for entry in path.iterdir()
-    ):
-        raise JaxmergeError("there is something here, and it is no run directory", where=str(path))
+    if not there(path):
+        return
+    if not path.is_dir():
+        raise JaxmergeError(
+            "there is a file here, and no directory", where=str(path), expected="another path"
+        )
+    # What a run that was not begun leaves: its locks, the trace of an error, a file half written.
+    with at(path):
+        others = [
+            entry.name
+            for entry in sorted(path.iterdir())
+            if not any(entry.match(known) for known in (".lock", HOLDER, TRACES, f"{first}*.tmp"))
+        ]
+    if others:
+        raise JaxmergeError(
+            "there is something here, and it is no run directory",
+            where=str(path),
+            expected="a new or an empty directory, or one that a run has made",
+            found=", ".join(others[:5]),
+        )
 
 
 def check_same_config(
@@ -254,36 +306,10 @@ def check_same_config(
     return moved
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file says; raises `JaxmergeError` when it is none."""
-    return _parsed(path.read_bytes(), str(path))
-
-
-def _parsed(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise JaxmergeError("can't be read as JSON", where=where, found=str(error)) from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path, writer: str = "") -> Iterator[Path]:
-    """A temporary file to write; takes the place of `path`, durably, when the block ends.
-
-    Args:
-        path: of the file.
-        writer: part of the temporary name, where several processes may write the file at once.
-    """
-    temporary = path.with_name(f"{path.name}{writer}.tmp")
-    yield temporary
-    with open(temporary, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def _read_values(file: Path, count: int, offset: int) -> bytes:
+    """Float32 of a file, as many of them as there are."""
+    with at(file):
+        return np.fromfile(file, "<f4", count=count, offset=offset).tobytes()
 
 
 def _open_or_create(file: Path) -> IO[bytes]:
@@ -294,32 +320,15 @@ def _open_or_create(file: Path) -> IO[bytes]:
         return open(file, "w+b")
 
 
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """An open file that no other process holds; the system lets go of it with the process."""
-    stream = path.open("wb")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        stream.close()
-        raise JaxmergeError(
-            "another process is running in this directory", where=str(path.parent)
-        ) from error
-    return stream
-
-
 def _whole_lines(log: Path) -> bytes:
     """All complete lines; what a kill left of the last one is cut off."""
-    data = log.read_bytes()
-    end = data.rfind(b"\n") + 1
-    if end < len(data):
-        with open(log, "r+b") as stream:
-            stream.truncate(end)
-            _sync(stream)
+    with at(log):
+        data = log.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            with open(log, "r+b") as stream:
+                stream.truncate(end)
+                sync(stream)
     return data[:end]
 
 
@@ -331,7 +340,10 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
             candidate = Candidate(**{**fields, "weights": as_weights(fields["weights"])})
         except (ValueError, TypeError, KeyError) as error:
             raise JaxmergeError(
-                f"line {number + 1} can't be read", where=where, found=str(error)
+                f"line {number + 1} can't be read",
+                where=where,
+                expected="a candidate; a run goes on from the lines before this one",
+                found=str(error),
             ) from error
         if candidate.id != number:
             raise JaxmergeError(

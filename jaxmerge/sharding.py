@@ -7,6 +7,7 @@ over (`fsdp`, `tensor`) and repeated over the other two.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,25 @@ AXES = ("pop", "data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
+def all_devices() -> Sequence[Any]:
+    """The devices of JAX, which starts with this.
+
+    Raises:
+        JaxmergeError: there is nothing of what it is told to run on.
+    """
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        named = os.environ.get("JAX_PLATFORMS", "")
+        raise JaxmergeError(
+            "JAX finds no device to run on",
+            where=f"JAX_PLATFORMS={named}" if named else "jax.devices()",
+            expected="JAX_PLATFORMS of what is here: cpu, cuda or tpu; without it, JAX takes the "
+            "best there is. For the CPU alone: mesh.cpu_devices = 1",
+            found=" ".join(str(error).split())[:500],
+        ) from error
+
+
 def make_mesh(
     pop: int = 1,
     data: int = 1,
@@ -36,7 +56,7 @@ def make_mesh(
     Raises:
         JaxmergeError: the sizes do not multiply to at most the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     sizes = [pop, data, fsdp, tensor]
     shape = dict(zip(AXES, sizes))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):

@@ -7,12 +7,27 @@ from typing import Any
 
 import jax
 
+from jaxmerge.errors import JaxmergeError
+
 PyTree = Any
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by name, in tree order: `{"layers": {"up": x}}` has the one leaf `layers/up`."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """Leaves by name, in tree order: `{"layers": {"up": x}}` has the one leaf `layers/up`.
+
+    Raises:
+        JaxmergeError: two leaves have the same name, keys having slashes in them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {_name(path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        names = [_name(path) for path, _ in leaves]
+        raise JaxmergeError(
+            "two leaves of a tree have the same name",
+            where=next(name for name in named if names.count(name) > 1),
+            expected='names that differ when keys are joined by "/": {"a": {"b": x}} is a/b',
+        )
+    return named
 
 
 def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

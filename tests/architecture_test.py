@@ -20,15 +20,15 @@ ROOMS = (
     *("run", "plan", "sweep", "lm_eval_model"),
     *("experiment", "config", "search", "planning", "streaming"),
     *("evaluation", "checkpoints", "merge", "tasks", "report"),
-    *("models", "sandbox", "scores", "hosts"),
-    *("rundir", "sharding", "trees", "errors"),
+    *("models", "sandbox", "scores", "entry", "hosts"),
+    *("rundir", "durable", "sharding", "textfiles", "trees", "errors"),
 )
 MOST_ROOMS = 26
 MOST_LINES = 400  # of a file
 SCREEN = 70  # lines of a function; a longer one has its reason in a comment just above it
 
 # They run where there is no JAX, or before it is set up.
-WITHOUT_JAX = ("report", "scores", "rundir", "errors", "checkpoints/card", "search/space")
+WITHOUT_JAX = ("entry", "report", "scores", "rundir", "errors", "checkpoints/card", "search/space")
 
 
 def room_of(path: Path, package: Path = PACKAGE) -> str:

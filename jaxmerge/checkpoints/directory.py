@@ -6,6 +6,7 @@ Nothing is unpickled, no code of a directory is run, and an index can't point ou
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,28 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxmerge.checkpoints.safetensors import Tensor, parse_json, read_header, read_into
+from jaxmerge.checkpoints.safetensors import Tensor, read_header, read_into
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.models.layout import BUFFERS, Layout, Part
+from jaxmerge.models import config_keys
+from jaxmerge.models.layout import BUFFERS, COMPUTED, Layout, Part
+from jaxmerge.textfiles import read_json
 from jaxmerge.trees import PyTree
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _CHUNK = 2**24  # values compared at once
 
-# Keys of a config that do not change what the model computes: bookkeeping, training, defaults of
-# generation. Checkpoints that are merged by tensor may differ in them.
-_SILENT = frozenset(
-    """
-    _name_or_path transformers_version torch_dtype dtype use_cache transformers.js_config
-    _attn_implementation_autoset unsloth_fixed unsloth_version pretraining_tp is_llama_config
-    attention_dropout attn_pdrop embd_pdrop embedding_dropout hidden_dropout resid_pdrop
-    initializer_range router_aux_loss_coef router_jitter_noise cache_implementation
-    output_attentions output_hidden_states output_router_logits return_dict
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    forced_bos_token_id forced_eos_token_id task_specific_params
-    """.split()
+# What tied models may hold twice: a head that is the embedding.
+HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out)\.(weight|bias)$|^cls\.predictions\.decoder\.(weight|bias)$"
 )
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight$")
+# How the classes of transformers that `models` has a decoder for are called.
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 class Checkpoint(NamedTuple):
@@ -45,8 +42,8 @@ class Checkpoint(NamedTuple):
     Attributes:
         directory: where it is.
         architecture: `Model.architecture` of a decoder; {"model": "", "model_type": ...} where
-            there is none for the config's `model_type`, {} where there is no config. By tensor:
-            {"model": ""} and what the config says of the function of the model.
+            there is none for the config's `model_type`, or by tensor, with what else the config
+            says of the computation; {} where there is no config.
         layout: what the leaves are made of; of an unknown model, each tensor is a leaf.
         tensors: where each tensor lies.
     """
@@ -72,18 +69,12 @@ def read(directory: epath.Path, *, by_tensor: bool = False) -> Checkpoint:
     tensors = _tensors(directory)
     config = _config(directory)
     model_type = str(config.get("model_type", ""))
-    model = _known(directory) if model_type and not by_tensor else None
+    causal = model_type and not by_tensor and _is_causal(config, tensors)
+    model = _known(directory) if causal else None
     if model is None:
-        shapes = {
-            name: tensor.shape
-            for name, tensor in tensors.items()
-            if not any(re.search(regex, name) for regex in BUFFERS)
-        }
-        parts = {name: (Part(name, 0, shape[0] if shape else 1),) for name, shape in shapes.items()}
-        said = {"model_type": model_type} if model_type else {}
-        said = _function(config) if by_tensor else said
+        said = config_keys.heeded(config)
         architecture = {**said, "model": ""} if said else {}
-        return Checkpoint(directory, architecture, Layout(parts, shapes, shapes), tensors)
+        return Checkpoint(directory, architecture, _layout_of(tensors), tensors)
     checkpoint = Checkpoint(
         directory, {"model": "decoder", **model.config.plain()}, model.layout, tensors
     )
@@ -95,6 +86,35 @@ def known(directory: epath.Path) -> Layout | None:
     """The layout of a model for which there is a decoder, by its config alone."""
     found = _known(directory) if _config(directory).get("model_type") else None
     return found.layout if found else None
+
+
+def _layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """Each tensor as a leaf, but for buffers that transformers computes."""
+    shapes, wide = {}, {}
+    for name, tensor in tensors.items():
+        if any(re.search(regex, name) for regex in BUFFERS):
+            continue
+        shapes[name] = tensor.shape
+        if tensor.dtype.itemsize == 8:
+            wide[name] = tensor.dtype
+            shapes[name] = (*tensor.shape, 2)
+    parts = {name: (Part(name, 0, shape[0] if shape else 1),) for name, shape in shapes.items()}
+    return Layout(parts, shapes, shapes, wide=wide)
+
+
+def _is_causal(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is a causal language model: no reward model, no embedding without a head, ...
+
+    Its class decides, where that is one of transformers'; other names need not mean anything, so
+    then the tensors do.
+    """
+    body = any(name.startswith("model.") for name in tensors)
+    named = config.get("architectures")
+    if not isinstance(named, list) or not named:
+        return True
+    if any(str(name).endswith(_CAUSAL) for name in named):
+        return body
+    return body and all(name.startswith(("model.", "lm_head.")) for name in tensors)
 
 
 def abstract(checkpoint: Checkpoint) -> PyTree:
@@ -133,6 +153,8 @@ def read_values(
     """
     tensor = tensors[name]
     start = tensor.start + first * tensor.dtype.itemsize
+    if tensor.dtype.itemsize == 8:  # in words, see `Layout.wide`
+        return read(tensor.file, tensor.start + first * out.itemsize, out)
     if tensor.dtype == out.dtype:
         return read(tensor.file, start, out)
     stored = np.empty(out.shape, tensor.dtype)
@@ -141,15 +163,35 @@ def read_values(
     return None
 
 
-def _tensors(directory: epath.Path) -> dict[str, Tensor]:
-    """Where each tensor lies, by the index if there is one."""
-    single, index = directory / WEIGHTS, directory / INDEX
-    if single.exists() and index.exists():
+def check_filled(tensors: Mapping[str, Tensor], where: epath.PathLike) -> None:
+    """Raises `JaxmergeError` where tensors are of shape [0]: their values are elsewhere."""
+    empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
+    if empty:
         raise JaxmergeError(
-            f"there are both {WEIGHTS} and {INDEX}", where=str(directory), expected="one of them"
+            "tensors of shape [0], as a sharded trainer (DeepSpeed ZeRO-3, FSDP) leaves them in "
+            "the place of those that it keeps elsewhere",
+            where=str(where),
+            expected="the gathered weights: stage3_gather_16bit_weights_on_model_save, "
+            "zero_to_fp32.py, or a full state dict of FSDP",
+            found=f"{len(empty)} of {len(tensors)}: {', '.join(empty[:5])}",
         )
+
+
+def _tensors(directory: epath.Path) -> dict[str, Tensor]:
+    """Where each tensor lies, all of them with values."""
+    tensors = _located(directory)
+    check_filled(tensors, directory)
+    return tensors
+
+
+def _located(directory: epath.Path) -> dict[str, Tensor]:
+    """Where each tensor lies: in the single file, if there is one, as in transformers."""
+    single, index = directory / WEIGHTS, directory / INDEX
     if single.exists():
-        return read_header(single)
+        tensors = read_header(single)
+        if index.exists():
+            _check_stale(directory, index, tensors)
+        return tensors
     if not index.exists() and not any((directory / name).exists() for name in PICKLES):
         raise JaxmergeError(
             "there are no weights here", where=str(directory), expected=f"{WEIGHTS} or {INDEX}"
@@ -164,9 +206,25 @@ def _tensors(directory: epath.Path) -> dict[str, Tensor]:
     return _sharded(directory, index)
 
 
-def _sharded(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, each in the file that it says."""
-    content = parse_json(_read_bytes(index), str(index))
+def _check_stale(directory: epath.Path, index: epath.Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises where the single file lacks tensors that other files beside it have.
+
+    An index that is left of shards that are gone, or that names the single file, says nothing.
+    """
+    lacking = {name: file for name, file in _weight_map(index).items() if name not in tensors}
+    beside = [name for name, file in lacking.items() if (directory / file).exists()]
+    if beside:
+        raise JaxmergeError(
+            f"{WEIGHTS}, which goes before an index, lacks tensors that the index has",
+            where=str(directory),
+            expected=f"all of them in {WEIGHTS}, or no such file, or no {INDEX}",
+            found=f"{len(beside)} of them: {', '.join(beside[:5])}",
+        )
+
+
+def _weight_map(index: epath.Path) -> dict[str, str]:
+    """The file of each tensor, by an index, which can't point outside of its directory."""
+    content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
         raise JaxmergeError("the index has no weight_map", where=str(index))
@@ -178,6 +236,12 @@ def _sharded(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
                 expected="the name of a .safetensors file, without directories",
                 found=repr(file),
             )
+    return names
+
+
+def _sharded(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, each in the file that it says."""
+    names = _weight_map(index)
     headers = {file: read_header(directory / file) for file in sorted(set(names.values()))}
     problems = [
         f"{tensor} is to be in {file} and is not there"
@@ -209,7 +273,7 @@ def _config(directory: epath.Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         return {}
-    config = parse_json(_read_bytes(path), str(path))
+    config = read_json(path)
     if not isinstance(config, dict):
         raise JaxmergeError("the config is no JSON object", where=str(path))
     if config.get("quantization_config"):
@@ -228,24 +292,15 @@ def with_defaults(directory: epath.Path) -> dict[str, Any]:
     Versions of transformers write the same config in different ways, and leave out what is default.
     What transformers does not know stays as it is written.
     """
-    from transformers import AutoConfig  # takes seconds to import
+    from transformers import CONFIG_MAPPING  # takes seconds to import
 
-    try:
-        config = AutoConfig.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {**_function(_config(directory)), "model": ""}
-    return {**_function(config.to_dict()), "model": ""}
+    from jaxmerge.models import families
 
-
-def _function(config: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A config, and the configs within it, without the keys that are `_SILENT`."""
-    return {
-        name: _function(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name not in _SILENT
-    }
+    config = _config(directory)
+    if config.get("model_type") in CONFIG_MAPPING:
+        config = families.completed(config, str(directory / "config.json")).to_dict()
+        config = config_keys.without_neutral(config)
+    return {**config_keys.heeded(config), "model": ""}
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
@@ -281,24 +336,38 @@ def _twins(checkpoint: Checkpoint) -> dict[str, str]:
     return {"lm_head.weight": embedding} if same else {}
 
 
+def may_lack(name: str) -> bool:
+    """Whether members that lack a tensor may mean the same: a tied head, a computed buffer."""
+    return bool(HEAD.search(name)) or any(re.search(regex, name) for regex in COMPUTED)
+
+
 def check_twins(checkpoint: Checkpoint) -> None:
     """Raises unless tensors that are there twice are the same, which takes reading them."""
     for twin, name in _twins(checkpoint).items():
-        size = int(np.prod(checkpoint.tensors[name].shape))
-        for first in range(0, size, _CHUNK):
-            one, other = (np.empty(min(_CHUNK, size - first), np.float32) for _ in range(2))
-            read_values(checkpoint.tensors, name, first, one)
-            read_values(checkpoint.tensors, twin, first, other)
-            if not np.array_equal(one, other, equal_nan=True):
-                raise JaxmergeError(
-                    f"{twin} differs from {name}, but the config says that they are tied",
-                    where=str(checkpoint.directory),
-                    expected="tie_word_embeddings to be false in config.json, or no such tensor",
-                )
+        if not equal(checkpoint.tensors, name, twin):
+            raise JaxmergeError(
+                f"{twin} differs from {name}, but the config says that they are tied",
+                where=str(checkpoint.directory),
+                expected="tie_word_embeddings to be false in config.json, or no such tensor",
+            )
+
+
+def equal(tensors: Mapping[str, Tensor], one: str, other: str) -> bool:
+    """Whether two floating-point tensors of one shape have the same values, which are read."""
+    size = math.prod(tensors[one].shape)
+    for first in range(0, size, _CHUNK):
+        values = [np.empty(min(_CHUNK, size - first), np.float32) for _ in range(2)]
+        read_values(tensors, one, first, values[0])
+        read_values(tensors, other, first, values[1])
+        if not np.array_equal(*values, equal_nan=True):
+            return False
+    return True
 
 
 def _leaf_dtype(checkpoint: Checkpoint, name: str) -> np.dtype:
     """The narrowest dtype that holds all tensors of a leaf exactly, bfloat16 at least."""
+    if name in checkpoint.layout.wide:
+        return np.dtype(np.int32)
     stored = {checkpoint.tensors[part.tensor].dtype for part in checkpoint.layout.leaves[name]}
     floating = [dtype for dtype in stored if jnp.issubdtype(dtype, jnp.floating)]
     if len(floating) < len(stored) and len(stored) > 1:
@@ -312,12 +381,3 @@ def _leaf_dtype(checkpoint: Checkpoint, name: str) -> np.dtype:
     # float8 is a storage format: there is no arithmetic in it, and bfloat16 has all its values.
     wide = [np.dtype(jnp.bfloat16) if dtype.itemsize == 1 else dtype for dtype in floating]
     return functools.reduce(jnp.promote_types, wide)
-
-
-def _read_bytes(file: epath.Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise JaxmergeError(
-            "the file can't be read", where=str(file), found=error.strerror or str(error)
-        ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxmerge.checkpoints import huggingface, orbax, trainers
+from jaxmerge.checkpoints import directory, huggingface, orbax, trainers
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
@@ -63,6 +63,8 @@ def check_like(
     expected = dict(huggingface.layout(like, by_tensor=by_tensor).shapes)
     found = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if by_tensor:  # a tied model's head, and buffers, may be left out, see `survey`
+        wrong = [name for name in wrong if name in found or not directory.may_lack(name)]
     if wrong:
         raise JaxmergeError(
             f"the checkpoints can't be written as the model of {like}",
@@ -84,6 +86,7 @@ def export(
     formats: Sequence[str] = ("orbax", "huggingface"),
     architecture: Mapping[str, Any],
     like: str = "",
+    tokenizer: str = "",
     dtype: str = "",
     shard_bytes: int = 5_000_000_000,
     card: Callable[[], str] = str,
@@ -100,6 +103,7 @@ def export(
         formats: of `FORMATS`; `huggingface` is left out when `like` is "".
         architecture: what the Orbax checkpoint says of its model.
         like: Hugging Face directory that the configuration and tokenizer are copied from.
+        tokenizer: directory of another tokenizer and chat template; "": those of `like`.
         dtype: of the Hugging Face weights; "": that of the leaves.
         shard_bytes: size of its files at most, where no tensor alone is larger.
         card: text of its README.md; called when all leaves have been asked for.
@@ -108,10 +112,10 @@ def export(
     Returns:
         The directories of all formats that are there now.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     wanted = [name for name in formats if name != "huggingface" or like]
     there = processes.from_first(
-        lambda: json.dumps([name for name in wanted if (path / name).exists()]).encode()
+        lambda: json.dumps([name for name in wanted if (path / name).is_dir()]).encode()
     )
     missing = [name for name in wanted if name not in json.loads(there)]
     if "orbax" in missing:
@@ -132,6 +136,7 @@ def export(
             functools.partial(_here, leaf),
             abstract=abstract,
             like=like,
+            tokenizer=tokenizer,
             dtype=dtype,
             shard_bytes=shard_bytes,
             card=card,

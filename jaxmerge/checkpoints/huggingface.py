@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -25,20 +26,22 @@ from etils import epath
 
 from jaxmerge.checkpoints import directory
 from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
-from jaxmerge.checkpoints.safetensors import in_file_order, make_header, parse_json, write_at
+from jaxmerge.checkpoints.safetensors import in_file_order, make_header, write_at
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.layout import Layout
+from jaxmerge.textfiles import parse_json, read_text
 from jaxmerge.trees import PyTree, named_leaves
 
 _NAMES = (directory.WEIGHTS, directory.INDEX, *directory.PICKLES)
 
 # What a model needs besides config.json and weights. Nothing else is copied: no weights, no
 # adapters, no pickles and no code.
-_COPIED = re.compile(
-    r"generation_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|"
+_COPIED = re.compile(r"generation_config\.json|(LICENSE|NOTICE)(\.txt|\.md)?")
+_TOKENIZER = re.compile(
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|"
     r"added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt|(tokenizer|spiece)\.model|"
-    r"chat_template\.(jinja|json)|(LICENSE|NOTICE)(\.txt|\.md)?"
+    r"chat_template\.(jinja|json)"
 )
 _TEMPLATES = "additional_chat_templates"
 
@@ -125,6 +128,7 @@ def save(
     *,
     abstract: PyTree,
     like: str,
+    tokenizer: str = "",
     dtype: str = "",
     shard_bytes: int = 5 * 10**9,
     card: Callable[[], str] | None = None,
@@ -139,6 +143,7 @@ def save(
         leaf: gives the leaf of a name; called once for each.
         abstract: tree of the leaves, or of their `ShapeDtypeStruct`: headers come before values.
         like: Hugging Face directory with the config, tokenizer and chat template to copy.
+        tokenizer: directory of another tokenizer and chat template; "": those of `like`.
         dtype: of the floating-point tensors, rounded to nearest even; "" keeps that of the leaves.
         shard_bytes: no file holds more tensors than this, unless a single one does.
         card: text of README.md; called when all leaves have been written.
@@ -154,12 +159,12 @@ def save(
     tensors = {
         name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in layout.tensors.items()
     }
-    files = split(tensors, shard_bytes)
+    files = split(tensors, shard_bytes, layout.wide)
     new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         new.mkdir(parents=True)
         _write_files(new, files, layout, leaf)
-        publish(new, target, files, like, card)
+        publish(new, target, files, like, card, tokenizer)
     except OSError as error:
         raise JaxmergeError(
             "the model can't be written", where=str(path), found=error.strerror or str(error)
@@ -178,8 +183,26 @@ class WeightsFile(NamedTuple):
     size: int
 
 
-def split(tensors: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> list[WeightsFile]:
-    """Tensors to files, layer after layer, each as full as the limit of bytes allows."""
+def split(
+    tensors: Mapping[str, jax.ShapeDtypeStruct],
+    limit: int,
+    wide: Mapping[str, np.dtype] = MappingProxyType({}),
+) -> list[WeightsFile]:
+    """Tensors to files, layer after layer, each as full as the limit of bytes allows.
+
+    Args:
+        tensors: those of the model.
+        limit: bytes of a file, unless a single tensor has more.
+        wide: see `Layout.wide`.
+    """
+
+    def stored(name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        tensor = tensors[name]
+        return (
+            (wide[name], tensor.shape[:-1])
+            if name in wide
+            else (np.dtype(tensor.dtype), tensor.shape)
+        )
 
     def by_number(name: str) -> list[tuple[bool, int, str]]:
         parts = re.split(r"(\d+)", name)
@@ -195,10 +218,8 @@ def split(tensors: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> list[Weigh
         size += _bytes(tensors[name])
     files = []
     for number, group in enumerate(groups, start=1):
-        order = in_file_order({name: np.dtype(tensors[name].dtype) for name in group})
-        header = make_header(
-            (name, np.dtype(tensors[name].dtype), tensors[name].shape) for name in order
-        )
+        order = in_file_order({name: stored(name)[0] for name in group})
+        header = make_header((name, *stored(name)) for name in order)
         starts, at = {}, len(header)
         for name in order:
             starts[name] = at
@@ -215,6 +236,7 @@ def publish(
     files: Sequence[WeightsFile],
     like: str,
     card: Callable[[], str] | None = None,
+    tokenizer: str = "",
 ) -> None:
     """Adds to a directory of written weights what else a model needs, and gives it its name.
 
@@ -224,11 +246,12 @@ def publish(
         files: the weights.
         like: see `save`.
         card: see `save`.
+        tokenizer: see `save`.
     """
     _write_index(new, files)
-    _copy(Path(like), new, _most_common(files))
+    _copy(Path(like), new, _most_common(files), Path(tokenizer or like))
     if card:
-        (new / "README.md").write_text(card())
+        (new / "README.md").write_text(card(), "utf-8", errors="backslashreplace")
     _make_durable(new)
     new.rename(target)
     _sync(target.parent)
@@ -309,17 +332,18 @@ def _write_index(new: Path, files: Sequence[WeightsFile]) -> None:
     (new / directory.INDEX).write_text(text)
 
 
-def _copy(like: Path, new: Path, dtype: str) -> None:
+def _copy(like: Path, new: Path, dtype: str, tokenizer: Path) -> None:
     """What transformers needs besides the weights; the config with the dtype that they have now."""
-    for file in sorted(like.iterdir()):
-        if _COPIED.fullmatch(file.name) and file.is_file():
-            shutil.copyfile(file, new / file.name)
-    for template in sorted((like / _TEMPLATES).glob("*.jinja")):
+    for place, wanted in ((like, _COPIED), (tokenizer, _TOKENIZER)):
+        for file in sorted(place.iterdir()):
+            if wanted.fullmatch(file.name) and file.is_file():
+                shutil.copyfile(file, new / file.name)
+    for template in sorted((tokenizer / _TEMPLATES).glob("*.jinja")):
         (new / _TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(template, new / _TEMPLATES / template.name)
     if not (like / "config.json").exists():
         return
-    text = (like / "config.json").read_text()
+    text = read_text(like / "config.json")
     config = parse_json(text.encode(), str(like / "config.json"))
     named = [key for key in ("dtype", "torch_dtype") if config.get(key)]  # of version 5, and before
     if dtype and any(config[key] != dtype for key in named):

@@ -1,4 +1,7 @@
-"""LoRA adapters in PEFT's format, as whole models: W = base + scale * B A (arXiv 2106.09685).
+"""Adapters in PEFT's format, as whole models: LoRA (arXiv 2106.09685) and DoRA (2402.09353).
+
+    W' = W - R + s B A             R: what PiSSA (2404.02948) or OLoRA (2406.01775) began with, or 0
+    W' = m (W - R + s B A) / norm  DoRA: norm has the length of each row, over the inputs
 
 The sum is formed row by row in float32 as the leaves are read, and rounded once to the base's
 dtype. What is merged later are these weights, never the factors: a sum of B's times a sum of A's is
@@ -8,41 +11,34 @@ not the sum of the products.
 from __future__ import annotations
 
 import functools
-import math
 import re
+import threading
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 from etils import epath
 
-from jaxmerge.checkpoints import directory
+from jaxmerge.checkpoints import adapter_config, directory
+from jaxmerge.checkpoints.adapter_config import CONFIG, AdapterConfig
 from jaxmerge.checkpoints.directory import read_values
-from jaxmerge.checkpoints.leaves import Keep, Values, as_read, restore_leaves
-from jaxmerge.checkpoints.safetensors import Tensor, parse_json, read_header
+from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
+from jaxmerge.checkpoints.safetensors import Tensor, read_header
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
-# Fields of the config that are heeded, or that say how the adapter was made and not what it means.
-# Any other must be off: null, false or empty.
-_UNDERSTOOD = frozenset(
-    """
-    peft_type r lora_alpha use_rslora rank_pattern alpha_pattern base_model_name_or_path
-    target_modules exclude_modules modules_to_save bias layers_to_transform layers_pattern
-    task_type auto_mapping peft_version revision inference_mode lora_dropout init_lora_weights
-    megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size
-    runtime_config ensure_weight_tying
-    """.split()
-)
 _LINEAR = ("lora_B.weight", "lora_A.weight")  # left and right factor
 _EMBEDDING = ("lora_embedding_B", "lora_embedding_A")
 _PAIRS = (_LINEAR, _EMBEDDING)
+_MAGNITUDE = ("lora_magnitude_vector.weight", "lora_magnitude_vector")  # of now, of old versions
 # Multiplications at once: what BLAS does in the thread that asks, so that threads do not pile up.
 _PRODUCT = 2**18
-_KINDS = "|".join(map(re.escape, ("weight", "bias", *_LINEAR, *_EMBEDDING)))
+_ROWS = 2**22  # values of a base that are looked at at once
+_KINDS = "|".join(map(re.escape, ("weight", "bias", *_LINEAR, *_EMBEDDING, *_MAGNITUDE)))
 
 
 class Change(NamedTuple):
@@ -51,7 +47,9 @@ class Change(NamedTuple):
     whole: Tensor | None = None  # takes the tensor's place
     factors: tuple[Tensor, Tensor] | None = None  # scale times their product is added
     scale: float = 0.0
-    transposed: bool = False  # an embedding: the product is [D, V]
+    transposed: bool = False  # the tensor is [input, output]: embeddings, Conv1D
+    magnitude: Tensor | None = None  # the length of each output
+    start: str = ""  # one of `adapter_config.RESIDUAL`: how the factors began
 
 
 class Adapter(NamedTuple):
@@ -110,36 +108,129 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
         JaxmergeError: a file can't be read or is cut short.
     """
     adapter = _read(epath.Path(source.path), source.base)
-    return restore_leaves(abstract, adapter.base.layout, _values(adapter), keep)
+    return restore_leaves(abstract, adapter.base.layout, _Reader(adapter), keep)
 
 
-def _values(adapter: Adapter) -> Values:
-    base = adapter.base.tensors
+class _Reader:
+    """The values of a model with its adapter; called from several threads."""
 
-    @functools.lru_cache(maxsize=4)  # a tensor is read in blocks, each of which needs the factors
-    def factors(name: str) -> tuple[np.ndarray, np.ndarray]:
-        change = adapter.changes[name]
-        left, right = (_whole(tensor) for tensor in change.factors or ())
-        return (right.T, left.T) if change.transposed else (left, right)
+    def __init__(self, adapter: Adapter):
+        self._adapter = adapter
+        self._lock = threading.RLock()
+        self._starts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._lengths: dict[str, np.ndarray] = {}
+        # A tensor is read in blocks, each of which needs the factors.
+        self._factors = functools.lru_cache(maxsize=4)(self._read_factors)
 
-    def values(name: str, first: int, out: np.ndarray) -> None:
-        change = adapter.changes.get(name, Change())
-        tensors = {name: change.whole or base[name]}
+    def __call__(self, name: str, first: int, out: np.ndarray) -> None:
+        """Sets out[:] to the values of a tensor in C order, from `first` on."""
+        change = self._adapter.changes.get(name, Change())
         if not change.factors:
-            return read_values(tensors, name, first, out)
-        width = base[name].shape[1]
+            return self._stored(name, first, out)
+        width = self._adapter.base.tensors[name].shape[1]
         start, stop = first // width, -(-(first + out.size) // width)
+        rows = self._rows(name, start, stop)
+        if change.magnitude and change.transposed:
+            rows *= (_whole(change.magnitude) / self._column_lengths(name))[None]
+        elif change.magnitude:
+            lengths = np.sqrt(_squares(rows).sum(axis=1))
+            rows *= (_whole(change.magnitude)[start:stop] / lengths).astype(np.float32)[:, None]
+        out[:] = rows.reshape(-1)[first - start * width :][: out.size]
+        return None
+
+    def _stored(self, name: str, first: int, out: np.ndarray) -> None:
+        """The base's values, or those that take their place."""
+        whole = self._adapter.changes.get(name, Change()).whole
+        read_values({name: whole or self._adapter.base.tensors[name]}, name, first, out)
+
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of W - R + s B A, in float32."""
+        change, width = self._adapter.changes[name], self._adapter.base.tensors[name].shape[1]
         rows = np.empty((stop - start, width), np.float32)
-        read_values(tensors, name, start * width, rows.reshape(-1))
-        left, right = factors(name)
+        self._stored(name, start * width, rows.reshape(-1))
+        if change.start:
+            left, right = self._start(name)
+            rows -= left[start:stop] @ right
+        left, right = self._factors(name)
         step = max(_PRODUCT // right.size, 1)
         for i in range(start, stop, step):
             end = min(i + step, stop)
             rows[i - start : end - start] += (left[i:end] @ right) * np.float32(change.scale)
-        out[:] = rows.reshape(-1)[first - start * width :][: out.size]
-        return None
+        return rows
 
-    return values
+    def _read_factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        change = self._adapter.changes[name]
+        left, right = (_whole(tensor) for tensor in change.factors or ())
+        return (right.T, left.T) if change.transposed else (left, right)
+
+    def _start(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of R; they are computed once, by one thread."""
+        change = self._adapter.changes[name]
+        with self._lock:
+            if name not in self._starts:
+                shape = self._adapter.base.tensors[name].shape
+                values = np.empty(shape, np.float32)
+                self._stored(name, 0, values.reshape(-1))
+                assert change.factors
+                rank = change.factors[1].shape[0]
+                weight = values.T if change.transposed else values
+                left, right = _START[change.start](weight.astype(np.float64), rank, change.scale)
+                both = (right.T, left.T) if change.transposed else (left, right)
+                self._starts[name] = both[0].astype(np.float32), both[1].astype(np.float32)
+            return self._starts[name]
+
+    def _column_lengths(self, name: str) -> np.ndarray:
+        """The length of each column of W - R + s B A, in float32; computed once."""
+        with self._lock:
+            if name not in self._lengths:
+                height, width = self._adapter.base.tensors[name].shape
+                squares, step = np.zeros(width), max(_ROWS // width, 1)
+                for start in range(0, height, step):
+                    rows = self._rows(name, start, min(start + step, height))
+                    squares += _squares(rows).sum(axis=0)
+                self._lengths[name] = np.sqrt(squares).astype(np.float32)
+            return self._lengths[name]
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    """In float64, in which the sum of many float32 keeps all that they say."""
+    return np.square(rows, dtype=np.float64)
+
+
+def _principal(weight: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """PiSSA's start: U_r (U_r^T W), the part of W of its `rank` largest singular values.
+
+    Args:
+        weight: W `[output, input]`, in float64.
+        rank: of the part.
+        scale: not needed: peft divides the first factors by it.
+
+    Returns:
+        Two factors of the part, `[output, rank]` and `[rank, input]`.
+    """
+    wide = weight.shape[0] <= weight.shape[1]
+    square = weight @ weight.T if wide else weight.T @ weight
+    last = len(square) - 1
+    _, vectors = scipy.linalg.eigh(square, subset_by_index=(max(last - rank + 1, 0), last))
+    return (vectors, vectors.T @ weight) if wide else (weight @ vectors, vectors.T)
+
+
+def _triangular(weight: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """OLoRA's start: s Q_r R_r of W = Q R, in which Q_r spans the first `rank` columns of W.
+
+    Args:
+        weight: W `[output, input]`, in float64.
+        rank: of the part.
+        scale: s, which peft multiplies the first factors with.
+
+    Returns:
+        See `_principal`.
+    """
+    basis, _ = np.linalg.qr(weight[:, :rank])
+    return scale * basis, basis.T @ weight
+
+
+_START = {"pissa": _principal, "olora": _triangular}
 
 
 def _whole(tensor: Tensor) -> np.ndarray:
@@ -149,8 +240,8 @@ def _whole(tensor: Tensor) -> np.ndarray:
 
 
 def _named_base(path: epath.Path) -> str:
-    named = str(_config(path).get("base_model_name_or_path") or "")
-    if not named or not epath.Path(named).is_dir():
+    named = adapter_config.read(path).base
+    if not named or not epath.Path(named).expanduser().is_dir():
         raise JaxmergeError(
             "the adapter's base is not here",
             where=str(path / CONFIG),
@@ -162,7 +253,7 @@ def _named_base(path: epath.Path) -> str:
 
 def _read(path: epath.Path, base: str) -> Adapter:
     """Reads configs and headers; checks that each tensor of the adapter has its place."""
-    config = _config(path)
+    config = adapter_config.read(path)
     if not (path / WEIGHTS).exists():
         pickled = (path / PICKLE).exists()
         raise JaxmergeError(
@@ -177,8 +268,9 @@ def _read(path: epath.Path, base: str) -> Adapter:
         raise JaxmergeError("there are both an adapter and a whole model", where=str(path))
     model = directory.read(epath.Path(base))
     stored = read_header(path / WEIGHTS)
+    directory.check_filled(stored, path / WEIGHTS)
     problems: list[str] = []
-    changes = _changes(stored, config, problems)
+    changes = _changes(stored, config, _is_transposed(config, model), problems)
     for name, change in changes.items():
         problems += _problems(name, change, model)
     if problems:
@@ -190,55 +282,14 @@ def _read(path: epath.Path, base: str) -> Adapter:
     return Adapter(model, changes)
 
 
-def _config(path: epath.Path) -> dict[str, Any]:
-    """The adapter's config, if all that it says is understood."""
-    file = path / CONFIG
-    try:
-        config = parse_json(file.read_bytes(), str(file))
-    except OSError as error:
-        raise JaxmergeError(
-            "the file can't be read", where=str(file), found=error.strerror or str(error)
-        ) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise JaxmergeError(
-            "the adapter is of another kind",
-            where=f"{file}, peft_type",
-            expected="LORA",
-            found=str(kind)[:80],
-        )
-    # fan_in_fan_out, use_dora, lora_bias, layer_replication, trainable_token_indices, ...
-    others = {key: value for key, value in config.items() if value and key not in _UNDERSTOOD}
-    if others:
-        raise JaxmergeError(
-            "the adapter is more than low-rank factors: "
-            + ", ".join(f"{key} is {str(value)[:80]}" for key, value in others.items()),
-            where=str(file),
-            expected="LoRA, plain or rank-stabilised, with modules_to_save and biases",
-        )
-    _check_numbers(config, file)
-    return config
-
-
-def _check_numbers(config: Mapping[str, Any], file: epath.Path) -> None:
-    """Raises unless ranks are whole numbers and alphas finite ones."""
-    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    found = {"rank_pattern": ranks, "alpha_pattern": alphas}
-    found |= {key: config.get(key) for key in ("r", "lora_alpha")}
-    sound = isinstance(ranks, dict) and isinstance(alphas, dict)
-    if not sound or not (
-        all(type(rank) is int and rank > 0 for rank in (found["r"], *ranks.values()))
-        and all(_is_number(alpha) for alpha in (found["lora_alpha"], *alphas.values()))
-    ):
-        raise JaxmergeError("ranks or alphas are no numbers", where=str(file), found=str(found))
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_transposed(config: AdapterConfig, model: directory.Checkpoint) -> bool:
+    said = model.architecture
+    known = bool(said.get("model"))
+    return adapter_config.stored_transposed(config, str(said.get("model_type", "")), known)
 
 
 def _changes(
-    stored: Mapping[str, Tensor], config: Mapping[str, Any], problems: list[str]
+    stored: Mapping[str, Tensor], config: AdapterConfig, transposed: bool, problems: list[str]
 ) -> dict[str, Change]:
     """What the adapter does, by the base's tensor; adds to `problems` what it can't place."""
     roles: dict[str, dict[str, Tensor]] = {}
@@ -255,46 +306,48 @@ def _changes(
     changes = {}
     for target, tensors in roles.items():
         whole = tensors.pop("weight", None) or tensors.pop("bias", None)
-        changes[target] = Change(whole)
+        lengths = [tensors.pop(kind) for kind in _MAGNITUDE if kind in tensors]
         kinds = next((pair for pair in _PAIRS if {*pair} == {*tensors}), None)
+        changes[target] = Change(whole)
         if kinds:
-            left, right = (tensors[kind] for kind in kinds)
-            scale = _scale(target.removesuffix(".weight"), right, config, problems)
-            changes[target] = Change(whole, (left, right), scale, kinds == _EMBEDDING)
+            changes[target] = Change(
+                whole,
+                (tensors[kinds[0]], tensors[kinds[1]]),
+                _scale(target.removesuffix(".weight"), tensors[kinds[1]], config, problems),
+                transposed or kinds == _EMBEDDING,
+                lengths[0] if lengths else None,
+                config.start if kinds == _LINEAR else "",  # peft begins embeddings with zeros
+            )
         elif tensors:
             problems.append(f"{target} has {' and '.join(sorted(tensors))}, which are no pair")
+        if changes[target].start == "olora" and transposed:
+            problems.append(f"{target} is stored as [input, output], for which peft has no OLoRA")
+        if config.magnitudes and kinds and not lengths:
+            problems.append(f"{target} has no lora_magnitude_vector, though use_dora is true")
+        if lengths and not (config.magnitudes and kinds):
+            why = "no factors" if config.magnitudes else "use_dora is not true"
+            problems.append(f"{target} has a lora_magnitude_vector, but {why}")
     return changes
 
 
-def _scale(module: str, right: Tensor, config: Mapping[str, Any], problems: list[str]) -> float:
-    """alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilised (arXiv 2312.03732)."""
-
-    def of_module(pattern: str, default: int | float) -> int | float:
-        matches = (
-            value
-            for regex, value in (config.get(pattern) or {}).items()
-            if re.fullmatch(rf"(.*\.)?({regex})", module)  # as peft does; the first match holds
-        )
-        return next(matches, default)
-
-    try:
-        rank = of_module("rank_pattern", config["r"])
-        alpha = of_module("alpha_pattern", config["lora_alpha"])
-    except re.error as error:
-        problems.append(f"rank_pattern or alpha_pattern: {error}")
-        return 0.0
+def _scale(module: str, right: Tensor, config: AdapterConfig, problems: list[str]) -> float:
+    """The scale of a product, whose factors must be of the rank that the config says."""
+    rank = config.rank_of(module)
     if right.shape[:1] != (rank,):
         problems.append(f"{module} has factors {list(right.shape)}, by the config of rank {rank}")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return config.scale(module, rank)
 
 
 def _problems(name: str, change: Change, model: directory.Checkpoint) -> list[str]:
     """Why a change can't be made to the base; empty if it can."""
-    shape = model.layout.tensors.get(name)
-    embedding = {part.tensor for part in model.layout.leaves.get("embedding", ())}
-    if model.architecture.get("tied_embeddings") and name in {*embedding, "lm_head.weight"}:
-        tied = "the base's input and output embeddings are one tensor"
-        return [f"{name} is changed, but {tied}: save it with tie_word_embeddings false first"]
+    shape, said = model.layout.tensors.get(name), model.architecture
+    # Models without a decoder tie them unless their config says otherwise, as transformers does.
+    tied = said.get("tied_embeddings") or (
+        not said.get("model") and said.get("tie_word_embeddings", True)
+    )
+    if tied and (directory.EMBEDDING.search(name) or directory.HEAD.search(name)):
+        one = "the base's input and output embeddings are one tensor"
+        return [f"{name} is changed, but {one}: save it with tie_word_embeddings false first"]
     if shape is None:
         return [f"the base has no tensor {name}"]
     problems = []
@@ -305,4 +358,7 @@ def _problems(name: str, change: Change, model: directory.Checkpoint) -> list[st
         rank, product = right[:1], shape[::-1] if change.transposed else shape
         if len(shape) != 2 or left != product[:1] + rank or right != rank + product[1:]:
             problems.append(f"{name}: factors {list(left)} and {list(right)} do not make it")
+        elif change.magnitude and change.magnitude.shape != product[:1]:
+            found = list(change.magnitude.shape)
+            problems.append(f"{name}: its lora_magnitude_vector is {found}, not {[product[0]]}")
     return problems

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from jaxmerge.checkpoints import parameters
 from jaxmerge.checkpoints.digest import digests
 from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, at
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
 _METADATA = "_CHECKPOINT_METADATA"  # of a checkpoint; older versions of Orbax wrote none
@@ -49,11 +50,15 @@ def save(
             that what reads it reads this one too. None: a checkpoint of our own.
 
     Raises:
-        JaxmergeError: there is something at `path`; what is carried can't be read.
+        JaxmergeError: there is something at `path`, or it can't be written; what is carried can't
+            be read.
     """
     path = absolute(path)
-    if path.exists():
-        raise JaxmergeError("there is something here already", where=str(path))
+    with at(path):
+        if path.exists():
+            raise JaxmergeError(
+                "there is something here already", where=str(path), expected="a path that is free"
+            )
     ours: Any = {
         "checksums": {name: digest.checksum for name, digest in digests(params).items()},
         "architecture": dict(architecture or {}),
@@ -67,13 +72,26 @@ def save(
             params = parameters.joined(params, _load(like, _repeated(like.carried, params)))
         params = parameters.under(params, like.subtree)
     if not item:
-        return _save_flat(path, params, custom)
+        with at(path), _system_errors():
+            return _save_flat(path, params, custom)
     ocp = _orbax()
     context = ocp.Context()
     context.array.saving.use_compression = False
-    with context:
+    with at(path), _system_errors(), context:
         ocp.save(path, params, checkpointable_name=item, custom_metadata=custom)
     return None
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """What the system refuses, as an `OSError`: tensorstore only puts the number in its text."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def recognises(path: epath.Path) -> bool:

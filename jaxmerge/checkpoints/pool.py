@@ -29,7 +29,7 @@ from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
-from jaxmerge.merge.rematerialised import rematerialising
+from jaxmerge.merge.rematerialised import RematerialisingMerger
 from jaxmerge.trees import PyTree, byte_count, map_named, named_leaves, parameter_count, pruned
 
 
@@ -81,8 +81,9 @@ class Pool(NamedTuple):
             since: an earlier answer; None: the loading of the pool.
         """
         before = since or {"bytes_read": 0, "seconds": 0.0}
-        moved = isinstance(self.merge, LeafwiseMerger)
-        read, seconds = (self.merge.bytes_read, self.merge.seconds) if moved else (0, 0.0)
+        merge = self.merge
+        moved = isinstance(merge, LeafwiseMerger)
+        read, seconds = (merge.bytes_read, merge.seconds) if moved else (0, 0.0)
         return {
             "kind": self.residency,
             "bytes_read": read - before["bytes_read"],
@@ -177,7 +178,7 @@ def load(
     if storage != "exact":
         merge, trees = _quantised_merger(sources, trees, where, groups)
     elif rematerialise:
-        merge = rematerialising(trees, rematerialise, groups)
+        merge = RematerialisingMerger(trees, rematerialise, groups)
     elif residency == "device":
         merge = linear.merger(trees, groups)
     else:
@@ -358,7 +359,7 @@ def _leafwise(
         lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]),
         trees[0],
     )
-    return LeafwiseMerger(like, read, groups)
+    return LeafwiseMerger(like, read, len(sources), groups)
 
 
 def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:

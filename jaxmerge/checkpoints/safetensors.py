@@ -11,7 +11,6 @@ import json
 import math
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,10 +19,14 @@ import numpy as np
 from etils import epath
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.textfiles import parse_json
 
 # As the format names them, in the order in which a file holds them (that of the safetensors
-# library, descending); 64-bit types are left out: JAX would make 32-bit ones of them.
+# library, descending). Of the 64-bit types there are integers alone, which are copied as words:
+# JAX would make 32-bit ones of them.
 DTYPES: Mapping[str, np.dtype] = {
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
     "F32": np.dtype(np.float32),
     "U32": np.dtype(np.uint32),
     "I32": np.dtype(np.int32),
@@ -72,27 +75,6 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
     }
     _check_ranges(path, tensors, first, size)
     return tensors
-
-
-def parse_json(text: bytes, where: str) -> Any:
-    """What a JSON text says.
-
-    Raises:
-        JaxmergeError: it is no JSON, or an object in it has the same key twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            count = Counter(key for key, _ in pairs)
-            twice = ", ".join(key for key in made if count[key] > 1)
-            raise JaxmergeError(f"{twice} is there twice", where=where)
-        return made
-
-    try:
-        return json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise JaxmergeError("this is no JSON", where=where, found=str(error)) from error
 
 
 def read_into(file: str, start: int, out: np.ndarray) -> None:

@@ -24,6 +24,7 @@ class LeafStream:
 
     Attributes:
         abstract: tree of the leaves as `ShapeDtypeStruct`, with the dtype that they are given in.
+        read: whether any leaf has been.
     """
 
     def __init__(self, sources: Sequence[Source], device: Any, *, dtype: str = ""):
@@ -50,6 +51,10 @@ class LeafStream:
             check_values(alone, {name: leaf}, {name: known[name]}, self._digests[0])
             leaves.append(leaf.astype(self._cast_to(leaf)))
         return leaves
+
+    @property
+    def read(self) -> bool:
+        return any(self._digests)
 
     def records(self) -> tuple[Record, ...]:
         """What `pool.json` says of the checkpoints, after all leaves have been read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from etils import epath
 from jaxmerge.checkpoints import directory, huggingface, lora, orbax, trainers
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.models.layout import COMPUTED
 from jaxmerge.trees import differences
 
 # By the name in `Source.format`; the first that recognises a path reads it.
@@ -53,8 +55,8 @@ def find(
     """Finds checkpoints, which need not be alike; reads no data.
 
     Args:
-        patterns: directories, or patterns such as `pools/quickstart/*`, whose matches are sorted,
-            by number where their names have numbers: step 200 comes before step 1000.
+        patterns: directories, or patterns such as `pools/*/final`, whose matches are sorted, by
+            number where their names have numbers: step 200 comes before step 1000.
         subtree: where in each Orbax checkpoint the parameters are; "": see `parameters.subtree`.
         item: which item of each Orbax checkpoint they are in; "": see `parameters.item`.
         base: Hugging Face directory that adapters are laid upon; "": the one that each names.
@@ -105,7 +107,7 @@ def survey(
         JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
             then every difference of leaf names, shapes, dtypes and architectures is listed.
     """
-    sources = find(
+    found = find(
         patterns,
         subtree=subtree,
         base=base,
@@ -114,11 +116,9 @@ def survey(
         by_tensor=by_tensor,
         as_stored=as_stored,
     )
-    if by_tensor and any(each.architecture != sources[0].architecture for each in sources):
-        sources = tuple(
-            each._replace(architecture=directory.with_defaults(epath.Path(each.path)))
-            for each in sources
-        )
+    sources = _mended(found)
+    if any(each.architecture != sources[0].architecture for each in sources):
+        sources = tuple(map(_completed, sources))
     if len(sources) < 2:
         raise JaxmergeError(
             "a pool needs at least two checkpoints",
@@ -129,24 +129,82 @@ def survey(
     return sources
 
 
+def _mended(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """Models merged by tensor without what only some of them hold, and mean nothing by.
+
+    That is a head that a tied model has a second time, and buffers that transformers computes.
+    """
+    if not sources or any(each.architecture.get("model") for each in sources):
+        return sources
+    common = set.intersection(*({*each.abstract} for each in sources))
+    return tuple(_without(each, _twice(each, common)) for each in sources)
+
+
+def _twice(source: Source, common: set[str]) -> set[str]:
+    """The tensors that only some members have, and that this one does not need.
+
+    Raises:
+        JaxmergeError: a head is not the embedding that the config says it is tied to.
+    """
+    beyond = {name for name in source.tensors if name in source.abstract and name not in common}
+    computed = {name for name in beyond if any(re.search(each, name) for each in COMPUTED)}
+    heads = {name for name in beyond if directory.HEAD.search(name)}
+    if not heads or not _completed(source).architecture.get("tie_word_embeddings", True):
+        return computed
+    for head in heads:
+        shape = source.tensors[head].shape
+        twins = [
+            name
+            for name in common & {*source.tensors}
+            if (directory.EMBEDDING.search(name) or name == head.replace("decoder.bias", "bias"))
+            and source.tensors[name].shape == shape
+        ]
+        if not any(directory.equal(source.tensors, twin, head) for twin in twins):
+            raise JaxmergeError(
+                f"{head} differs from the embedding that the config says it is tied to, and not "
+                "all members have such a tensor",
+                where=source.path,
+                expected="the head of a tied model to be its embedding, or no such tensor; else "
+                "tie_word_embeddings false in config.json, and a head in all members",
+                found=f"looked at {', '.join(sorted(twins)) or 'no embedding of its shape'}",
+            )
+    return computed | heads
+
+
+def _without(source: Source, names: set[str]) -> Source:
+    if not names:
+        return source
+    kept = {name: leaf for name, leaf in source.abstract.items() if name not in names}
+    tensors = {name: each for name, each in source.tensors.items() if name not in names}
+    return source._replace(abstract=kept, tensors=tensors)
+
+
+def _completed(source: Source) -> Source:
+    """A model without a decoder, its architecture as transformers completes the config."""
+    if source.architecture.get("model") != "" or not source.directory:
+        return source
+    said = directory.with_defaults(epath.Path(source.directory))
+    return source._replace(architecture=said)
+
+
 def _find(pattern: str) -> list[epath.Path]:
     path = orbax.absolute(pattern)
-    fixed = next((i for i, part in enumerate(path.parts) if any(m in part for m in "*?[")), 0)
-    if fixed:
-        above = epath.Path(*path.parts[:fixed])
-        matches = above.glob("/".join(path.parts[fixed:])) if above.is_dir() else []
-        found = [match for match in sorted(matches, key=_by_number) if _format(match)]
-    else:
-        found = [path] if path.exists() else []
-        if found and not _format(path):
-            raise JaxmergeError(
-                "this is no checkpoint",
-                where=str(path),
-                expected="a finished checkpoint of a known format: orbax, lora, huggingface"
-                + _steps_within(path),
-            )
+    matches = _matches(path)
+    if matches == [path] and not _format(path):
+        raise JaxmergeError(
+            "this is no checkpoint",
+            where=str(path),
+            expected="a finished checkpoint of a known format: orbax, lora, huggingface"
+            + _steps_within(path),
+        )
+    found = [match for match in matches if _format(match)]
     if not found:
-        raise JaxmergeError("there is no checkpoint here", where=str(path))
+        raise JaxmergeError(
+            "there is no checkpoint here",
+            where=str(path),
+            expected="a checkpoint's directory, or a pattern (*, ?, [) of some",
+            found=f"{len(matches)} that match, none a checkpoint" if matches else "",
+        )
     return found
 
 
@@ -154,6 +212,29 @@ def _by_number(path: epath.Path) -> list[tuple[int, str]]:
     """Orders paths part by part, digits in them as the numbers that they are."""
     pieces = (piece for part in path.parts for piece in [*re.split(r"(\d+)", part), ""])
     return [(int(each) if each.isdecimal() else -1, each) for each in pieces]
+
+
+def _matches(path: epath.Path) -> list[epath.Path]:
+    """What a path with patterns in any of its parts matches, sorted.
+
+    A part that is there as it is written is no pattern, so that names may have brackets.
+    """
+    found = [epath.Path(path.anchor)] if path.anchor else [epath.Path(path.parts[0])]
+    for part in path.parts[1:]:
+        following = []
+        for parent in found:
+            if (parent / part).exists():
+                following.append(parent / part)
+            elif any(mark in part for mark in "*?[") and parent.is_dir():
+                following += [each for each in parent.iterdir() if _is_match(each.name, part)]
+        found = following
+    return sorted(found, key=_by_number)
+
+
+def _is_match(name: str, pattern: str) -> bool:
+    """As in a shell: what begins with a dot is matched by a pattern that does."""
+    hidden = name.startswith(".") and not pattern.startswith(".")
+    return not hidden and fnmatch.fnmatchcase(name, pattern)
 
 
 def _format(path: epath.Path) -> str:
@@ -185,10 +266,14 @@ def _check_alike(sources: Sequence[Source], dtype: str) -> None:
     lines = _differences(sources, dtype)
     if lines:
         castable = not _differences(sources, "float32")
+        expected = "the same dtypes, or pool.dtype: it casts all to one" if castable else ""
+        if all(": architecture " in line for line in lines):
+            expected = "the same in each config.json; delete there what says nothing of the "
+            expected += "computation"
         raise JaxmergeError(
             "the checkpoints can't be merged:\n  " + "\n  ".join(lines),
             where="pool.checkpoints",
-            expected="the same dtypes, or pool.dtype: it casts all to one" if castable else "",
+            expected=expected,
         )
 
 

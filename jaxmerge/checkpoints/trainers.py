@@ -70,7 +70,8 @@ def known(directory: str) -> Known | None:
     """
     from jaxmerge.models import families  # imports Flax, which takes half a second
 
-    if not directory or not (epath.Path(directory) / "config.json").exists():
+    directory = os.path.expanduser(directory)
+    if not directory or not os.path.exists(os.path.join(directory, "config.json")):
         return None
     found = families.read(directory)
     return Known(families.model_type(directory), found.config) if found else None

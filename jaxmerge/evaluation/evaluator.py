@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from jaxmerge.merge.differences import QuantisedMerger
 from jaxmerge.merge.linear import Merger, ResidentMerger
 from jaxmerge.models.model import Model
 from jaxmerge.tasks.common import Example, Task
-from jaxmerge.tasks.requests import Response
+from jaxmerge.tasks.requests import Likely, Request, Response
 
 _LIMITS = Limits()
 
@@ -45,7 +46,40 @@ def check(
         check_least(f"evaluate.{name}", size, 0)
 
 
+_SHOWN = 3  # examples of each task whose answers are kept for people
+_LONGEST = 2000  # characters of a text that is kept
+
 Scores = dict[str, Float[np.ndarray, "P N"]]  # per task: one score per candidate and example
+
+
+class Shown(NamedTuple):
+    """An example as people see it, texts cut to what can be looked at.
+
+    Attributes:
+        prompt: what was asked.
+        target: what would have been right.
+        output: what the model wrote; of likelihoods, each with what it is of, the likeliest first.
+        score: the verdict.
+    """
+
+    prompt: str
+    target: str
+    output: str
+    score: float
+
+
+class Sample(NamedTuple):
+    """What a candidate said on a task.
+
+    Attributes:
+        first: the first examples.
+        constant: the text that it wrote most often; "" where it wrote none.
+        share: of the examples, that it wrote this for; 0 where it wrote none.
+    """
+
+    first: tuple[Shown, ...]
+    constant: str = ""
+    share: float = 0.0
 
 
 class Step(NamedTuple):
@@ -54,10 +88,24 @@ class Step(NamedTuple):
     Attributes:
         scores: per task `[C, N]`.
         written_C: tokens that each wrote, on all tasks, up to the ones that ended its texts.
+        samples: of each candidate, by task, what it said.
     """
 
     scores: Scores
     written_C: Int[np.ndarray, " C"]
+    samples: tuple[dict[str, Sample], ...] = ()
+
+
+class Accepted(NamedTuple):
+    """Texts that judges gave the greatest score.
+
+    Attributes:
+        texts: by task, for each example, those that are not the same, in the order of candidates.
+        tokens: that were read and written for it.
+    """
+
+    texts: dict[str, list[tuple[str, ...]]]
+    tokens: dict[str, int]
 
 
 class Evaluator:
@@ -146,23 +194,75 @@ class Evaluator:
         if waiting is not None:
             yield self._collect(*waiting)
 
+    def accepted(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Accepted:
+        """What candidates wrote to the judges' full content; see `Accepted`."""
+        texts = {asked.task.name: [{} for _ in asked.examples] for asked in self._tasks}
+        written = 0
+        for start in range(0, len(weights_PxK), self.candidates_per_step):
+            count, outputs = self._launch(weights_PxK[start : start + self.candidates_per_step])
+            for asked, of_task in zip(self._tasks, outputs):
+                answers = self._responder.answers(asked.prepared, of_task, count)
+                written += int(answers.written_C.sum())
+                for known, new in zip(texts[asked.task.name], asked.accepted(answers.responses)):
+                    known |= new
+        return Accepted(
+            {task: [tuple(each) for each in found] for task, found in texts.items()},
+            {"read": len(weights_PxK) * self.read, "written": written},
+        )
+
+    def ask(
+        self, weights_PxK: Float[np.ndarray, "P *G K"], requests: Sequence[Request]
+    ) -> list[tuple[Response, ...]]:
+        """What each candidate answers to requests of no task."""
+        prepared, answered = self._responder.prepare(requests), []
+        for start in range(0, len(weights_PxK), self.candidates_per_step):
+            weights_CxK = weights_PxK[start : start + self.candidates_per_step]
+            (outputs,) = self._asked(weights_CxK, [prepared])
+            answered += self._responder.answers(prepared, outputs, len(weights_CxK)).responses
+        return answered
+
+    def first_requests(self, count: int) -> list[Request]:
+        """The first requests of the tasks, as many of each, at most so many in all."""
+        share = -(-count // max(len(self._tasks), 1))
+        firsts = [request for asked in self._tasks for request in asked.prepared.requests[:share]]
+        return firsts[:count]
+
     def _launch(self, weights_CxK: np.ndarray) -> tuple[int, list[Outputs]]:
-        count = len(weights_CxK)
+        return len(weights_CxK), self._asked(weights_CxK, [each.prepared for each in self._tasks])
+
+    def _asked(self, weights_CxK: np.ndarray, prepared: Sequence[Prepared]) -> list[Outputs]:
+        """What the devices are to find out about candidates of one step."""
         # The last step is filled up with a candidate it has: every step has the same shape.
-        filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - count, axis=0)
+        filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - len(weights_CxK), axis=0)
         merged = self._merge(np.concatenate([weights_CxK, filling]))
-        outputs = [self._responder.launch(asked.prepared, merged) for asked in self._tasks]
+        outputs = [self._responder.launch(each, merged) for each in prepared]
         if isinstance(self._merge, ResidentMerger):
             self._merge.give_back(merged)
-        return count, outputs
+        return outputs
 
     def _collect(self, count: int, outputs: list[Outputs]) -> Step:
         scores, written_C = {}, np.zeros(count, np.int64)
+        samples: tuple[dict[str, Sample], ...] = tuple({} for _ in range(count))
         for asked, of_task in zip(self._tasks, outputs):
             answers = self._responder.answers(asked.prepared, of_task, count)
-            scores[asked.task.name] = asked.scores(answers.responses)
+            name = asked.task.name
+            scores[name] = asked.scores(answers.responses)
             written_C += answers.written_C
-        return Step(scores, written_C)
+            for sample, responses, row in zip(samples, answers.responses, scores[name]):
+                sample[name] = asked.sample(responses, row)
+        return Step(scores, written_C, samples)
+
+
+def _as_text(requests: Sequence[Request], responses: Sequence[Response]) -> str:
+    """What a model answered to an example, a line for each likelihood, the likeliest first."""
+    texts = [response for response in responses if isinstance(response, str)]
+    likely = [
+        (each.nats, getattr(request, "continuation", ""))
+        for request, each in zip(requests, responses)
+        if isinstance(each, Likely)
+    ]
+    lines = [f"{nats:.2f} nats {of}".rstrip() for nats, of in sorted(likely, reverse=True)]
+    return "\n".join([*texts, *lines])
 
 
 def _only(task: Task, places: Int[np.ndarray, " n"], split: str) -> Task:
@@ -198,19 +298,62 @@ class _Asked:
         Raises:
             JaxmergeError: the judge gave a score outside the task's bounds.
         """
-        answered = [
-            [
-                _Answered(i, tuple(responses[end - count : end]))
-                for i, (end, count) in enumerate(zip(self._ends, np.diff(self._ends, prepend=0)))
-            ]
-            for responses in answers
+        rows = [self._by_example(responses) for responses in answers]
+        known = self._look_up(dict.fromkeys(each for row in rows for each in row))
+        return np.array([[known[each] for each in row] for row in rows], np.float32)
+
+    def accepted(self, answers: Sequence[tuple[Response, ...]]) -> list[dict[str, None]]:
+        """Of what C models wrote about each example, the texts that have the greatest score.
+
+        Where there are several texts of an example, each is judged as if all were like it.
+        """
+        rows = [each for responses in answers for each in self._by_example(responses)]
+        alike = dict.fromkeys(
+            _Answered(each.example, (text,) * len(each.responses))
+            for each in rows
+            for text in each.responses
+            if isinstance(text, str)
+        )
+        found: list[dict[str, None]] = [{} for _ in self.examples]
+        for each, score in self._look_up(alike).items():
+            if score >= self.task.bounds[1]:
+                found[each.example][str(each.responses[0])] = None
+        return found
+
+    def _by_example(self, responses: Sequence[Response]) -> list[_Answered]:
+        counts = np.diff(self._ends, prepend=0)
+        return [
+            _Answered(i, tuple(responses[end - count : end]))
+            for i, (end, count) in enumerate(zip(self._ends, counts))
         ]
-        asked = dict.fromkeys(each for row in answered for each in row)
+
+    def _look_up(self, asked: Mapping[_Answered, object]) -> dict[_Answered, float]:
+        """Their scores; what is not known is judged."""
         new = [each for each in asked if each not in self._known]
         self._known |= dict(zip(new, processes.spread(self._judge_all, new).tolist()))
         # Only the last answers are remembered: a population's answers are alike.
         self._known = {each: self._known[each] for each in asked}
-        return np.array([[self._known[each] for each in row] for row in answered], np.float32)
+        return self._known
+
+    def sample(self, responses: Sequence[Response], scores_N: Float[np.ndarray, " N"]) -> Sample:
+        """What a model said, for people to see.
+
+        Args:
+            responses: of the model, to all requests.
+            scores_N: what they were found to be worth.
+        """
+        first, start = [], 0
+        for example, end, score in zip(self.examples, self._ends[:_SHOWN].tolist(), scores_N):
+            requests = self.prepared.requests[start:end]
+            output = _as_text(requests, responses[start:end])
+            asked, target, said = (t[:_LONGEST] for t in (example.prompt, example.target, output))
+            first.append(Shown(asked, target, said, float(score)))
+            start = end
+        written = Counter(response for response in responses if isinstance(response, str))
+        if not written:
+            return Sample(tuple(first))
+        constant, count = written.most_common(1)[0]
+        return Sample(tuple(first), constant[:_LONGEST], count / written.total())
 
     def _judge_all(self, answered: Sequence[_Answered]) -> list[float]:
         if self.task.judge_threads <= 1:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxmerge.evaluation.evaluator import Evaluator, Step
+from jaxmerge.evaluation.evaluator import Accepted, Evaluator, Step
+from jaxmerge.tasks.requests import Request, Response
 
 _MOST_BYTES = 2**28  # of scores on the host; a step of 2 candidates on 2,000 examples has 16 kB
 
@@ -54,6 +55,20 @@ class Remembering:
     def exact(self) -> Evaluator:
         """As of the evaluator, and without a memory: it is asked once."""
         return self._evaluator.exact()
+
+    def accepted(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Accepted:
+        """As of the evaluator, and without a memory."""
+        return self._evaluator.accepted(weights_PxK)
+
+    def ask(
+        self, weights_PxK: Float[np.ndarray, "P *G K"], requests: Sequence[Request]
+    ) -> list[tuple[Response, ...]]:
+        """As of the evaluator, and without a memory."""
+        return self._evaluator.ask(weights_PxK, requests)
+
+    def first_requests(self, count: int) -> list[Request]:
+        """As of the evaluator."""
+        return self._evaluator.first_requests(count)
 
     def steps(self, weights_PxK: Float[np.ndarray, "P *G K"]) -> Iterator[Step]:
         """As of the evaluator: `candidates_per_step` rows at a time, as soon as they are known."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_text
 from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.tasks.requests import Generate, Likelihood, Prompt, Rolling
 
@@ -114,6 +114,7 @@ def rows_of(
 def prompted(
     place: int, request: Generate, tokenizer: Tokenizer, limits: Limits, where: str
 ) -> Prompted:
+    _check_prompt(request.prompt, where)
     read = tokenizer.prompt(request.prompt)
     _check(read, request.prompt.text, where)
     read = _fitted(read, limits.context - request.max_new_tokens, limits, where)
@@ -124,6 +125,8 @@ _Pair = tuple[list[int], list[int]]  # what is read before, and what is scored a
 
 
 def _pair(request: Likelihood, tokenizer: Tokenizer, limits: Limits, where: str) -> _Pair:
+    _check_prompt(request.prompt, where)
+    check_text(where, request.continuation)
     read, scored = tokenizer.pair(request.prompt, request.continuation)
     if not read and scored[:1] == [tokenizer.prefix]:
         read, scored = scored[:1], scored[1:]
@@ -136,6 +139,7 @@ def _pair(request: Likelihood, tokenizer: Tokenizer, limits: Limits, where: str)
 
 def _windows(request: Rolling, tokenizer: Tokenizer, limits: Limits, where: str) -> list[_Pair]:
     """A text cut up: as many tokens as the context takes, each after one token before them."""
+    check_text(where, request.text)
     tokens = tokenizer.prompt(Prompt(request.text, form=request.form))
     _check(tokens, request.text, where)
     width = limits.context or len(tokens)
@@ -147,9 +151,18 @@ def _windows(request: Rolling, tokenizer: Tokenizer, limits: Limits, where: str)
     return pairs
 
 
+def _check_prompt(prompt: Prompt, where: str) -> None:
+    check_text(where, prompt.text, *(text for shot in prompt.shots for text in shot))
+
+
 def _check(tokens: Sequence[int], text: str, where: str) -> None:
     if not tokens:
-        raise JaxmergeError("a prompt or continuation is empty", where=where, found=repr(text))
+        raise JaxmergeError(
+            "a prompt or continuation is empty",
+            where=where,
+            expected="at least one token of it; examples without any must be left out",
+            found=repr(text),
+        )
 
 
 def _fitted(tokens: list[int], room: int, limits: Limits, where: str) -> list[int]:

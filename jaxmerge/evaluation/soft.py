@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,56 +21,22 @@ from jaxtyping import Array, Float
 from scipy.stats import rankdata
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluation.batches import together
 from jaxmerge.evaluation.generate import log_likelihood
-from jaxmerge.evaluation.rows import Limits, Row, rows_of
+from jaxmerge.evaluation.minibatches import asked
+from jaxmerge.evaluation.rows import Limits
 from jaxmerge.evaluation.tokenizer import Tokenizer
+from jaxmerge.hosts import processes
 from jaxmerge.merge.groups import Groups
-from jaxmerge.merge.linear import merger
-from jaxmerge.merge.pullback import pullback
+from jaxmerge.merge.linear import Merger, ResidentMerger
+from jaxmerge.models.deferred import apart, joined
 from jaxmerge.models.model import Model, Params
-from jaxmerge.tasks.common import Soft, Task
+from jaxmerge.tasks.common import Task
 from jaxmerge.trees import PyTree
 
 # What of an answer's log-likelihood is maximised: exp(nats), exp(nats / tokens), nats / tokens.
 FORMS = ("probability", "per_token", "log")
 
 _BETTER = 0.1  # by which another form's rank correlation must be above the first's to be chosen
-
-
-class _Example(NamedTuple):
-    """What is asked about an example, as rows of tokens whose requests are numbered from 0."""
-
-    soft: Soft
-    rows: list[Row]
-    tokens: list[int]  # that are scored of each request
-
-    @property
-    def width(self) -> int:
-        return max(row.length for row in self.rows)
-
-
-class _Minibatch(NamedTuple):
-    """Examples that go through a model in each place of the mesh axis `pop`, R requests there.
-
-    Attributes:
-        arrays: `[pop, ...]`: those of `generate.log_likelihood`; the request of each scored token;
-            of each request its example, whether it is right, its length, and its tokens.
-        examples: of all places.
-        read: tokens that are read, without padding.
-    """
-
-    arrays: tuple[Any, ...]
-    examples: int
-    read: int
-
-
-class _Asked(NamedTuple):
-    """A task's examples in minibatches."""
-
-    kind: str
-    minibatches: list[_Minibatch]
-    left_out: int  # examples that have no soft score
 
 
 class Slope(NamedTuple):
@@ -84,7 +50,8 @@ class SoftScore:
     """The soft scores of merges on the examples of the search split, and their derivatives.
 
     Args:
-        trees: K checkpoints on the devices of `mesh`, as `Pool.trees`.
+        merge: the pool's merge on the devices of `mesh`: `Pool.merge`, or `merger(trees)`.
+        checkpoints: K.
         model: their architecture.
         tokenizer: text to ids.
         tasks: what is scored.
@@ -97,14 +64,16 @@ class SoftScore:
     Attributes:
         forms: what is climbed of each task's answers; see `FORMS`.
         agreement: what `choose_forms` found.
+        without: tasks that have no example with a soft score; they are left out.
 
     Raises:
-        JaxmergeError: a task has no example with a soft score.
+        JaxmergeError: no task has an example with a soft score.
     """
 
     def __init__(
         self,
-        trees: Sequence[PyTree],
+        merge: Merger,
+        checkpoints: int,
         model: Model,
         tokenizer: Tokenizer,
         tasks: Sequence[Task],
@@ -115,13 +84,29 @@ class SoftScore:
         minibatch: int = 32,
         seed: int = 0,
     ):
-        self._trees, self._groups, self._mesh, self._seed = tuple(trees), groups, mesh, seed
-        self._merge = merger(self._trees, groups)
-        encode = functools.partial(_examples, tokenizer, limits, model.branches is not None)
-        self._tasks = {task.name: _asked(task, encode, mesh, minibatch) for task in tasks}
-        self._programs = {
-            name: functools.partial(_program, model, mesh, asked.kind)
-            for name, asked in self._tasks.items()
+        self._merge, self._K, self._groups = merge, checkpoints, groups
+        self._mesh, self._seed = mesh, seed
+        encode = functools.partial(
+            asked, places=mesh.shape["pop"], branching=model.branches is not None
+        )
+        self._model = model
+        asked_of = {task.name: encode(task, tokenizer, limits, minibatch) for task in tasks}
+        self._tasks = {name: of for name, of in asked_of.items() if of.minibatches}
+        self.without = tuple(name for name in asked_of if name not in self._tasks)
+        if not self._tasks:
+            raise JaxmergeError(
+                "no search example has a text that stands for its score, so there is nothing that "
+                "a gradient could climb",
+                where=", ".join(f"task {name}" for name in self.without),
+                expected="targets that the judge takes for right, choices, texts, or answers of "
+                "single checkpoints that it accepts; or another search.strategy",
+            )
+        over_pop = NamedSharding(mesh, PartitionSpec("pop"))
+        self._arrays = {
+            name: [
+                [processes.place(each, over_pop) for each in one.arrays] for one in of.minibatches
+            ]
+            for name, of in self._tasks.items()
         }
         self.forms = dict.fromkeys(self._tasks, FORMS[0])
         self.agreement: dict[str, float] = {}
@@ -132,22 +117,22 @@ class SoftScore:
     @property
     def left_out(self) -> dict[str, int]:
         """Examples of each task that have no soft score."""
-        return {name: asked.left_out for name, asked in self._tasks.items()}
+        return {name: of.left_out for name, of in self._tasks.items()}
 
     def slopes(self, weights_GxK: Float[np.ndarray, "G K"], step: int) -> dict[str, Slope]:
         """Each task's soft score on the minibatch of a step, with its derivatives."""
         merged = self._merged(weights_GxK)
         found = {}
-        for name, asked in self._tasks.items():
-            minibatch = asked.minibatches[self._turn(name, step)]
-            program = self._program(name, differentiate=True)
-            score_C, gradients = self._started(program(merged, *minibatch.arrays))
-            by_C = self._started(pullback(self._trees, gradients, self._groups))
-            found[name] = Slope(
-                float(np.asarray(score_C, np.float64).sum() / minibatch.examples),
-                np.asarray(by_C, np.float64).sum(axis=0) / minibatch.examples,
-            )
-        self._merge.give_back(merged)
+        for name, of in self._tasks.items():
+            turn = self._turn(name, step)
+            climb = program(self._model, self._mesh, of.kind, self.forms[name])
+            score_C, gradients = self._started(climb(merged, *self._arrays[name][turn]))
+            by_C = self._started(self._merge.pullback(gradients))
+            del gradients  # as large as a model: those of the next task take its place
+            score_C, by_C = (processes.fetch(each).astype(np.float64) for each in (score_C, by_C))
+            count = of.minibatches[turn].examples
+            found[name] = Slope(float(score_C.sum() / count), by_C.sum(axis=0) / count)
+        self._give_back(merged)
         return found
 
     def score(self, weights_GxK: Float[np.ndarray, "G K"], form: str = "") -> dict[str, float]:
@@ -157,15 +142,8 @@ class SoftScore:
             weights_GxK: of the merge.
             form: of answers; "": the one that was chosen for the task.
         """
-        merged, found = self._merged(weights_GxK), {}
-        self._looks += 1
-        for name, asked in self._tasks.items():
-            program = self._program(name, differentiate=False, form=form)
-            sums = [self._started(program(merged, *each.arrays)) for each in asked.minibatches]
-            count = sum(each.examples for each in asked.minibatches)
-            found[name] = float(sum(np.asarray(each, np.float64).sum() for each in sums) / count)
-        self._merge.give_back(merged)
-        return found
+        found = self._by_form(weights_GxK)
+        return {name: of[form or self.forms[name]] for name, of in found.items()}
 
     def choose_forms(self, checkpoints: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Chooses the form of answers whose ranks of the checkpoints agree best with the true ones.
@@ -177,35 +155,48 @@ class SoftScore:
             Spearman's correlation of the chosen form with the true score, by task; NaN where either
             is the same for all checkpoints.
         """
-        K, G = len(self._trees), len(self._groups.names) if self._groups else 1
-        answers = any(asked.kind == "answer" for asked in self._tasks.values())
+        G = len(self._groups.names) if self._groups else 1
+        soft = [self._by_form(np.repeat(row[None], G, 0)) for row in np.eye(self._K)]
         agreement = {}
-        for form in FORMS if answers else FORMS[:1]:
-            soft = [self.score(np.repeat(row[None], G, 0), form) for row in np.eye(K)]
-            for name, asked in self._tasks.items():
-                columns = [[one[name] for one in each] for each in (soft, checkpoints)]
-                varied = all(len(set(column)) > 1 for column in columns)
-                ranks = [rankdata(column) for column in columns]
-                now = float(np.corrcoef(*ranks)[0, 1]) if varied else float("nan")
-                answer = asked.kind == "answer"
-                if form == FORMS[0] or (answer and _is_better(now, agreement[name])):
+        for name, of in self._tasks.items():
+            true = [each[name] for each in checkpoints]
+            for form in FORMS if of.kind == "answer" else FORMS[:1]:
+                now = _agreement([each[name][form] for each in soft], true)
+                if form == FORMS[0] or _is_better(now, agreement[name]):
                     self.forms[name], agreement[name] = form, now
         self.agreement = agreement
         return agreement
 
-    def differentiated(self, steps: int) -> int:
-        """Tokens that go through a model in so many steps, forward and then backward."""
+    def _by_form(self, weights_GxK: np.ndarray) -> dict[str, dict[str, float]]:
+        """Each task's soft score in every form; all come from the same log-likelihoods."""
+        merged, found = self._merged(weights_GxK), {}
+        self._looks += 1
+        for name, of in self._tasks.items():
+            score = program(self._model, self._mesh, of.kind)
+            sums = [self._started(score(merged, *each)) for each in self._arrays[name]]
+            count = sum(each.examples for each in of.minibatches)
+            sums_CxF = np.concatenate([processes.fetch(each).astype(np.float64) for each in sums])
+            found[name] = dict(zip(FORMS, (sums_CxF.sum(axis=0) / count).tolist()))
+        self._give_back(merged)
+        return found
+
+    def differentiated(self, steps: Iterable[int]) -> int:
+        """Tokens that go through a model in these steps, forward and then backward."""
         return sum(
-            asked.minibatches[self._turn(name, step)].read
-            for step in range(steps)
-            for name, asked in self._tasks.items()
+            of.minibatches[self._turn(name, step)].read
+            for step in steps
+            for name, of in self._tasks.items()
         )
 
     @property
     def read(self) -> int:
         """Tokens that `score` and `choose_forms` have read."""
-        whole = sum(each.read for asked in self._tasks.values() for each in asked.minibatches)
+        whole = sum(each.read for of in self._tasks.values() for each in of.minibatches)
         return self._looks * whole
+
+    def _give_back(self, merged: PyTree) -> None:
+        if isinstance(self._merge, ResidentMerger):
+            self._merge.give_back(merged)
 
     def _started(self, outputs: Any) -> Any:
         return jax.block_until_ready(outputs) if self._one_at_a_time else outputs
@@ -215,9 +206,6 @@ class SoftScore:
         rows = weights_GxK if self._groups else weights_GxK[0]
         return self._merge(np.repeat(rows[None], self._mesh.shape["pop"], axis=0))
 
-    def _program(self, name: str, *, differentiate: bool, form: str = "") -> Callable[..., Any]:
-        return self._programs[name](form or self.forms[name], differentiate)
-
     def _turn(self, name: str, step: int) -> int:
         """The minibatch of a task at a step: all of them in a new order, again and again."""
         count = len(self._tasks[name].minibatches)
@@ -226,123 +214,72 @@ class SoftScore:
         return int(rng.permutation(count)[step % count])
 
 
+def _agreement(soft: Sequence[float], true: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN where either is the same everywhere."""
+    if min(len(set(soft)), len(set(true))) < 2:
+        return math.nan
+    return float(np.corrcoef(rankdata(soft), rankdata(true))[0, 1])
+
+
 def _is_better(now: float, before: float) -> bool:
     """Whether a rank correlation is clearly above another; NaN is none."""
     return now > before + _BETTER or (math.isnan(before) and not math.isnan(now))
 
 
-def _examples(
-    tokenizer: Tokenizer, limits: Limits, branching: bool, task: Task
-) -> list[_Example | None]:
-    found: list[_Example | None] = []
-    for example in task.splits["search"]:
-        soft = task.soft(example)
-        if soft is None:
-            found.append(None)
-            continue
-        where = f"task {task.name}"
-        asked = dict(enumerate(soft.requests))
-        rows = rows_of(asked, tokenizer, limits, where, branching=branching)
-        tokens = [0] * len(soft.requests)
-        for branch in (branch for row in rows for branch in row.branches):
-            tokens[branch.request] += len(branch.scored)
-        found.append(_Example(soft, rows, tokens))
-    return found
-
-
-def _asked(
-    task: Task, encode: Callable[[Task], list[_Example | None]], mesh: Mesh, count: int
-) -> _Asked:
-    """The examples of a task, those of like length together."""
-    encoded = encode(task)
-    examples = sorted((one for one in encoded if one), key=lambda one: one.width)
-    if not examples:
-        raise JaxmergeError(
-            "no search example of the task has a text that stands for its score, so there is "
-            "nothing that a gradient could climb",
-            where=f"task {task.name}",
-            expected="targets that its judge takes for right, choices or texts; or another "
-            "search.strategy",
-        )
-    cut = [examples[start : start + count] for start in range(0, len(examples), count)]
-    size = -(-count // mesh.shape["pop"])  # examples of a place
-    R = size * max(len(one.soft.requests) for one in examples)
-    B = size * max(len(one.rows) for one in examples)
-    minibatches = [_minibatch(each, mesh, size, R, B) for each in cut]
-    return _Asked(examples[0].soft.kind, minibatches, len(encoded) - len(examples))
-
-
-def _minibatch(examples: Sequence[_Example], mesh: Mesh, size: int, R: int, B: int) -> _Minibatch:
-    """Examples dealt out to the places of `pop`, each of which has B rows and R requests."""
-    places = mesh.shape["pop"]
-    widest = [row for one in examples for row in one.rows]
-    of_places = [_place(examples[p::places], size, R, B, widest) for p in range(places)]
-    over_pop = NamedSharding(mesh, PartitionSpec("pop"))
-    arrays = tuple(jax.device_put(np.stack(each), over_pop) for each in zip(*of_places))
-    return _Minibatch(arrays, len(examples), sum(row.length for row in widest))
-
-
-def _place(
-    examples: Sequence[_Example], size: int, R: int, B: int, widest: Sequence[Row]
-) -> tuple[np.ndarray, ...]:
-    """The arrays of one place of `pop`; see `_Minibatch`."""
-    rows: list[Row] = []
-    example_R, right_R = np.full(R, size, np.int32), np.zeros(R, np.float32)
-    length_R, tokens_R = np.ones(R, np.float32), np.ones(R, np.float32)
-    first = 0
-    for number, one in enumerate(examples):
-        these = slice(first, first + len(one.tokens))
-        example_R[these], tokens_R[these] = number, one.tokens
-        right_R[first + one.soft.right] = 1.0
-        lengths = np.broadcast_to(np.array(one.soft.lengths), len(one.tokens))
-        length_R[these] = np.where(lengths > 0, lengths, one.tokens)
-        for row in one.rows:
-            numbered = [branch._replace(request=branch.request + first) for branch in row.branches]
-            rows.append(Row(row.trunk, numbered))
-        first = these.stop
-    # Rows that only fill up are real ones: of a row of padding derivatives need not be numbers.
-    filled = together([*rows, *[widest[0]] * (B - len(rows))], widest)
-    request_BxQ = np.where(filled.requests < 0, R, filled.requests).astype(np.int32)
-    request_BxQ[len(rows) :] = R
-    return (*filled.arrays, request_BxQ, example_R, right_R, length_R, tokens_R)
-
-
 @functools.cache
-def _program(
-    model: Model, mesh: Mesh, kind: str, form: str, differentiate: bool
-) -> Callable[..., Any]:
-    """`(merged_C, *arrays_C) -> sums_C`, and their derivatives by the merged parameters."""
+def program(model: Model, mesh: Mesh, kind: str, climbed: str = "") -> Callable[..., Any]:
+    """`(merged_C, *arrays_C) -> sums_CxF`, in each of `FORMS`; or sums `[C]` and derivatives.
 
-    def soft(params: Params, *arrays: Array) -> Array:
+    Args:
+        model: of all merges.
+        mesh: whose axis `pop` has a place for each of C merges.
+        kind: of the task, see `tasks.common.Soft`; other than answers have the same in all forms.
+        climbed: the form of which the derivatives by the merged parameters are wanted; "": none.
+    """
+
+    def soft(params: Params, *arrays: Array) -> dict[str, Array]:
         *tokens, request_BxQ, example_R, right_R, length_R, tokens_R = arrays
         R = len(example_R)
         nats_BxQ = log_likelihood(model, params, *tokens).nats_BxQ
         nats_R = jnp.zeros(R + 1).at[request_BxQ].add(nats_BxQ)[:R]
         # Requests that only fill up are of an example after the last, and not right.
         if kind == "choice":
-            return _chosen(nats_R / length_R, example_R, right_R)
+            return dict.fromkeys(FORMS, _chosen(nats_R / length_R, example_R, right_R))
         if kind == "text":
-            return jnp.sum(right_R * nats_R / length_R)
+            return dict.fromkeys(FORMS, jnp.sum(right_R * nats_R / length_R))
+        # What is no probability is not added up over an example's answers, but averaged.
+        answers_E = jnp.zeros(R + 1).at[example_R].add(right_R)
+        share_R = right_R / jnp.maximum(answers_E[example_R], 1)
         per_token_R = nats_R / tokens_R
-        of_form = {"probability": jnp.exp(nats_R), "per_token": jnp.exp(per_token_R)}
-        return jnp.sum(right_R * of_form.get(form, per_token_R))
+        return {
+            "probability": jnp.sum(right_R * jnp.exp(nats_R)),
+            "per_token": jnp.sum(share_R * jnp.exp(per_token_R)),
+            "log": jnp.sum(share_R * per_token_R),
+        }
 
-    def climbed(params: Params, *arrays: Array) -> tuple[Array, Params]:
-        """The score and its derivatives by the leaves that are floating point; None for others."""
+    def climb(own: Params, shared: Any, *arrays: Array) -> tuple[Array, Params]:
+        """The score and its derivatives by the leaves that are floating point; None for others.
 
-        def own(leaf: Array) -> Array | None:
+        Of leaves that are made a layer at a time, they are by what makes them: their weights.
+        """
+
+        def floating(leaf: Array) -> Array | None:
             return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None
 
-        def of(floating: Params) -> Array:
-            each = jax.tree.map(lambda a, b: a if b is None else b, params, floating)
-            return soft(each, *arrays)
+        def of(some: Params) -> Array:
+            each = jax.tree.map(lambda a, b: a if b is None else b, own, some)
+            return soft(joined(each, shared), *arrays)[climbed]
 
-        return jax.value_and_grad(of)(jax.tree.map(own, params))
+        return jax.value_and_grad(of)(jax.tree.map(floating, own))
 
-    run = climbed if differentiate else soft
+    def scored(own: Params, shared: Any, *arrays: Array) -> Array:
+        found = soft(joined(own, shared), *arrays)
+        return jnp.stack([found[form] for form in FORMS])
 
-    def local(own_C: Params, *arrays_C: Array) -> Any:
-        return jax.lax.map(lambda each: run(*each), (own_C, *arrays_C))
+    run = climb if climbed else scored
+
+    def local(own_C: Params, shared: Any, *arrays_C: Array) -> Any:
+        return jax.lax.map(lambda each: run(each[0], shared, *each[1:]), (own_C, *arrays_C))
 
     over_pop = PartitionSpec("pop")
 
@@ -350,17 +287,17 @@ def _program(
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(over_pop, *(over_pop for _ in arrays)),
+            in_specs=(over_pop, PartitionSpec(), *(over_pop for _ in arrays)),
             out_specs=over_pop,
             axis_names={"pop"},
             check_vma=False,
-        )(merged, *arrays)
+        )(*apart(merged), *arrays)
 
     return jax.jit(lifted)
 
 
 def _chosen(value_R: Array, example_R: Array, right_R: Array) -> Array:
-    """The sum over examples of the softmax over its requests, at the right one."""
+    """The sum over examples of the softmax over its requests, at the right ones."""
     R = len(value_R)
     most_E = jnp.full(R + 1, -jnp.inf).at[example_R].max(jax.lax.stop_gradient(value_R))
     grown_R = jnp.exp(value_R - most_E[example_R])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.tasks.requests import Prompt
+from jaxmerge.textfiles import read_json
 
 
 @runtime_checkable
@@ -78,32 +79,54 @@ def plain(prompt: Prompt) -> str:
     return "".join(question + answer for question, answer in prompt.shots) + prompt.text
 
 
+class _Refused(Exception):
+    """A chat template raised something; says what."""
+
+
 class Pretrained:
     """The tokenizer of a Hugging Face directory, through `transformers.AutoTokenizer`.
 
-    A text ends with the end-of-sequence token, or with one that generation_config.json names. No
-    code of the directory is run, and chat templates render in Jinja's sandbox.
+    A text ends with the end-of-sequence token, with one that generation_config.json names, or else
+    config.json, and with the special token that ends an answer in the chat template. No code of the
+    directory is run, and chat templates render in Jinja's sandbox.
 
     Args:
         directory: holds tokenizer.json or another file that AutoTokenizer knows.
         chat: whether prompts are messages of a user, put into the chat template, or plain text.
         system: the system message before each; "": whatever the template does without one.
+        models: directories of models whose configs say which tokens end a text, besides this one.
+        template: the name of one of several chat templates; "": `default`, or the only one.
 
     Raises:
-        JaxmergeError: there is no tokenizer, no chat template, or no token that ends a text.
+        JaxmergeError: there is no tokenizer, no chat template, or no token that ends a text; the
+            template has a mistake, or refuses the system message.
     """
 
-    def __init__(self, directory: str, *, chat: bool = False, system: str = ""):
+    def __init__(
+        self,
+        directory: str,
+        *,
+        chat: bool = False,
+        system: str = "",
+        template: str = "",
+        models: Sequence[str] = (),
+    ):
+        directory = os.path.expanduser(directory)
         self._tokenizer = _load(directory)
         self._chat, self._system, self._directory = chat, system, directory
+        self._named = template
         if chat:
-            self._is_chat(Prompt(""))
+            self._in_template(self._messages(Prompt("?")), tokenize=False)
         ends = _ids(self._tokenizer.eos_token_id)
-        generation = Path(directory, "generation_config.json")
-        if generation.exists():
-            ends += _ids(_json(generation).get("eos_token_id"))
+        ends += [i for each in dict.fromkeys([directory, *models]) for i in _ends_of_model(each)]
+        ends += self._end_of_turn()
         if not ends:
-            raise JaxmergeError("the tokenizer has no token that ends a text", where=directory)
+            raise JaxmergeError(
+                "nothing says which token ends a text",
+                where=directory,
+                expected="eos_token in tokenizer_config.json, or eos_token_id in "
+                "generation_config.json or config.json",
+            )
         self.stops = tuple(dict.fromkeys(ends))
         starts = _ids(self._tokenizer.bos_token_id)
         self.prefix = (starts or ends)[0]
@@ -112,12 +135,7 @@ class Pretrained:
 
     def prompt(self, prompt: Prompt) -> list[int]:
         if self._is_chat(prompt):
-            return self._tokenizer.apply_chat_template(
-                self._messages(prompt),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
+            return self._in_template(self._messages(prompt), tokenize=True, return_dict=False)
         text = plain(prompt)
         if prompt.form == "bare" or (self._begins and text.startswith(self._begins)):
             return self.encode(text)
@@ -159,8 +177,24 @@ class Pretrained:
 
     @property
     def template(self) -> str:
-        """The chat template; "" where there is none."""
-        return self._tokenizer.chat_template or ""
+        """The chat template; "" where there is none.
+
+        Raises:
+            JaxmergeError: there are several, and it is not known which is meant.
+        """
+        found = self._tokenizer.chat_template or ""
+        if not isinstance(found, dict):
+            return found
+        named = self._named or "default"
+        if named not in found:
+            raise JaxmergeError(
+                "there are several chat templates, and "
+                + (f"none is called {named}" if self._named else "none is the default"),
+                where=self._directory,
+                expected=f"pool.chat_template: one of {', '.join(sorted(found))}",
+                found=f"pool.chat_template = {self._named!r}",
+            )
+        return found[named]
 
     def render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -177,23 +211,83 @@ class Pretrained:
         Raises:
             JaxmergeError: there is no chat template, or it refuses the messages.
         """
+        options = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return self._rendered(messages, **options)
+        except _Refused as refused:
+            without = [message for message in messages if message["role"] != "system"]
+            if len(without) == len(messages):
+                raise self._refusal(refused) from refused
+        try:
+            return self._rendered(without, **options)
+        except _Refused as refused:
+            raise self._refusal(refused) from refused
+
+    def _in_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        """Messages in the chat template, where an answer begins.
+
+        Raises:
+            JaxmergeError: the template refuses them, or the system's message, or has a mistake.
+        """
+        options["add_generation_prompt"] = True
+        try:
+            return self._rendered(messages, **options)
+        except _Refused as refused:
+            if not self._system:
+                raise self._refusal(refused) from refused
+            try:
+                self._rendered(messages[1:], **options)
+            except _Refused as without:
+                raise self._refusal(without) from without
+            raise JaxmergeError(
+                "the chat template refuses a system message",
+                where=self._directory,
+                expected='pool.system = ""; what it should say can stand in the prompts of tasks',
+                found=f"pool.system = {self._system!r}, of which the template says: {refused}",
+            ) from refused
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
         self._is_chat(Prompt("", form="chat"))
+        template = self.template
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), chat_template=template, **options
+            )
+        except Exception as error:  # a template is a program of others: it can raise anything
+            number = getattr(error, "lineno", None)  # of a mistake of syntax
+            line = f", line {number}" if number else ""
+            raise _Refused(f"{type(error).__name__}{line}: {error}") from error
+
+    def _refusal(self, refused: _Refused) -> JaxmergeError:
+        return JaxmergeError(
+            "the chat template can't be filled in",
+            where=self._directory,
+            expected="a template without mistakes that takes these turns; or pool.chat = False",
+            found=str(refused),
+        )
+
+    def _end_of_turn(self) -> list[int]:
+        """The special token with which the chat template ends an answer; [] where there is none.
+
+        A template that fails here says of no end; that it fails is said once it is needed.
+        """
+        if not self._tokenizer.chat_template:
+            return []
         import jinja2  # late: a merge of files starts sooner without it
 
-        without = [message for message in messages if message["role"] != "system"]
-        for kept in (messages, without):
-            try:
-                return self._tokenizer.apply_chat_template(
-                    list(kept),
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            except jinja2.TemplateError as error:
-                refused = error
-        raise JaxmergeError(
-            "the chat template refuses the messages", where=self._directory, found=str(refused)
-        )
+        answer = "jaxmerge"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return []
+        _, found, rest = text.rpartition(answer)
+        first = self.encode(rest.strip())[:1] if found else []
+        return [each for each in first if each in self._tokenizer.all_special_ids]
 
     def _is_chat(self, prompt: Prompt) -> bool:
         chat = prompt.form == "chat" or (not prompt.form and self._chat)
@@ -201,7 +295,8 @@ class Pretrained:
             raise JaxmergeError(
                 "the tokenizer has no chat template",
                 where=self._directory,
-                expected="pool.chat=False, and no task of form chat",
+                expected="pool.chat = False, and no task of form chat; or pool.tokenizer: a "
+                "directory whose tokenizer has one",
             )
         return chat
 
@@ -243,17 +338,17 @@ def is_in(directory: str) -> bool:
 
 
 def check_same_vocabulary(directories: Sequence[str]) -> None:
-    """Raises `JaxmergeError` unless every directory's tokenizer has the tokens of the first.
+    """Raises `JaxmergeError` unless each directory's tokenizer has the tokens of the first.
 
     A merge averages the embedding of token i with that of token i: they must mean the same.
     """
-    first, *others = directories
+    first, *others = directories or [""]
     expected: dict[int, str] = {}
     for other in others:
         if _same_file(Path(first, "tokenizer.json"), Path(other, "tokenizer.json")):
             continue
-        expected = expected or _tokens(first)
-        found = _tokens(other)
+        expected = expected or tokens(first)
+        found = tokens(other)
         ids = sorted({*expected, *found})
         different = [i for i in ids if expected.get(i) != found.get(i)]
         if different:
@@ -266,7 +361,8 @@ def check_same_vocabulary(directories: Sequence[str]) -> None:
             )
 
 
-def _tokens(directory: str) -> dict[int, str]:
+def tokens(directory: str) -> dict[int, str]:
+    """The tokens of a directory's tokenizer, by their ids."""
     return {index: token for token, index in _load(directory).get_vocab().items()}
 
 
@@ -291,8 +387,26 @@ def _ids(found: int | list[int] | None) -> list[int]:
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise JaxmergeError("this is no JSON", where=str(path), found=str(error)) from error
+def _ends_of_model(directory: str) -> list[int]:
+    """The tokens that end a text by generation_config.json, or else by config.json.
+
+    So transformers has it; of models for pictures and text, the part for text says it.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = Path(directory, name)
+        said = read_json(file) if file.exists() else {}
+        if not isinstance(said, dict):
+            raise JaxmergeError("this is no JSON object", where=str(file), found=str(said)[:80])
+        inner = said.get("text_config")
+        for each in (said, inner if isinstance(inner, dict) else {}):
+            ends = each.get("eos_token_id")
+            if ends is None or ends == []:
+                continue
+            if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+                raise JaxmergeError(
+                    "eos_token_id is neither a number nor a list of some",
+                    where=str(file),
+                    found=str(ends)[:80],
+                )
+            return _ids(ends)
+    return []

@@ -157,6 +157,7 @@ def pool_size(study: Study) -> list[Plain]:
             "m": m,
             "checkpoints": [study.names[k] for k in order[:m]],
             "evaluations": each.evaluations,
+            "tokens": each.tokens,
             "id": each.candidate.id,
             "weights": _named(study, each.candidate),
             "search_objective": study.objective.of(each.candidate.scores),

@@ -17,6 +17,8 @@ from jaxmerge.search.baselines import BASELINES
 from jaxmerge.search.loop import Economy
 from jaxmerge.search.slices import slices
 
+WARM = "warm-start"  # the origin and name of candidates of a search along gradients before another
+
 
 def check_pool_sizes(config: Config, checkpoints: int, groups: int = 1) -> None:
     """Raises `JaxmergeError` unless there can be a search over each of `analyses.pool_sizes`."""
@@ -39,7 +41,13 @@ def pool_size_budget(config: Config) -> int:
 
 
 def build_strategy(
-    config: Config, checkpoints: int, chosen: Sequence[int] | None = None, groups: int = 1
+    config: Config,
+    checkpoints: int,
+    chosen: Sequence[int] | None = None,
+    groups: int = 1,
+    *,
+    start: Float[np.ndarray, " D"] | None = None,
+    sigma: float = 0.0,
 ) -> strategies.Strategy:
     """The strategy that the config names.
 
@@ -48,29 +56,33 @@ def build_strategy(
         checkpoints: K.
         chosen: numbers of the checkpoints that are searched over; None: all of them.
         groups: G, of leaves that have weights of their own.
+        start: genotype to start from; None: as `search.init` says.
+        sigma: of the first generation; 0: `search.sigma`.
 
     Raises:
         JaxmergeError: names the field.
     """
-    start = config.search.init
-    if start and len(start) != checkpoints:
+    init = config.search.init
+    if init and len(init) != checkpoints:
         raise JaxmergeError(
             "needs one value per checkpoint",
             where="search.init",
             expected=f"{checkpoints} values",
-            found=str(len(start)),
+            found=str(len(init)),
         )
     if config.search.strategy == gradient.NAME:  # what it asks for is known when the pool is there
         return _unasked(gradient.POPULATION)
     chosen = range(checkpoints) if chosen is None else chosen
     dimension = groups * len(chosen)
     population = config.search.population or strategies.default_population(dimension)
+    if start is None and init:
+        start = np.array([init[k] for k in chosen] * groups, np.float32)
     return strategies.evosax(
         config.search.strategy,
         dimension,
         population,
-        mean=np.array([start[k] for k in chosen] * groups, np.float32) if start else None,
-        sigma=config.search.sigma,
+        mean=start,
+        sigma=sigma or config.search.sigma,
         params=config.search.params.to_dict(),
     )
 
@@ -86,9 +98,10 @@ def _unasked(population: int) -> strategies.Strategy:
 
 def of_search(config: Config, strategy: strategies.Strategy) -> int:
     """Evaluations of the run's search."""
+    along = configs.settings(config).generations * gradient.POPULATION
     if config.search.strategy == gradient.NAME:
-        return configs.settings(config).generations * gradient.POPULATION
-    return spent(config.search.budget, strategy)
+        return along
+    return spent(config.search.budget, strategy) + (along if config.search.warm_start else 0)
 
 
 def check_budget(strategy: strategies.Strategy, where: str, budget: int) -> None:
@@ -125,11 +138,20 @@ def economy(
     return Economy(parts, search.racing, max(1, population // 2), search.finalists)
 
 
-def evaluations(config: Config, checkpoints: int, groups: int = 1) -> dict[str, int]:
-    """Candidates that a run of K checkpoints will have scored at its end, by split, at most."""
+def evaluations(
+    config: Config, checkpoints: int, groups: int = 1, draws: int | None = None
+) -> dict[str, int]:
+    """Candidates that a run of K checkpoints will have scored at its end, by split, about.
+
+    Args:
+        config: of the run.
+        checkpoints: K.
+        groups: G.
+        draws: that the search's tokens are enough for; None: as many as `search.budget` has.
+    """
     wanted, K = config.analyses, checkpoints
     strategy = build_strategy(config, K, groups=groups)
-    budget, searched = spent(config.search.budget, strategy), of_search(config, strategy)
+    searched = of_search(config, strategy)
     over = [
         spent(pool_size_budget(config), build_strategy(config, K, range(m), groups))
         for m in wanted.pool_sizes
@@ -137,7 +159,8 @@ def evaluations(config: Config, checkpoints: int, groups: int = 1) -> dict[str, 
     decided = config.search.finalists * (1 + len(over)) if config.search.subset < 1 else 0
     dropped = K if wanted.leave_one_out else 0
     pairs = math.comb(len(config.objective.tasks), 2) if wanted.transfer else 0
-    found = sum(BASELINES[name].evaluations(K, budget) for name in config.baselines)
+    draws = spent(config.search.budget, strategy) if draws is None else draws
+    found = sum(BASELINES[name].evaluations(K, draws) for name in config.baselines)
     return {
         "search": K + found + searched + sum(over) + decided,
         "test": K + len(config.baselines) + 1 + dropped + len(over) + pairs,

@@ -35,10 +35,14 @@ def build_model(config: Config, source: Source) -> Model:
     if not named:
         arguments = dict(source.architecture)
         named = arguments.pop("model", "")
-        if "model_type" in arguments:
+        if not named and arguments:
+            model_type = str(arguments.get("model_type"))
             raise JaxmergeError(
-                f"there is no decoder for models of type {arguments['model_type']}, so these "
-                "checkpoints can't be evaluated",
+                f"these are models of type {model_type}, but no causal language models (they have "
+                "another head, or none), so they can't be evaluated"
+                if model_type in families.FAMILIES
+                else f"there is no decoder for models of type {model_type}, so these checkpoints "
+                "can't be evaluated",
                 where="pool.model",
                 expected=f'one of {", ".join(families.FAMILIES)}; or your own, "module:function"; '
                 "--mode=merge merges them with given weights",
@@ -72,14 +76,22 @@ def build_groups(config: Config, model: Model, like: PyTree) -> Groups | None:
     return groups(like, space.granularity, patterns=space.patterns, layers=model.layers)
 
 
-def build_tokenizer(config: Config, directory: str, model: Model) -> Tokenizer:
+def build_tokenizer(
+    config: Config, directory: str, model: Model, models: Sequence[str] = ()
+) -> Tokenizer:
     """The tokenizer that the config names, or else that of a Hugging Face directory.
+
+    Args:
+        config: of the run.
+        directory: of the tokenizer; "": there is none.
+        model: that reads the tokens.
+        models: directories whose configs say which tokens end a text.
 
     Raises:
         JaxmergeError: there is none.
     """
     pool = config.pool
-    named = pool.tokenizer or directory
+    named = os.path.expanduser(pool.tokenizer) or directory
     if named == "bytes" or (not named and model.vocabulary in (0, Bytes.vocabulary)):
         return Bytes()
     if not named:
@@ -89,7 +101,13 @@ def build_tokenizer(config: Config, directory: str, model: Model) -> Tokenizer:
             expected='a Hugging Face directory here or in pool.base, "bytes", or "module:function"',
         )
     if os.path.isdir(named):
-        return Pretrained(named, chat=pool.chat, system=pool.system)
+        return Pretrained(
+            named,
+            chat=pool.chat,
+            system=pool.system,
+            template=pool.chat_template,
+            models=models,
+        )
     if ":" not in named:
         raise JaxmergeError("there is no such directory", where="pool.tokenizer", found=named)
     return configs.imported(named, "pool.tokenizer")()

@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxmerge import config as configs
+from jaxmerge import entry
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes, watch
-from jaxmerge.hosts.signals import end_on_signals
 
 FIELDS = "--help=fields lists the fields of a config, with their units and defaults."
 
@@ -35,8 +34,7 @@ def start(
 ) -> None:
     """Runs `main` with the flags --config and --workdir, and those that were defined before.
 
-    A `JaxmergeError` ends the process with its message and exit code 2; SIGINT and
-    SIGTERM end it at once, with exit codes 130 and 143.
+    However it ends, it ends with one message; see `jaxmerge.entry`.
 
     Args:
         main: takes the arguments that are no flags, after the name of the program.
@@ -53,18 +51,8 @@ def start(
     sys.path.insert(0, os.getcwd())  # for the import paths in configs
     if not members:
         flags.DEFINE_string("workdir", None, "The run directory; made if it is missing.")
-    end_on_signals(last=lambda name: watch.leave(f"it was told to stop by {name}"))
-    try:
-        app.run(main, flags_parser=functools.partial(_parse, required, members))
-    except JaxmergeError as error:
-        watch.leave(str(error))
-        print(f"jaxmerge: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # At once: reads that Orbax gave up would complain of it while Python shuts down.
-        os._exit(2)
-    except jax.errors.JaxRuntimeError:
-        watch.outwait_loss()  # a collective fails first when another process is gone
-        raise
+    entry.begin()
+    app.run(main, flags_parser=functools.partial(_parse, required, members))
 
 
 def define_processes() -> None:
@@ -81,7 +69,7 @@ def typed(program: str) -> str:
 
 def search(config: Config, workdir: str, command: str) -> None:
     """A search, of this process or of several, and the table of what it found."""
-    _connect()
+    _connect(workdir)
     from jaxmerge.experiment import results  # late, as all modes: each imports much of its own
     from jaxmerge.experiment import search as mode
 
@@ -91,7 +79,7 @@ def search(config: Config, workdir: str, command: str) -> None:
 
 def evaluate(config: Config, workdir: str, command: str) -> None:
     """Checkpoints scored by themselves, and the table of their scores."""
-    _connect()
+    _connect(workdir)
     from jaxmerge.experiment import evaluate as mode
 
     _finish(mode.table(mode.evaluate(config, workdir, command)))
@@ -101,12 +89,19 @@ def merge(config: Config, workdir: str, command: str, out: str = "") -> None:
     """A merge with given weights, and where it was written; see `experiment.merge`."""
     from jaxmerge.experiment import merge as mode  # does without Flax, half a second
 
+    entry.keep_traces_in(workdir)
     mode.set_up_host(config)
-    for path in mode.merge(config, workdir, command, out):
-        print(f"Merged: {path}")
+    written = mode.merge(config, workdir, command, out)
+    for path in written:
+        print(f"Merged: {path}", flush=True)
+    if config.export.speech_bytes:
+        from jaxmerge.experiment import speech
+
+        speech.of_merge(config, Path(workdir), written)
 
 
-def _connect() -> None:
+def _connect(workdir: str) -> None:
+    entry.keep_traces_in(workdir)
     given = flags.FLAGS
     processes.connect(given.coordinator, given.processes, given.process)
 
@@ -124,7 +119,7 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
             config_flags.DEFINE_config_dict("config", configs.default(), "The config.")
         else:
             config_flags.DEFINE_config_file("config", None, "Path of the config file.")
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS([_at_home(each) for each in argv])
         for name in required:
             if not flags.FLAGS[name].present:
                 raise JaxmergeError(f"--{name} is missing; --help says how to use it")
@@ -133,12 +128,31 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
         said = str(error.args[0] if error.args else error)
         with contextlib.suppress(SyntaxError, ValueError):
             said = str(ast.literal_eval(said))  # a KeyError has its message in quotation marks
-        raise JaxmergeError(said, where="command line or config file") from error
+        if isinstance(error, KeyError) and " " not in said:  # the name alone
+            raise JaxmergeError(
+                "there is no such field to set",
+                where="command line or config file",
+                expected=f"a field that the config file sets; {FIELDS}",
+                found=said,
+            ) from error
+        raise JaxmergeError(said, where="command line or config file", expected=FIELDS) from error
     if len(rest) > 1 and not members:
         raise JaxmergeError("these arguments are no flags", found=" ".join(rest[1:]))
     if not flags.FLAGS["verbosity"].present:
         _quiet()
     return rest
+
+
+def _at_home(argument: str) -> str:
+    """An argument such as --workdir=~/run, whose ~ no shell replaces."""
+    flag, equals, path = argument.partition("=")
+    named = flag.lstrip("-") in ("config", "workdir", "out") and flag.startswith("-")
+    return flag + equals + os.path.expanduser(path) if named else argument
+
+
+def _is_no_repetition(record: python_logging.LogRecord) -> bool:
+    """Orbax tells, with a trace, of an error that it raises then."""
+    return "run() raised an exception" not in str(record.msg)
 
 
 def _quiet() -> None:
@@ -147,6 +161,7 @@ def _quiet() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(_is_no_repetition)
     python_logging.getLogger("asyncio").disabled = True
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     sys.unraisablehook = lambda unraisable: logging.debug("%s", unraisable.exc_value)

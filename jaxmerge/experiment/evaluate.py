@@ -19,7 +19,9 @@ from jaxmerge.checkpoints.survey import find
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.experiment import results
+from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.build import (
     bounds_of,
     build_limits,
@@ -30,7 +32,13 @@ from jaxmerge.experiment.build import (
 )
 from jaxmerge.experiment.records import open_directory, record_pool, record_tasks
 from jaxmerge.experiment.sizes import least_step, sized
-from jaxmerge.experiment.sources import huggingface_directory, start_jax
+from jaxmerge.experiment.sources import (
+    huggingface_directory,
+    model_directories,
+    start_jax,
+    tokenizer_directory,
+    where_of,
+)
 from jaxmerge.hosts import processes
 from jaxmerge.models.model import Model
 from jaxmerge.planning.here import room_of
@@ -48,7 +56,8 @@ class _Subject(NamedTuple):
 
     source: Source
     model: Model
-    directory: str  # that has its tokenizer; "": none
+    directory: str  # that has its Hugging Face config; "": none
+    tokenizer: str  # that has its tokenizer; "": none
 
 
 def evaluate(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
@@ -87,13 +96,18 @@ def evaluate(config: Config, workdir: str, command: str = "") -> dict[str, Any]:
         print(f"jaxmerge: {warning}", file=sys.stderr)
     with closing(open_directory(config, workdir, orbax=False)) as directory:
         record_tasks(directory, [*tasks, *heldout])
-        mesh, entries = _mesh(config), []
+        mesh, entries, answers = _mesh(config), [], Answers(directory, "test")
         for k, subject in enumerate(subjects):
             if k == len(directory.candidates):
-                _score(config, directory, subject, [*tasks, *heldout], mesh)
+                _score(config, directory, subject, [*tasks, *heldout], mesh, answers)
             entries.append(_entry(config, directory, k, subject.source))
             findings = {**head, "checkpoints": entries, **results.environment()}
             directory.write_json("evaluation.json", findings)
+        odd = answers.warn(directory.candidates, head["bounds"])
+        findings["warnings"] = [*head["warnings"], *odd]
+        directory.write_json("evaluation.json", findings)
+    for warning in odd if processes.first() else ():
+        print(f"jaxmerge: {warning}", file=sys.stderr)
     return findings
 
 
@@ -126,13 +140,17 @@ def table(findings: Mapping[str, Any]) -> str:
 def _subjects(config: Config) -> list[_Subject]:
     """All checkpoints with their models; what can't be evaluated is refused before any is."""
     pool, subjects = config.pool, []
-    where = {"subtree": pool.subtree, "base": pool.base, "item": pool.item}
-    where |= {"rope_type": pool.rope_type, "as_stored": bool(pool.model)}
-    for source in find(pool.checkpoints, **where):
+    for source in find(pool.checkpoints, **where_of(config)):
         model, directory = build_model(config, source), huggingface_directory(config, [source])
-        build_tokenizer(config, directory, model)
-        subjects.append(_Subject(source, model, directory))
+        subject = _Subject(source, model, directory, tokenizer_directory(config, [source]))
+        _tokenizer(config, subject)
+        subjects.append(subject)
     return subjects
+
+
+def _tokenizer(config: Config, subject: _Subject) -> Tokenizer:
+    directories = model_directories(config, [subject.source])
+    return build_tokenizer(config, subject.tokenizer, subject.model, directories)
 
 
 def _check_examples(tasks: Sequence[Task]) -> None:
@@ -149,11 +167,16 @@ def _mesh(config: Config) -> Mesh:
 
 
 def _score(
-    config: Config, directory: RunDirectory, subject: _Subject, tasks: Sequence[Task], mesh: Mesh
+    config: Config,
+    directory: RunDirectory,
+    subject: _Subject,
+    tasks: Sequence[Task],
+    mesh: Mesh,
+    answers: Answers,
 ) -> None:
     """Loads a checkpoint, records what it is and how it scores, and lets it go."""
     started = time.perf_counter()
-    source, model, tokenizer_directory = subject
+    source, model = subject.source, subject.model
     config = config.copy_and_resolve_references()
     config.evaluate.candidates_per_step = 1
     room, step = room_of(mesh.local_devices), least_step(config, [source], model, mesh)
@@ -164,15 +187,17 @@ def _score(
     evaluator = Evaluator(
         pool.merge,
         model,
-        build_tokenizer(config, tokenizer_directory, model),
+        _tokenizer(config, subject),
         tasks,
         "test",
         mesh,
         candidates_per_step=1,
-        limits=build_limits(config, tokenizer_directory),
+        limits=build_limits(config, subject.directory),
         vmap_candidates=1,
     )
-    ((scores, written_C),) = evaluator.steps(np.ones((1, 1), np.float32))
+    (step,) = evaluator.steps(np.ones((1, 1), np.float32))
+    scores, written_C = step.scores, step.written_C
+    answers.add(source.name, step.samples[0])
     _record(directory, pool.records[0])
     k = len(directory.candidates)
     candidate = Candidate(

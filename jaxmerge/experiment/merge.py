@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,16 +26,20 @@ from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment.records import record_pool
+from jaxmerge.experiment.records import record_pool, say_unlocked
 from jaxmerge.experiment.sources import (
     find_checkpoints,
     huggingface_directory,
     start_jax,
+    tokenizer_directory,
 )
 from jaxmerge.merge.linear import linear
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming import merge as streaming
 from jaxmerge.streaming.merge import Output
+from jaxmerge.trees import named_leaves
+
+_SUM_ERROR = 1e-3  # of weights that were written down with four digits; it changes nothing
 
 
 class Merge(NamedTuple):
@@ -56,12 +61,15 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
         command: what the model card says to run again.
         out: where the checkpoint goes, of one merge in one format; "": `merged` in `workdir`.
 
+    Weights that do not sum to 1 are used as they are, and a warning says so.
+
     Returns:
         The checkpoints that were written, one per merge and format.
 
     Raises:
         JaxmergeError: anything that the user can mend.
     """
+    workdir, out = os.path.expanduser(workdir), os.path.expanduser(out)
     configs.check_pool(config)
     start_jax(config)
     in_blocks, by_leaf = _paths(config)
@@ -75,16 +83,22 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
         for wanted, stored in _views(config, by_leaf)
     ]
     merges = _merges(config, sources)
+    for warning in filter(None, map(_warning, merges)):
+        print(f"jaxmerge: {warning}", file=sys.stderr)
     if out:
         _check_place(Path(out), Path(workdir), merges, config.export.formats)
     written = []
     with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
+        say_unlocked(directory)
         if in_blocks:
             written += _in_blocks(config, sources, merges, directory, command, out)
         for number, (wanted, whole) in enumerate(parts):
             if out and Path(out).exists():
                 break
-            paths, records = _by_leaf(config, wanted, whole, merges, directory.path, command)
+            path = directory.path
+            paths, records = _by_leaf(
+                config, wanted, whole, merges, path, command, compare=not in_blocks and not number
+            )
             written += paths
             if not in_blocks and not number:
                 record_pool(directory, records)
@@ -181,6 +195,21 @@ def _check_weights(row: Any, sources: Sequence[Source]) -> None:
         raise JaxmergeError("weights are finite numbers", where="merge.weights", found=str(row))
 
 
+def _warning(merge: Merge) -> str:
+    """What is said of weights that make no average; they are used as they are. "": nothing."""
+    total = math.fsum(merge.weights)
+    if abs(total - 1) <= _SUM_ERROR:
+        return ""
+    return (
+        f"the weights of {merge.path} sum to {total:.6g}, not 1: they are used as they are, so its "
+        f"tensors are {total:.6g} times an average of the checkpoints'. For an average divide each "
+        f"weight by {total:.6g}"
+        if total
+        else f"the weights of {merge.path} sum to 0: they are used as they are, so it is a "
+        "difference of checkpoints and no average of them"
+    )
+
+
 def _in_blocks(
     config: Config,
     sources: Sequence[Source],
@@ -205,6 +234,7 @@ def _in_blocks(
             outputs,
             directory,
             like=huggingface_directory(config, sources),
+            tokenizer=tokenizer_directory(config, sources),
             card=lambda records, output: _card(records, output.weights, command),
             memory_bytes=config.merge.memory_bytes,
             progress=bar.update,
@@ -220,9 +250,17 @@ def _by_leaf(
     merges: Sequence[Merge],
     directory: Path,
     command: str,
+    *,
+    compare: bool,
 ) -> tuple[list[Path], tuple[Record, ...]]:
-    """Writes the other formats, one merge after the other; what `pool.json` says besides."""
+    """Writes the other formats, one merge after the other; what `pool.json` says besides.
+
+    Args:
+        compare: of merges that are all there, read the checkpoints to be compared with what it
+            says; a merge in blocks has done so.
+    """
     written, records = [], ()
+    finished = all((directory / each.path / name).is_dir() for each in merges for name in wanted)
     for each in merges:
         leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
         weights = np.asarray(each.weights, np.float32)
@@ -233,11 +271,18 @@ def _by_leaf(
             source=sources[0],
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
+            tokenizer=tokenizer_directory(config, sources),
             card=functools.partial(_card_of_stream, leaves, each.weights, command),
             rope_type=config.pool.rope_type,
-            **{**config.export, "formats": tuple(wanted)},
+            formats=wanted,
+            dtype=config.export.dtype,
+            shard_bytes=config.export.shard_bytes,
         )
-        records = leaves.records()
+        if finished and compare and each is merges[-1]:
+            for name in named_leaves(leaves.abstract):
+                leaves(name)
+        if leaves.read:  # not of a merge that was there
+            records = leaves.records()
     return written, records
 
 

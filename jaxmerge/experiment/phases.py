@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import sys
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxmerge import config as configs
 from jaxmerge.config import Config
-from jaxmerge.experiment import analyses
+from jaxmerge.experiment import analyses, climb
 from jaxmerge.experiment.analyses import Study
 from jaxmerge.experiment.budget import (
+    WARM,
     build_strategy,
     economy,
     evaluations,
     of_search,
     pool_size_budget,
-    spent,
 )
+from jaxmerge.experiment.climb import Climb
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
 from jaxmerge.report.live import Live
 from jaxmerge.report.progress import Plan
-from jaxmerge.rundir import Candidate, RunDirectory
+from jaxmerge.rundir import Candidate, RunDirectory, cost
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import gradient, loop, space
 from jaxmerge.search.archive import Archive
-from jaxmerge.search.baselines import Found
+from jaxmerge.search.baselines import BASELINES, Found, Setting
 from jaxmerge.search.baselines import best as strongest
 from jaxmerge.search.strategies import Strategy
 
@@ -47,12 +46,26 @@ def live(config: Config, prepared: Prepared) -> Live:
 
 
 def plan(config: Config, prepared: Prepared) -> Plan:
-    """How many candidates the run will have scored at its end, at most."""
+    """How many candidates the run will have scored at its end, about."""
+    evaluator, search = prepared.evaluators["search"], config.search
+    read, searched = evaluator.read, of_search(config, prepared.strategy)
+    tokens = searched * read
+    if climb.wanted(config):
+        share = len(evaluator.examples) * search.minibatch / sum(evaluator.examples.values())
+        tokens += cost({"differentiated": round(search.steps * min(share, 1) * read)})
+    if search.budget_tokens:
+        tokens = min(tokens, search.budget_tokens)
     return Plan(
-        evaluations(config, len(prepared.pool.names), prepared.pool.count),
+        evaluations(config, len(prepared.pool.names), prepared.pool.count, tokens // max(1, read)),
         {split: sum(each.examples.values()) for split, each in prepared.evaluators.items()},
-        of_search(config, prepared.strategy) // prepared.strategy.population,
+        searched // prepared.strategy.population,
     )
+
+
+def baselines(config: Config, setting: Setting, *, after: bool) -> list[Found]:
+    """What the config's baselines find: those that come after the search, or those before it."""
+    wanted = [name for name in config.baselines if BASELINES[name].after == after]
+    return [BASELINES[name].find(setting) for name in wanted]
 
 
 def search(
@@ -61,70 +74,53 @@ def search(
     archive: Archive,
     objective: Objective,
     individuals: Sequence[Candidate],
-) -> Found:
-    """The search over all checkpoints."""
-    strategy, climbed = prepared.strategy, config.search.strategy == gradient.NAME
-    if climbed:
-        strategy = _gradient(config, prepared, objective, individuals)
-    best = loop.search(
+) -> tuple[Found, Climb | None]:
+    """The search over all checkpoints, and what it climbed; None: nothing.
+
+    It is along gradients, by a strategy of evosax, or by one that starts where gradients ended.
+    """
+    strategy, search = prepared.strategy, config.search
+    run = functools.partial(
+        loop.search,
         archive,
-        strategy,
-        _to_weights(config, prepared.pool.count),
+        to_weights=_to_weights(config, prepared.pool.count),
         objective=objective,
-        budget=of_search(config, strategy),
         seed=config.seed,
-        states=prepared.directory.path / "state",
-        save_seconds=config.search.save_seconds,
-        economy=_economy(config, prepared.directory, individuals, prepared.strategy),
+        save_seconds=search.save_seconds,
     )
-    decided = _decided(archive, "search", "search")
-    if climbed:  # the checkpoints and what the baselines scored are finalists too
-        scored = [one for one in archive.past if one.split == "search"]
-        best = strongest([best, *scored], objective)
-    return Found("search", best, of_search(config, strategy) + decided)
-
-
-def _gradient(
-    config: Config, prepared: Prepared, objective: Objective, individuals: Sequence[Candidate]
-) -> Strategy:
-    """The search along derivatives of the soft score."""
-    pool, soft = prepared.pool, prepared.soft
-    assert soft
-    agreement = soft.choose_forms([one.scores for one in individuals])
-    for task, left_out in soft.left_out.items() if processes.first() else ():
-        said = f", {left_out} examples left out" if left_out else ""
-        print(
-            f"jaxmerge: {task}: soft score {soft.forms[task]}, rank correlation "
-            f"{agreement[task]:.2f}{said}",
-            file=sys.stderr,
+    climbed, budget = None, search.budget_tokens
+    if climb.wanted(config):
+        climbed = climb.climb(config, prepared, objective, individuals)
+        warming = search.strategy != gradient.NAME
+        name, states = (WARM, WARM) if warming else ("search", "state")
+        best = run(
+            climbed.strategy,
+            budget=climbed.evaluations,
+            states=prepared.directory.path / states,
+            origin=name,
+            name=name,
         )
-    fields = config.space
-    return gradient.gradient(
-        soft.slopes,
-        configs.settings(config),
-        objective,
-        groups=pool.count,
-        checkpoints=len(pool.names),
-        start=config.search.init,
-        constraint=fields.constraint,
-        bounds=fields.bounds,
-        shrink=fields.shrink,
+        if not warming:
+            return _found(archive, "search", "search", best), climbed
+        warm = [one for one in archive.past if one.origin == WARM]
+        strategy = climb.warmed(config, prepared, warm)
+        budget = max(1, budget - sum(one.cost for one in warm)) if budget else 0
+    best = run(
+        strategy,
+        budget=search.budget,
+        budget_tokens=budget,
+        states=prepared.directory.path / "state",
+        economy=_economy(config, prepared.directory, individuals, strategy),
     )
+    return _found(archive, "search", "search", best), climbed
 
 
-def climbed(prepared: Prepared) -> dict[str, Any]:
-    """What results.json says of a search by gradients besides; {}: there was none."""
-    soft = prepared.soft
-    if not soft:
-        return {}
-    return {
-        task: {
-            "form": soft.forms[task],
-            "spearman": None if math.isnan(agreement) else agreement,
-            "left_out": soft.left_out[task],
-        }
-        for task, agreement in soft.agreement.items()
-    }
+def decided(config: Config, archive: Archive, objective: Objective, found: Found) -> Found:
+    """The winner. Beside gradients, checkpoints and baselines are finalists too."""
+    if not climb.wanted(config):
+        return found
+    scored = [one for one in archive.past if one.split == "search"]
+    return found._replace(candidate=strongest([found.candidate, *scored], objective))
 
 
 def analyse(
@@ -149,6 +145,7 @@ def analyse(
             lambda z: space.spread(to_weights(z), chosen, len(names)),
             objective=objective,
             budget=budget,
+            budget_tokens=config.search.budget_tokens,
             seed=config.seed,
             states=directory.path / "analyses" / name,
             save_seconds=config.search.save_seconds,
@@ -156,8 +153,7 @@ def analyse(
             name=name,
             economy=_economy(config, directory, individuals, strategy),
         )
-        decided = _decided(archive, analyses.POOL_SIZE, name)
-        return Found(name, best, spent(budget, strategy) + decided)
+        return _found(archive, analyses.POOL_SIZE, name, best)
 
     study = Study(
         *(archive, directory, names, objective, individuals, winner),
@@ -211,7 +207,9 @@ def _economy(
     return economy(config, scores, strategy.population)
 
 
-def _decided(archive: Archive, origin: str, name: str) -> int:
-    """Evaluations of the final decision of a search."""
-    sought = (loop.decision(origin), name)
-    return sum((one.origin, one.name) == sought for one in archive.past)
+def _found(archive: Archive, origin: str, name: str, best: Candidate) -> Found:
+    """The best of a search, and what it took, the final decision included."""
+    sought = {(origin, name), (loop.decision(origin), name)}
+    sought |= {(WARM, WARM)} if origin == "search" else set()
+    mine = [one for one in archive.past if (one.origin, one.name) in sought]
+    return Found(name, best, len(mine), sum(one.cost for one in mine))

@@ -32,7 +32,13 @@ from jaxmerge.experiment.build import (
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.records import open_directory, record_pool, record_tasks
 from jaxmerge.experiment.sizes import least_step, sized
-from jaxmerge.experiment.sources import find_checkpoints, huggingface_directory, start_jax
+from jaxmerge.experiment.sources import (
+    find_checkpoints,
+    huggingface_directory,
+    model_directories,
+    start_jax,
+    tokenizer_directory,
+)
 from jaxmerge.hosts import processes
 from jaxmerge.models.model import Model
 from jaxmerge.planning.here import residency_here, room_of
@@ -56,7 +62,8 @@ class Prepared(NamedTuple):
     objective: Objective
     bounds: dict[str, list[float | None]]  # of all tasks, as in results.json
     warnings: tuple[str, ...]  # of the objective's tasks
-    soft: SoftScore | None  # what a search by gradients climbs
+    tasks: tuple[Task, ...]  # of the objective
+    soften: Callable[[Sequence[Task]], SoftScore]  # what a search along gradients climbs
 
 
 def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
@@ -73,7 +80,6 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     """
     configs.check(config)
     start_jax(config)
-    _check_processes(config)
     processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
     parts = Held() if held is None else held
     parts.release(made_of(config))
@@ -111,7 +117,6 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     evaluators = parts.part(
         "evaluators", lambda: _evaluators(make, splits, remember=held is not None)
     )
-    soft = parts.part("soft", lambda: _soft(config, pool, model, tokenizer, tasks, mesh, like))
     directory = _recorded(config, workdir, pool, [*tasks, *heldout])
     return Prepared(
         directory,
@@ -122,17 +127,9 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         configs.objective(config),
         bounds_of([*tasks, *heldout]),
         (*warnings_of(tasks), *_moved(directory)),
-        soft,
+        tuple(tasks),
+        functools.partial(_soft, config, pool, model, tokenizer, mesh, like),
     )
-
-
-def _check_processes(config: Config) -> None:
-    if processes.several() and config.search.strategy == gradient.NAME:
-        raise JaxmergeError(
-            "a search by gradients runs in one process yet",
-            where="search.strategy",
-            expected="another strategy, or no --coordinator",
-        )
 
 
 def _soft(
@@ -140,15 +137,13 @@ def _soft(
     pool: Pool,
     model: Model,
     tokenizer: Tokenizer,
-    tasks: Sequence[Task],
     mesh: Mesh,
     like: str,
-) -> SoftScore | None:
-    """What a search by gradients climbs; None: the search is of another kind."""
-    if config.search.strategy != gradient.NAME:
-        return None
+    tasks: Sequence[Task],
+) -> SoftScore:
     return SoftScore(
-        pool.trees,
+        pool.merge,
+        len(pool.names),
         model,
         tokenizer,
         tasks,
@@ -221,7 +216,6 @@ def made_of(config: Config) -> dict[str, Any]:
         "pool": pool,
         "residency": pool,
         "evaluators": [pool, tasks, plain["evaluate"], search["population"], of_gradient],
-        "soft": [pool, tasks, plain["evaluate"], plain["seed"], search["minibatch"], of_gradient],
         "strategy": [sources, strategy, grain],
         "sources": sources,
         "model": sources,
@@ -247,7 +241,9 @@ def _moved(directory: RunDirectory) -> list[str]:
 
 def _model_and_tokenizer(config: Config, sources: Sequence[Source]) -> tuple[Model, Tokenizer]:
     model = build_model(config, sources[0])
-    return model, build_tokenizer(config, huggingface_directory(config, sources), model)
+    directories = model_directories(config, sources)
+    named = tokenizer_directory(config, sources)
+    return model, build_tokenizer(config, named, model, directories)
 
 
 def _tasks(config: Config) -> tuple[list[Task], list[Task]]:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import secrets
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -38,6 +39,7 @@ def open_directory(config: Config, workdir: str, *, orbax: bool) -> RunDirectory
         writer=processes.first(),
         from_writer=processes.from_first,
     )
+    say_unlocked(directory)
     if processes.several() and orbax:
         try:
             _check_shared(directory)
@@ -45,6 +47,16 @@ def open_directory(config: Config, workdir: str, *, orbax: bool) -> RunDirectory
             directory.close()
             raise
     return directory
+
+
+def say_unlocked(directory: RunDirectory) -> None:
+    """Warns where nothing keeps another machine from writing to a run directory."""
+    if directory.unlocked:
+        print(
+            f"jaxmerge: {directory.path}: the file system has no locks ({directory.unlocked}): "
+            "see to it that no other machine runs in this directory",
+            file=sys.stderr,
+        )
 
 
 def _check_shared(directory: RunDirectory) -> None:

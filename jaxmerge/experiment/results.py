@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ import numpy as np
 
 from jaxmerge.rundir import ANALYSIS, Candidate, RunDirectory
 from jaxmerge.scores import formatting, pareto, stats
+from jaxmerge.scores.curves import rises
 from jaxmerge.scores.formatting import Bounds
 from jaxmerge.scores.objective import Objective, define
 from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import Found, Setting
 from jaxmerge.search.baselines import best as strongest
+from jaxmerge.search.loop import decision
 
 _PACKAGES = ("jaxmerge", "jax", "jaxlib", "flax", "orbax-checkpoint", "evosax", "numpy")
 
@@ -62,7 +65,7 @@ def test(
         heldout: whether there are held-out tasks: the search's choice, the best checkpoint and the
             uniform merge are scored there.
     """
-    alone = [Found(one.name, one, 1) for one in setting.individuals]
+    alone = [Found(one.name, one, 1, one.cost) for one in setting.individuals]
     candidates = score_on_test(archive, [*alone, *found, best])
     unseen: dict[str, dict[str, float]] = {}
     if heldout:
@@ -124,11 +127,34 @@ def collect(
         **_front(searched, objective, bounds),
         "evaluations": len(searched),
         "evaluations_by_origin": dict(Counter(candidate.origin for candidate in searched)),
+        "tokens_by_origin": {
+            origin: tokens([one for one in searched if one.origin == origin])
+            for origin in dict.fromkeys(one.origin for one in searched)
+        },
+        "curves": {
+            name: _curve(searched, objective, origins)
+            for name, origins in {
+                **{found.name: (f"baseline:{found.name}",) for found in baselines},
+                best.name: (best.name, decision(best.name)),
+            }.items()
+        },
     }
 
 
+def _curve(
+    searched: Sequence[Candidate], objective: Objective, origins: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Each time that a way of searching found a better candidate, and the tokens by then."""
+    mine = [one for one in searched if one.origin in origins]
+    values = [objective.of(one.scores) if one.out_of is None else math.nan for one in mine]
+    return [
+        {"tokens": took, "id": mine[i].id, "search_objective": values[i]}
+        for took, i in rises([one.cost for one in mine], values)
+    ]
+
+
 def tokens(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Tokens that all candidates of the log have `read` and `written`, on all splits."""
+    """Tokens that candidates have `read`, `written` and, if any, `differentiated`."""
     counted = Counter({"read": 0, "written": 0})
     for candidate in candidates:
         counted.update(candidate.tokens or {})
@@ -235,6 +261,7 @@ def _entry(
         "weights": dict(zip(names, found.candidate.by_checkpoint)),
         **({"groups": grouped} if isinstance(grouped[0], tuple) else {}),
         "evaluations": found.evaluations,
+        "tokens": found.tokens,
         "search": found.candidate.scores,
         "search_objective": objective.of(found.candidate.scores),
         "test": tested.scores,

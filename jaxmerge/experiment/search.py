@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -15,15 +15,17 @@ from jaxmerge import report
 from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
-from jaxmerge.experiment import budget, phases, results
+from jaxmerge.evaluation.evaluator import Sample
+from jaxmerge.experiment import phases, results, speech
+from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
-from jaxmerge.experiment.sources import huggingface_directory
+from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate
 from jaxmerge.scores import formatting
 from jaxmerge.search import baselines
-from jaxmerge.search.archive import Archive
+from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import Setting
 
 
@@ -45,24 +47,29 @@ def search(
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir, held)
     directory, pool = prepared.directory, prepared.pool
-    read_before, soft = pool.traffic(), prepared.soft
-    looked_before = soft.read if soft else 0
-    for warning in prepared.warnings if processes.first() else ():
-        print(f"jaxmerge: {warning}", file=sys.stderr)
+    read_before = pool.traffic()
+    _say(prepared.warnings)
 
     with closing(directory), phases.live(config, prepared) as live:
-        archive = Archive(directory, prepared.evaluators, live.candidates)
+        answers = Answers(directory, "search")
+        archive = Archive(directory, prepared.evaluators, live.candidates, _individuals_to(answers))
         with _timed(seconds, "individuals"):
             individuals = baselines.individuals(archive, pool.names)
+            odd = answers.warn(individuals, prepared.bounds)
+            _say(odd)
             objective = prepared.objective.measured_by([one.scores for one in individuals])
             form = formatting.of_objective(objective, prepared.bounds)
             live.rate(objective, form, individuals)
         with _timed(seconds, "baselines"):
-            evaluations = budget.spent(config.search.budget, prepared.strategy)
-            setting = Setting(archive, individuals, objective, evaluations, config.seed)
-            found = [baselines.BASELINES[name].find(setting) for name in config.baselines]
+            setting = Setting(archive, individuals, objective, config.seed)
+            found = phases.baselines(config, setting, after=False)
         with _timed(seconds, "search"):
-            winner = phases.search(config, prepared, archive, objective, individuals)
+            winner, climbed = phases.search(config, prepared, archive, objective, individuals)
+        with _timed(seconds, "baselines"):
+            setting = setting._replace(tokens=winner.tokens)
+            found += phases.baselines(config, setting, after=True)
+            found.sort(key=lambda one: config.baselines.index(one.name))
+            winner = phases.decided(config, archive, objective, winner)
         with _timed(seconds, "test"):
             tested = results.test(archive, setting, found, winner, heldout=bool(config.heldout))
         with _timed(seconds, "analyses"):
@@ -72,16 +79,18 @@ def search(
             findings = results.collect(
                 directory, pool.names, objective, prepared.bounds, tested, names
             )
-        said = {"command": command, "warnings": list(prepared.warnings)}
+        with _timed(seconds, "speech"):
+            silent = speech.of_search(config, prepared, tested.winner)
+            odd += [silent] if silent else []
+            _say([silent] if silent else [])
+        said = {"command": command, "warnings": [*prepared.warnings, *odd]}
         findings = {"version": 2, **said, **findings, "analyses": analysed}
         with _timed(seconds, "export"):
             _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
-        if soft:
-            findings["soft"] = phases.climbed(prepared)
-            findings["tokens"]["read"] += soft.read - looked_before
-            findings["tokens"]["differentiated"] = soft.differentiated(config.search.steps)
+        if climbed:
+            findings["soft"] = climbed.findings()
         findings["residency"] = pool.traffic(since=read_before)
         if storage := phases.stored(prepared, tested.winner):
             findings["storage"] = storage
@@ -103,14 +112,32 @@ def _export_winner(
         source=prepared.sources[0],
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
+        tokenizer=tokenizer_directory(config, prepared.sources),
         card=lambda: card.of_search(records, findings),
         rope_type=config.pool.rope_type,
-        **config.export,
+        formats=config.export.formats,
+        dtype=config.export.dtype,
+        shard_bytes=config.export.shard_bytes,
     )
+
+
+def _say(warnings: Sequence[str]) -> None:
+    for warning in warnings if processes.first() else ():
+        print(f"jaxmerge: {warning}", file=sys.stderr)
+
+
+def _individuals_to(answers: Answers) -> Callable[[Request, Mapping[str, Sample]], None]:
+    """Keeps what checkpoints by themselves said; merges say too much."""
+
+    def keep(asked: Request, samples: Mapping[str, Sample]) -> None:
+        if asked.origin == "individual":
+            answers.add(asked.name, samples)
+
+    return keep
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[phase] = time.perf_counter() - started
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started

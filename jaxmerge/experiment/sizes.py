@@ -81,7 +81,7 @@ def sized(
             population=population,
             vmap_candidates=config.evaluate.vmap_candidates,
         )
-        known = _recorded(Path(workdir) / "config.json")
+        known = _recorded(Path(workdir).expanduser() / "config.json")
         return json.dumps(
             [asked[n] or known.get(n) or size for n, size in zip(_FIELDS, chosen)]
         ).encode()

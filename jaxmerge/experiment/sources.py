@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -12,8 +13,10 @@ from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import survey
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.evaluation import vocabularies
 from jaxmerge.evaluation.tokenizer import check_same_vocabulary, is_in
 from jaxmerge.hosts import processes, watch
+from jaxmerge.sharding import all_devices
 
 
 def start_jax(config: Config) -> None:
@@ -27,6 +30,7 @@ def start_jax(config: Config) -> None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    all_devices()  # or there are none
     if processes.several():
         watch.begin(jax.process_index(), jax.process_count(), processes.from_first)
     elif jax.process_count() > 1:
@@ -52,21 +56,10 @@ def find_checkpoints(
             merge can't be exported.
     """
     pool = config.pool
-    sources = survey(
-        pool.checkpoints,
-        subtree=pool.subtree,
-        base=pool.base,
-        item=pool.item,
-        rope_type=pool.rope_type,
-        as_stored=as_stored or bool(pool.model),
-        dtype=pool.dtype,
-        by_tensor=by_tensor,
-    )
-    directories = [pool.base] if pool.base else []
-    directories += [each.path for each in sources if each.format in ("huggingface", "lora")]
-    with_tokenizer = [directory for directory in directories if is_in(directory)]
-    if with_tokenizer:
-        check_same_vocabulary(with_tokenizer)
+    where = where_of(config)
+    where["as_stored"] |= as_stored
+    sources = survey(pool.checkpoints, **where, dtype=pool.dtype, by_tensor=by_tensor)
+    tokenizer_directory(config, sources)
     like = huggingface_directory(config, sources)
     formats = ("orbax",) if as_stored else config.export.formats
     check_like(
@@ -75,7 +68,52 @@ def find_checkpoints(
     return sources
 
 
+def where_of(config: Config) -> dict[str, Any]:
+    """How the checkpoints of a pool are found and read, for `survey.find`."""
+    pool = config.pool
+    return {
+        **{"subtree": pool.subtree, "item": pool.item, "base": pool.base},
+        # The user's own model has the leaves that the checkpoints have.
+        **{"rope_type": pool.rope_type, "as_stored": bool(pool.model)},
+    }
+
+
+def base_of(config: Config) -> str:
+    """The directory that `pool.base` names; "": none."""
+    return os.path.expanduser(config.pool.base)
+
+
 def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
     """Where the pool's Hugging Face configuration and tokenizer are; "": nowhere."""
     of_sources = [source.directory for source in sources if source.directory]
-    return config.pool.base or (of_sources[0] if of_sources else "")
+    return base_of(config) or (of_sources[0] if of_sources else "")
+
+
+def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
+    """Where the tokenizer of the pool is: a Hugging Face directory; "": nowhere.
+
+    It is the one that the config names, or else what `vocabularies.choose` says.
+
+    Raises:
+        JaxmergeError: the tokenizers contradict each other.
+    """
+    pool = config.pool
+    read = ("huggingface", "lora")
+    members = [os.path.realpath(each.path) for each in sources if each.format in read]
+    named = os.path.expanduser(pool.tokenizer)
+    if named:
+        check_same_vocabulary([each for each in members if is_in(each)])
+        return named if os.path.isdir(named) else ""
+    bases = [base_of(config), *(source.base for source in sources)]
+    return vocabularies.choose(
+        members,
+        [os.path.realpath(os.path.expanduser(each)) for each in bases if each],
+        rows=min((int(source.architecture.get("vocab") or 0) for source in sources), default=0),
+        chat=pool.chat,
+    )
+
+
+def model_directories(config: Config, sources: Sequence[Source]) -> list[str]:
+    """The Hugging Face directories whose configs say how the models are used."""
+    found = [base_of(config), *(source.directory for source in sources)]
+    return [each for each in dict.fromkeys(found) if each]

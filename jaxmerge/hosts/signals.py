@@ -7,12 +7,15 @@ and a KeyboardInterrupt inside a callback of JAX would be lost.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
+
+_PATIENCE = 1.0  # seconds that a full pipe has to take the last line
 
 
 def end_on_signals(last: Callable[[str], None] = lambda why: None) -> None:
@@ -32,9 +35,10 @@ def end_on_signals(last: Callable[[str], None] = lambda why: None) -> None:
         assert write  # kept open
         number = signal.Signals(read.recv(1)[0])
         last(number.name)
-        print(
-            "\njaxmerge: stopped; the same command goes on from here", file=sys.stderr, flush=True
-        )
+        # Not through sys.stderr, which the main thread may hold; and whoever reads it may be gone.
+        with contextlib.suppress(OSError):
+            if select.select([], [2], [], _PATIENCE)[1]:
+                os.write(2, b"\njaxmerge: stopped; the same command goes on from here\n")
         os._exit(128 + number)
 
     threading.Thread(target=wait, daemon=True).start()

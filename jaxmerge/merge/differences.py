@@ -22,6 +22,7 @@ from jaxmerge.hosts import processes
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import of_population, over, product, rows_at_a_time, weighted_sum
+from jaxmerge.merge.pullback import pullback
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
 BITS = {"int8": 8, "int4": 4}  # by the name of the storage
@@ -163,6 +164,10 @@ class QuantisedMerger:
         merged = self.program(*self.stored, weights)
         return map_named(lambda name, _: merged[name], self._like)
 
+    def pullback(self, gradients: PyTree) -> Float[Array, "C G K"]:
+        """See `linear.Merger`; of what is stored."""
+        return pullback([self._base, *self._others], gradients, self._groups, _leaf)
+
     def errors(self, weights_K: Float[np.ndarray, "*G K"]) -> dict[str, float]:
         """How far a merge is from that of the exact checkpoints, ||m - e|| / ||e||, by leaf."""
         sharding = next(iter(self._base.values())).sharding
@@ -176,6 +181,13 @@ class QuantisedMerger:
             for name, leaf in merged.items()
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         }
+
+
+def _leaf(stored: Stored, base: Array) -> Array:
+    """The leaf that is stored so, in float32."""
+    if not isinstance(stored, Difference):
+        return stored
+    return base.astype(jnp.float32) + dequantised(stored)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.linear import ZERO, over, plus
+from jaxmerge.merge.pullback import by_group, product
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
 # read(k, name) puts a leaf of checkpoint k on the devices.
@@ -31,6 +32,7 @@ class LeafwiseMerger:
     Args:
         like: tree of the leaves' `ShapeDtypeStruct`, with `NamedSharding` on a mesh that has `pop`.
         read: see `Read`; the leaves have the dtypes and shardings of `like`.
+        checkpoints: K.
         groups: of leaves that share their weights, see `linear.ResidentMerger`.
 
     Attributes:
@@ -38,8 +40,8 @@ class LeafwiseMerger:
         seconds: that all merges so far took.
     """
 
-    def __init__(self, like: PyTree, read: Read, groups: Groups | None = None):
-        self._like, self._read, self._groups = like, read, groups
+    def __init__(self, like: PyTree, read: Read, checkpoints: int, groups: Groups | None = None):
+        self._like, self._read, self._K, self._groups = like, read, checkpoints, groups
         self.bytes_read, self.seconds = 0, 0.0
 
     def __call__(self, weights_CxK: Float[np.ndarray, "C *G K"]) -> PyTree:
@@ -50,6 +52,22 @@ class LeafwiseMerger:
         jax.block_until_ready(merged)
         self.seconds += time.perf_counter() - started
         return merged
+
+    def pullback(self, gradients: PyTree) -> Float[Array, "C G K"]:
+        """See `linear.Merger`; one pass over the pool too."""
+        started = time.perf_counter()
+        of_leaf = self._groups.of_leaf if self._groups else {}
+        found = {}
+        for name, gradient in named_leaves(gradients).items():
+            by_slice = len(of_leaf.get(name, (0,))) > 1
+            each = [
+                jax.block_until_ready(_product(gradient, self._leaf(k, name), by_slice=by_slice))
+                for k in range(self._K)
+            ]
+            found[name] = jnp.stack(each, axis=-1)
+        by_weights = by_group(found, of_leaf, len(self._groups.names) if self._groups else 1)
+        self.seconds += time.perf_counter() - started
+        return by_weights
 
     def leaf(self, name: str, weights_K: Float[np.ndarray, "*G K"]) -> Array:
         """A leaf of one merge, with the sharding of the pool's."""
@@ -82,6 +100,9 @@ class LeafwiseMerger:
         leaf = self._read(k, name)
         self.bytes_read += sum(shard.data.nbytes for shard in leaf.addressable_shards)
         return leaf
+
+
+_product = jax.jit(product, static_argnames="by_slice")
 
 
 def adding(

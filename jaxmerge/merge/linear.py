@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
 from jaxmerge.merge.groups import Groups
+from jaxmerge.merge.pullback import pullback
 from jaxmerge.trees import PyTree, named_leaves
 
 
@@ -212,12 +213,21 @@ def check_equal_integers(trees: Sequence[dict[str, Array]]) -> None:
                 )
 
 
-# Weights `[C, K]`, or with groups `[C, G, K]`, to leaves `[C, ...]`.
-Merger = Callable[[np.ndarray], PyTree]
+@runtime_checkable
+class Merger(Protocol):
+    """The merge of C candidates of a pool, wherever it lives, and its derivatives."""
+
+    def __call__(self, weights_CxK: Float[np.ndarray, "C *G K"], /) -> PyTree:
+        """Weights `[C, K]`, or with groups `[C, G, K]`, to leaves `[C, ...]`."""
+        ...
+
+    def pullback(self, gradients: PyTree, /) -> Float[Array, "C G K"]:
+        """Derivatives by the weights, from those by the merged leaves; see `merge.pullback`."""
+        ...
 
 
 class ResidentMerger:
-    """The merge of C candidates, `[C, K]` weights to leaves `[C, ...]`, of K trees in memory.
+    """The merge of K trees in memory.
 
     Args:
         trees: K pytrees of arrays, as in `linear`.
@@ -248,6 +258,10 @@ class ResidentMerger:
         if spare is None or len(jax.tree.leaves(spare)[0]) != len(weights_CxK):
             return self._program(into=False)(self._trees, weights)
         return self._program(into=True)(self._trees, weights, spare)
+
+    def pullback(self, gradients: PyTree) -> Float[Array, "C G K"]:
+        """See `Merger`."""
+        return pullback([named_leaves(tree) for tree in self._trees], gradients, self._groups)
 
     def _program(self, *, into: bool) -> Callable[..., PyTree]:
         return program(self._trees[0], population=True, into=into, groups=self._groups)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.models.config_keys import DECODER_SILENT, NEUTRAL
 from jaxmerge.models.rope import Rope
 
 
@@ -13,7 +14,7 @@ class Attributes:
     """The attributes of a config; those that nobody took are refused in the end."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
-        self._rest = {name: value for name, value in values.items() if name not in HARMLESS}
+        self._rest = {name: value for name, value in values.items() if name not in DECODER_SILENT}
         self._refused: dict[str, Any] = {}
         self._where = where
 
@@ -39,48 +40,11 @@ class Attributes:
             raise JaxmergeError(
                 "attributes of the config that the decoder does not heed",
                 where=self._where,
-                expected="only attributes that are known to mean what the decoder does",
+                expected="only attributes that are known to mean what the decoder does. Delete "
+                "those that say nothing of the computation; or merge by names, with given weights: "
+                '--mode=merge, export.formats=("huggingface",)',
                 found=", ".join(f"{name}={value!r}" for name, value in sorted(refused.items())),
             )
-
-
-# Attributes that do not change logits, whatever their value: bookkeeping, training, defaults of
-# generation, and lengths for which memory was once set aside.
-HARMLESS = frozenset(
-    """
-    _name_or_path architectures auto_map dtype id2label is_llama_config label2id model_type
-    num_labels problem_type torch_dtype transformers.js_config transformers_version
-    attention_dropout embd_pdrop embedding_dropout hidden_dropout initializer_range pretraining_tp
-    resid_pdrop router_aux_loss_coef router_jitter_noise use_cache cache_implementation
-    output_attentions output_hidden_states output_router_logits return_dict tie_last_hidden_states
-    bos_token_id eos_token_id pad_token_id model_max_length
-    _sliding_window_pattern sliding_window_pattern max_window_layers no_rope_layer_interval
-    """.split()
-)
-
-# Attributes that may be there if they ask for what the decoder does anyway.
-NEUTRAL: dict[str, Any] = {
-    "chunk_size_feed_forward": 0,
-    "is_encoder_decoder": False,
-    "is_decoder": True,
-    "add_cross_attention": False,
-    "use_bidirectional_attention": False,
-    "rope_interleaved": False,
-    "use_mrope": False,
-    # Of checkpoints of Command R7B and Phi-4 on the Hub; transformers does not read them.
-    "order_of_interleaved_layers": "local_attn_first",
-    "position_embedding_type": "rope_gptj",
-    "rotary_pct": 1.0,
-    "use_embedding_sharing": True,
-    "use_gated_activation": True,
-    "use_parallel_block": True,
-    "use_parallel_embedding": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "lm_head_bias": False,
-    "full_attn_mod": 1,
-    "interpolate_factor": 1,
-}
 
 
 def read_rope(attributes: Attributes, partial_of: int = 0, interleaved: bool = False) -> Rope:

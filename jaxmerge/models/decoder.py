@@ -53,8 +53,11 @@ class Decoder(nn.Module):
             "embedding", nn.initializers.normal(config.width**-0.5), (config.vocab, config.width)
         )
         over_layers: Any = (nn.broadcast, 0, 0)  # kinds and cache have L
+        layer = nn.map_variables(Block, "params", made, init=True)  # of one that is `Deferred`
         scanned = nn.scan(
-            nn.map_variables(Block, "params", made, init=True),  # of a layer that is `Deferred`
+            # A backward pass makes a layer and its activations again (arXiv 1604.06174): of all
+            # layers it keeps only what went into each.
+            nn.remat(layer, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=over_layers,

@@ -1,8 +1,8 @@
 """Hugging Face configs and weight names of the families that the decoder can be.
 
 A family is a function from its config to the fields of a `DecoderConfig`, and a table of names.
-What a function does not take from the config must be known to be harmless (`attributes.HARMLESS`),
-or the config is refused: an attribute that is not understood is never passed over.
+What a function does not take from the config must be known to say nothing (`config_keys`), or the
+config is refused: an attribute that is not understood is never passed over.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jaxmerge.models.attributes import Attributes, read_rope, scaled_rope
 from jaxmerge.models.layout import Layout
 from jaxmerge.models.names import NAMES, layout
 from jaxmerge.models.rope import Rope
+from jaxmerge.textfiles import read_json
 
 
 class Architecture(NamedTuple):
@@ -36,27 +38,10 @@ def read(directory: str) -> Architecture | None:
             attributes that the decoder does not heed (see `from_config`).
     """
     path = os.path.join(directory, "config.json")
-    if str(_written(path).get("model_type")) not in FAMILIES:
+    written = _written(path)
+    if str(written.get("model_type")) not in FAMILIES:
         return None
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig  # takes seconds to import
-
-    try:
-        config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        raise JaxmergeError(
-            "transformers refuses the config", where=path, found=str(error)
-        ) from None
-    return from_config(config, path)
+    return from_config(completed(written, path), path)
 
 
 def model_type(directory: str) -> str:
@@ -78,12 +63,36 @@ def context(directory: str) -> int:
     return int(written.get("max_position_embeddings") or 0)
 
 
+def completed(written: Mapping[str, Any], where: str) -> Any:
+    """The config object that transformers makes of what a config.json says; runs no code of others.
+
+    It reads a copy: it would stumble over a byte order mark in the file.
+
+    Raises:
+        JaxmergeError: transformers refuses it, or does not know its `model_type`.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig  # takes seconds to import
+
+    with tempfile.TemporaryDirectory() as copy:
+        with open(os.path.join(copy, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(written, file)
+        try:
+            return AutoConfig.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            StrictDataclassError,
+        ) as error:
+            found = str(error).replace(copy, os.path.dirname(where))
+    raise JaxmergeError("transformers refuses the config", where=where, found=found)
+
+
 def _written(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            written = json.load(file)
-    except (OSError, ValueError) as error:
-        raise JaxmergeError("the config cannot be read", where=path, found=str(error)) from None
+    written = read_json(path)
     if not isinstance(written, dict):
         raise JaxmergeError("the config is no JSON object", where=path, found=str(written)[:80])
     return written

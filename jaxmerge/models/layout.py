@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
+
+import numpy as np
 
 # Buffers that old versions of transformers wrote out, and newer ones compute.
 BUFFERS = (r"rotary_emb\.inv_freq$",)
+# Of models without a decoder here, where all members have them they are copied.
+COMPUTED = (r"(^|\.)position_ids$", r"(^|\.)attn\.(masked_)?bias$")
 
 
 class Part(NamedTuple):
@@ -29,9 +34,12 @@ class Layout(NamedTuple):
         shapes: of the leaves.
         tensors: shape of each tensor that the checkpoint must have.
         ignored: regular expressions of tensors that it may have besides and that mean nothing.
+        wide: tensors of 64-bit integers, with their dtype. JAX has none: their shape here has an
+            axis more, of two 32-bit words.
     """
 
     leaves: Mapping[str, tuple[Part, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     tensors: Mapping[str, tuple[int, ...]]
     ignored: tuple[str, ...] = ()
+    wide: Mapping[str, np.dtype] = MappingProxyType({})

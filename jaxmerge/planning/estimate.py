@@ -81,13 +81,21 @@ def arithmetic(step: Step) -> Need:
     )
 
 
-def measure(model: Model, step: Step, of_step: Sequence[Call], *, streamed: bool) -> Measured:
+def measure(
+    model: Model,
+    step: Step,
+    of_step: Sequence[Call],
+    climbs: Sequence[Call] = (),
+    *,
+    streamed: bool,
+) -> Measured:
     """Compiles the merge and the largest calls, and adds up what each device holds.
 
     Args:
         model: whose programs they are.
         step: what is merged.
         of_step: from `work.calls`.
+        climbs: from `work.climbing`.
         streamed: the pool is not on the devices, so that leaves are merged one by one.
     """
     need, merged = arithmetic(step), step.merged()
@@ -100,11 +108,18 @@ def measure(model: Model, step: Step, of_step: Sequence[Call], *, streamed: bool
         for writes in (False, True)
         if (of_kind := [p for p, c in zip(compiled, largest) if bool(c.new_tokens) == writes])
     )
-    working = max([merge.temporaries, *(each.outputs + each.temporaries for each in compiled)])
+    alone = step._replace(candidates=step.mesh.shape["pop"]).merged()
+    by_name = {call.name: call for call in climbs}
+    up = [
+        compile_program(name, each.program, alone, *each.arrays) for name, each in by_name.items()
+    ]
+    inputs += sum(sum(map(share, call.arrays)) for call in climbs)
+    code += sum(each.code for each in up)
+    held = (each.outputs + each.temporaries for each in (*compiled, *up))
     return Measured(
-        need._replace(working=working + inputs + code + merge.code),
+        need._replace(working=max([merge.temporaries, *held]) + inputs + code + merge.code),
         max((_cache(model, step, call) for call in largest), default=0),
-        (merge, *compiled),
+        (merge, *compiled, *up),
         tuple(whole_leaves(step.tree, model.sharding_rules, step.mesh)),
     )
 
@@ -223,6 +238,39 @@ def roofline(
         seconds[split] = Seconds(merge, reading, decoding, links)
         amounts[split] = Amount(flops, moved)
     return seconds, amounts
+
+
+def climb(
+    climbs: Sequence[Call], step: Step, programs: Sequence[Program], rates: Rates
+) -> tuple[Seconds, Amount]:
+    """Seconds and work of a step along the gradient, as `roofline` has them of a candidate.
+
+    A merge; of each task a pass forward and one backward, whose products stand in the program with
+    those that are made again; and a reading of the pool and the gradient, for the products of both.
+    """
+    found = [(call, counted(call, step.merged())) for call in climbs]
+    model = sum(shares(step.once).values())
+    read = (1 + len(climbs)) * (step.checkpoints + 1) * model
+    # Layers that are merged late are merged to go forward and again to go backward, and read once
+    # more for the products.
+    read += len(climbs) * 3 * _late(step) * step.mesh.shape["pop"]
+    by_name = {program.name: program for program in programs}
+    moved = sum(
+        sum(map(_traffic, by_name[call.name].collectives.items()))
+        for call in climbs
+        if call.name in by_name
+    )
+    seconds = Seconds(
+        read / rates.bandwidth,
+        math.fsum(_seconds(each, step.mesh, rates) for _, each in found) * step.mesh.shape["pop"],
+        0.0,
+        moved / rates.links if rates.links else 0.0,
+    )
+    each = [product for _, products in found for product in products]
+    return seconds, Amount(
+        sum(product.times * product.flops for product in each) * step.mesh.shape["pop"],
+        sum(product.times * product.bytes for product in each) * step.mesh.shape["pop"],
+    )
 
 
 def _late(step: Step) -> float:

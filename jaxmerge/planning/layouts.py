@@ -26,7 +26,7 @@ from jaxmerge.planning.residency import (
     choose_residency,
 )
 from jaxmerge.planning.sizes import Sizes, choose_sizes
-from jaxmerge.planning.work import Step
+from jaxmerge.planning.work import Call, Step
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.common import Task
 from jaxmerge.trees import PyTree, byte_count, parameter_count
@@ -46,6 +46,7 @@ class Job(NamedTuple):
         vmap_candidates: see `Responder`.
         storage: how a pool on the devices is held; see `pool.load`.
         groups: of leaves that share their weights; None: all do.
+        minibatch: examples of a task in a step of a search by gradients; 0: there is none.
     """
 
     model: Model
@@ -58,6 +59,7 @@ class Job(NamedTuple):
     vmap_candidates: int
     storage: str = "exact"
     groups: Groups | None = None
+    minibatch: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Plan(NamedTuple):
         rematerialised: whether layers are merged when the model comes to them.
         steps: whose candidates exist together.
         most_candidates: that a step could have, estimated from those it has.
-        seconds: of one candidate, by split.
+        seconds: of one candidate, by split; of a step along the gradient, as `step`.
     """
 
     machine: str
@@ -151,13 +153,18 @@ def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
     least = estimate.arithmetic(step)
     streamed = least.on_device("device") > machine.room.device
     streamed = (streamed or layout.residency in ("host", "disk")) and not step.layers
+    climbs = _climbs(job, step, limits)
     if choose_residency(layout.residency, least, machine.room):
-        measured = estimate.measure(job.model, step, of_step, streamed=streamed)
+        measured = estimate.measure(job.model, step, of_step, climbs, streamed=streamed)
     else:
         measured = estimate.uncompiled(job.model, step)
     refused = bool(measured.refused)
     residency = choose_residency(layout.residency, measured.need, machine.room)
     seconds, amounts = estimate.roofline(of_step, step, measured.programs, machine.rates)
+    if climbs:
+        alone = step._replace(candidates=mesh.shape["pop"])
+        found = estimate.climb(climbs, alone, measured.programs, machine.rates)
+        seconds["step"], amounts["step"] = found
     return Plan(
         machine=machine.name,
         kind=f"{len(machine.devices)} x {machine.devices[0].device_kind}",
@@ -182,6 +189,14 @@ def draw_up(job: Job, layout: Layout, machine: Machine) -> Plan:
         amounts=amounts,
         evaluations=dict(job.evaluations),
     )
+
+
+def _climbs(job: Job, step: Step, limits: Limits) -> list[Call]:
+    """The calls of a step along gradients; none where the search is of another kind."""
+    if not job.minibatch:
+        return []
+    tasks, mesh = job.splits["search"], step.mesh
+    return work.climbing(job.model, job.tokenizer, tasks, limits, job.minibatch, mesh)
 
 
 def need_of(job: Job, layout: Layout, machine: Machine) -> Need:

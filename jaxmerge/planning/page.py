@@ -8,6 +8,8 @@ from jaxmerge.planning.compiled import Program
 from jaxmerge.planning.layouts import Plan
 from jaxmerge.planning.residency import RESIDENCIES, fits
 
+_ROWS = {"step": "gradient step"}  # of the table of times, by the split's name
+
 
 def page(plan: Plan) -> str:
     """All that a plan says, as lines of text."""
@@ -86,14 +88,18 @@ def _time(plan: Plan) -> list[str]:
     rows: list[tuple[str, ...]] = [
         (
             *("per candidate", "merge", "prefill and scoring", "decoding", "collectives"),
-            *("seconds", "TFLOP", "GB", "candidates"),
+            *("seconds", "TFLOP", "GB", "times"),
         )
     ]
     for split, seconds in plan.seconds.items():
         amount = plan.amounts[split]
         rows.append(
             (
-                *(split, *(f"{each:.3g}" for each in seconds), f"{seconds.total:.3g}"),
+                *(
+                    _ROWS.get(split, split),
+                    *(f"{each:.3g}" for each in seconds),
+                    f"{seconds.total:.3g}",
+                ),
                 *(f"{amount.flops / 1e12:.3g}", f"{amount.bytes / 1e9:.3g}"),
                 str(plan.evaluations[split]),
             )

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmerge.evaluation.minibatches import asked
 from jaxmerge.evaluation.respond import Group, Responder
+from jaxmerge.evaluation.rows import Limits
+from jaxmerge.evaluation.soft import FORMS, program
+from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.rematerialised import deferred, without
 from jaxmerge.models.model import Model
@@ -29,29 +33,33 @@ class Call(NamedTuple):
         arrays: `ShapeDtypeStruct` with shardings; the first is `[B, T]` tokens.
         new_tokens: that are written; 0: log-likelihoods.
         times: how often a step calls it, by split.
+        climbs: whether it differentiates; then its arrays are `[pop, B, T]`.
     """
 
     program: Callable[..., Any]
     arrays: tuple[jax.ShapeDtypeStruct, ...]
     new_tokens: int
     times: Mapping[str, int]
+    climbs: bool = False
 
     @property
     def name(self) -> str:
         """For the reader."""
-        B, T = self.arrays[0].shape
+        B, T = self.arrays[0].shape[-2:]
+        if self.climbs:
+            return f"gradient of {B} x {T} tokens"
         what = f"generate {self.new_tokens} after" if self.new_tokens else "log-likelihood of"
         return f"{what} {B} x {T} tokens"
 
     @property
     def slots(self) -> int:
         """Tokens that a row has in the end."""
-        return self.arrays[0].shape[1] + self.new_tokens
+        return self.arrays[0].shape[-1] + self.new_tokens
 
     @property
     def tokens(self) -> int:
         """Tokens of all rows in the end."""
-        return self.arrays[0].shape[0] * self.slots
+        return self.arrays[0].shape[-2] * self.slots
 
 
 def calls(responder: Responder, splits: Mapping[str, Sequence[Task]], mesh: Mesh) -> list[Call]:
@@ -79,6 +87,44 @@ def calls(responder: Responder, splits: Mapping[str, Sequence[Task]], mesh: Mesh
                     times[split] = times.get(split, 0) + 1
                     found[key] = call._replace(times=times)
     return list(found.values())
+
+
+def climbing(
+    model: Model,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    limits: Limits,
+    minibatch: int,
+    mesh: Mesh,
+) -> list[Call]:
+    """The calls of a step of a search by gradients: of each task its largest minibatch.
+
+    Args:
+        model: of all candidates.
+        tokenizer: text to ids.
+        tasks: of the search.
+        limits: of which the context is heeded.
+        minibatch: examples of a task in a step.
+        mesh: of the run.
+    """
+    found: list[Call] = []
+    over_pop = NamedSharding(mesh, PartitionSpec("pop"))
+    for task in tasks:
+        of = asked(
+            *(task, tokenizer, limits, minibatch),
+            places=mesh.shape["pop"],
+            branching=model.branches is not None,
+        )
+        if not of.minibatches:  # texts will stand for it, which are not known yet
+            continue
+        largest = max(of.minibatches, key=lambda each: each.arrays[0].size)
+        arrays = tuple(
+            jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=over_pop)
+            for each in largest.arrays
+        )
+        climb = program(model, mesh, of.kind, FORMS[0])
+        found.append(Call(climb, arrays, 0, {"step": 1}, climbs=True))
+    return found
 
 
 def _call(group: Group, arrays: Sequence[Any], mesh: Mesh) -> Call:

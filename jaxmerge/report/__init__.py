@@ -6,7 +6,23 @@ two that are written there. Names of checkpoints, tasks and directories are inpu
 through `markup.text`, `plots.label` and `page.embedded` alone.
 """
 
-from jaxmerge.report.comparison import compare
-from jaxmerge.report.single import write
+from __future__ import annotations
 
-__all__ = ["compare", "write"]
+from collections.abc import Sequence
+from pathlib import Path
+
+# What they are made of is imported when they are called: the command answers Ctrl-C before.
+
+
+def write(directory: Path) -> Path:
+    """Writes `report.html` into a run directory; see `single.write`."""
+    from jaxmerge.report import single
+
+    return single.write(directory)
+
+
+def compare(directories: Sequence[Path], out: Path) -> Path:
+    """Writes one page that compares several runs; see `comparison.compare`."""
+    from jaxmerge.report import comparison
+
+    return comparison.compare(directories, out)

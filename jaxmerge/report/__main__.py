@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from jaxmerge import entry
+
+if __name__ == "__main__":  # before the imports, which take a second
+    entry.begin()
+
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmerge.errors import JaxmergeError
 from jaxmerge.report import compare, write
 
 
@@ -25,14 +29,11 @@ def console(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.out and len(given.directories) == 1:
         parser.error("--out is for several directories; one run's page is DIR/report.html")
-    try:
-        if len(given.directories) == 1:
-            print(write(given.directories[0]))
-        else:
-            print(compare(given.directories, given.out or Path("comparison.html")))
-    except JaxmergeError as error:
-        print(error, file=sys.stderr)
-        return 2
+    directories = [directory.expanduser() for directory in given.directories]
+    if len(directories) == 1:
+        print(write(directories[0]))
+    else:
+        print(compare(directories, (given.out or Path("comparison.html")).expanduser()))
     return 0
 
 

@@ -74,6 +74,7 @@ def _page(cells: Sequence[Cell]) -> str:
         _runs_section(cells),
         markup.section(
             "Search",
+            markup.over(all(plots.ways(cell.run) for cell in cells)),
             markup.figure(
                 "curves", "Best objective so far, on each run's own search split.", "low"
             ),
@@ -95,10 +96,18 @@ def _page(cells: Sequence[Cell]) -> str:
 
 
 def _curve(run: Run, percent: bool) -> Json:
-    """Best objective so far, in percent or as plain numbers whatever the run's own tables have."""
-    best = plots.curve(run, "search")["best"]
+    """Best objective so far, in percent or as plain numbers whatever the run's own tables have.
+
+    By evaluations, and where it rises by tokens.
+    """
     unit = (100 if percent else 1) / (100 if run.formats["objective"].percent else 1)
-    return {"best": [round(value * unit, 5) for value in best]}
+    by_tokens = [way for way in plots.ways(run) if way["name"] == "search"]
+    (way,) = by_tokens or [{"tokens": [], "best": []}]
+    return {
+        "best": [round(value * unit, 5) for value in plots.curve(run, "search")["best"]],
+        "tokens": way["tokens"],
+        "risen": [round(value * unit, 5) for value in way["best"]],
+    }
 
 
 def _lead(finished: Sequence[Cell]) -> str:

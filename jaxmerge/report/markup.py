@@ -118,6 +118,15 @@ def figure(identity: str, caption: str, css: str = "") -> str:
     )
 
 
+def over(counted: bool) -> str:
+    """The choice of what the best so far is drawn over; empty where tokens were not counted."""
+    choice = (
+        '<div class="controls"><label>over <select id="over"><option>tokens</option>'
+        "<option>evaluations</option></select></label></div>"
+    )
+    return choice * counted
+
+
 def options(choices: Sequence[str], selected: int) -> str:
     """The options of a select element, whose values are the positions."""
     return "".join(

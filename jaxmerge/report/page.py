@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import at
 from jaxmerge.report.markup import text
 
 # Where plotly.js makes ready to draw maps, surfaces and 40 other kinds of traces: 0.4 of the time
@@ -64,17 +65,17 @@ def save(page: str, path: Path) -> Path:
         JaxmergeError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Newlines as they are: the policy holds hashes of the scripts.
-        with temporary.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise JaxmergeError("cannot be written", where=str(path), found=str(error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with at(path):
+        try:
+            # Newlines as they are: the policy holds hashes of the scripts.
+            with temporary.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
+                file.write(page)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # it may be that it could not be made either
+                temporary.unlink(missing_ok=True)
     return path
 
 

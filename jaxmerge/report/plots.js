@@ -35,6 +35,13 @@ function layout(xTitle, yTitle, more) {
   }, more);
 }
 
+function layoutOver(over, yTitle) {
+  // Over "tokens", which are many, or "evaluations".
+  const made = layout(over, yTitle);
+  if (over === "tokens") Object.assign(made.xaxis, {tickformat: "~s", hoverformat: ",d", rangemode: "tozero"});
+  return made;
+}
+
 const config = {displaylogo: false, responsive: true, displayModeBar: coarse.matches ? false : "hover",
   // plotly.js 4 offers to upload the chart to its maker's server; a report stays where it is.
   plotlyServerURL: "", showSendToCloud: false,

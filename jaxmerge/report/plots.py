@@ -6,12 +6,16 @@ Scores that are shares are given in percent. Text is escaped, since plotly takes
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from jaxmerge.report.reading import Json, Run
+from jaxmerge.rundir import cost
+from jaxmerge.scores.curves import rises
 from jaxmerge.scores.formatting import Format
 
 _SPREAD = (0.1, 0.5, 0.9)  # quantiles of a generation
@@ -47,6 +51,7 @@ def of_run(run: Run, models: Sequence[tuple[str, Json]], pareto: Sequence[int]) 
             "search": curve(run, "search"),
             "random": curve(run, "baseline:random"),
             "single": _best_single(run),
+            "ways": ways(run),
         },
     }
 
@@ -80,10 +85,13 @@ def of_analyses(run: Run, results: Json) -> Json:
 
 
 def curve(run: Run, origin: str) -> Json:
-    """Best objective so far by evaluations, and each generation's spread where it ends."""
+    """Best objective so far by evaluations, and each generation's spread where it ends.
+
+    `at` are the evaluations by then, `tokens` the tokens, in the unit of `rundir.cost`.
+    """
     lines, form = run.of_origin(origin), run.formats["objective"]
     if not lines:
-        return {"best": [], "at": [], "low": [], "median": [], "high": []}
+        return {"best": [], "at": [], "tokens": [], "low": [], "median": [], "high": []}
     objective_P = np.array([run.objective.of(line["scores"]) for line in lines])
     generation_P = np.array([line["generation"] for line in lines])
     generations = np.unique(generation_P)
@@ -94,7 +102,35 @@ def curve(run: Run, origin: str) -> Json:
     dropped_P = np.array([bool(line.get("dropped")) for line in lines])
     standing_P = np.where(dropped_P, objective_P.min(), objective_P)
     best = [scaled(form, value) for value in np.maximum.accumulate(standing_P)]
-    return {"best": best, "at": ends, "low": low, "median": median, "high": high}
+    took = list(accumulate(cost(line.get("tokens")) for line in lines))
+    tokens = [took[end - 1] for end in ends]
+    return {"best": best, "at": ends, "tokens": tokens, "low": low, "median": median, "high": high}
+
+
+def ways(run: Run) -> list[Json]:
+    """Of the search and each baseline the best so far by the tokens it had taken, where it rises.
+
+    Only what was scored on all search examples counts. The last point is where it ends. There are
+    none where the log is of before tokens were counted.
+    """
+    lines = [one for one in run.searched if one["origin"] != "individual"]
+    if not all(one.get("tokens") for one in lines):
+        return []
+    by_way: dict[str, list[Json]] = {}
+    for one in lines:
+        kind, _, name = one["origin"].partition(":")
+        by_way.setdefault(name if kind == "baseline" else kind, []).append(one)
+    return [_way(run, name, of_way) for name, of_way in by_way.items()]
+
+
+def _way(run: Run, name: str, lines: Sequence[Json]) -> Json:
+    form, costs = run.formats["objective"], [cost(one["tokens"]) for one in lines]
+    values = [math.nan if one.get("out_of") else run.objective.of(one["scores"]) for one in lines]
+    risen = rises(costs, values)
+    tokens, best = [took for took, _ in risen], [scaled(form, values[i]) for _, i in risen]
+    if best and tokens[-1] < sum(costs):
+        tokens, best = [*tokens, sum(costs)], [*best, best[-1]]
+    return {"name": label(name), "evaluations": len(lines), "tokens": tokens, "best": best}
 
 
 def scaled(form: Format, value: float) -> float:

@@ -33,6 +33,8 @@ class Run(NamedTuple):
         objective: what is maximised. As long as single checkpoints are missing, an aggregate that
             is measured by the pool is measured by those that are there.
         formats: how scores are written, by task, and for `objective`.
+        outputs: the first answers of the checkpoints, and what is odd about their scores; {} of a
+            run that is too old.
     """
 
     directory: Path
@@ -43,6 +45,7 @@ class Run(NamedTuple):
     results: Json | None
     objective: Objective
     formats: Mapping[str, Format]
+    outputs: Json
 
     @property
     def searched(self) -> list[Json]:
@@ -104,6 +107,7 @@ def read(directory: Path) -> Run:
         results,
         objective,
         formatting.of_results(results) if results else formatting.of_bounds(objective, bounds),
+        _read_outputs(directory / "outputs.json"),
     )
 
 
@@ -114,6 +118,20 @@ def models(results: Json) -> list[tuple[str, Json]]:
         *(("baseline", entry) for entry in results["baselines"]),
         *(("individual", entry) for entry in results["individuals"]),
     ]
+
+
+def _read_outputs(path: Path) -> Json:
+    """The first answers of each checkpoint by task; {} where there is no such file."""
+    if not path.exists():
+        return {}
+    outputs = _parsed(_read_text(path), str(path))
+    _require(outputs, ("warnings", "checkpoints"), str(path))
+    for tasks in outputs["checkpoints"].values():
+        for sample in tasks.values():
+            _require(sample, ("first", "constant", "share"), str(path))
+            for shown in sample["first"]:
+                _require(shown, ("prompt", "target", "output", "score"), str(path))
+    return outputs
 
 
 def _read_results(path: Path) -> Json | None:

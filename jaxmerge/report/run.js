@@ -123,23 +123,58 @@ function drawTradeoff() {
   Plotly.react("tradeoff", tradeoffTraces(split, x, y), layout(titled(x, split), titled(y, split)), config);
 }
 
-function drawCurve() {
-  const {search, random, single} = data.curves;
-  const end = Math.max(search.best.length, random.best.length, 2);
-  const traces = [];
-  if (search.best.length) traces.push(
-    Object.assign(line("spread of a generation", search.at.concat(search.at.slice().reverse()),
+function spread(search, at) {
+  // Of each generation, where it ends.
+  return [
+    Object.assign(line("spread of a generation", at.concat(at.slice().reverse()),
       search.high.concat(search.low.slice().reverse()), colour("cloud"), {width: 0}),
     {fill: "toself", fillcolor: faint(colour("cloud"), 0.22), hoverinfo: "skip", hovertemplate: undefined}),
-    Object.assign(line("median of a generation", search.at, search.median, colour("cloud"), {width: 1.5}),
-      {mode: "lines+markers", marker: {size: 4}}));
-  if (single !== null) traces.push(
-    line("best single checkpoint", [1, end], [single, single], colour("individual"), {dash: "dash", width: 1.5}));
+    Object.assign(line("median of a generation", at, search.median, colour("cloud"), {width: 1.5}),
+      {mode: "lines+markers", marker: {size: 4}}),
+  ];
+}
+
+const singleLine = (from, end) => data.curves.single === null ? [] : [
+  line("best single checkpoint", [from, end], [data.curves.single, data.curves.single], colour("individual"),
+    {dash: "dash", width: 1.5})];
+
+function overEvaluations() {
+  const {search, random} = data.curves;
+  const end = Math.max(search.best.length, random.best.length, 2);
+  const traces = search.best.length ? spread(search, search.at) : [];
+  traces.push(...singleLine(1, end));
   if (random.best.length) traces.push(
     line("random search, best so far", upTo(random.best), random.best, colour("baseline"), {shape: "hv", dash: "dot"}));
   if (search.best.length) traces.push(
     line("search, best so far", upTo(search.best), search.best, colour("winner"), {shape: "hv", width: 2.5}));
-  Plotly.react("curve", inRank(traces), layout("evaluations", titled(last, "search")), config);
+  return traces;
+}
+
+// Ways to search that are no search: one of a single evaluation is a point.
+const STROKES = ["dot", "dashdot", "longdash"], SYMBOLS = ["diamond", "square", "triangle-up"];
+
+function overTokens() {
+  const {search, ways} = data.curves;
+  const traces = search.best.length ? spread(search, search.tokens) : [];
+  traces.push(...singleLine(0, Math.max(...ways.flatMap((way) => way.tokens), 1)));
+  const drawn = ways.filter((way) => way.best.length);
+  const baselines = drawn.filter((way) => way.name !== "search");
+  const points = baselines.filter((way) => way.evaluations === 1);
+  points.forEach((way, i) => traces.push(Object.assign(line(way.name, way.tokens, way.best, colour("baseline")),
+    {mode: "markers", cliponaxis: false, marker: {symbol: SYMBOLS[i % SYMBOLS.length], size: 9, color: colour("baseline"),
+      line: {color: colour("page"), width: 1}}})));
+  baselines.filter((way) => way.evaluations > 1).reverse().forEach((way, i) => traces.push(
+    line(way.name + ", best so far", way.tokens, way.best, colour("baseline"),
+      {shape: "hv", dash: STROKES[i % STROKES.length]})));
+  drawn.filter((way) => way.name === "search").forEach((way) => traces.push(
+    line("search, best so far", way.tokens, way.best, colour("winner"), {shape: "hv", width: 2.5})));
+  return traces;
+}
+
+function drawCurve() {
+  const over = element("over")?.value ?? "evaluations";
+  const traces = inRank(over === "tokens" ? overTokens() : overEvaluations());
+  Plotly.react("curve", traces, layoutOver(over, titled(last, "search")), config);
 }
 
 function drawWeights() {
@@ -171,3 +206,4 @@ function drawSizes() {
 
 show({tradeoff: drawTradeoff, curve: drawCurve, weights: drawWeights, sizes: drawSizes});
 ["x", "y", "split"].forEach((id) => element(id)?.addEventListener("change", drawTradeoff));
+element("over")?.addEventListener("change", drawCurve);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from jaxmerge.report import analyses, markup, page, plots, tables, unfinished
+from jaxmerge.report import analyses, answers, markup, page, plots, tables, unfinished
 from jaxmerge.report.reading import Json, Run, models, read
 
 _INTERVALS = (
@@ -21,6 +21,11 @@ _CURVE = (
     "Objective on the search split. Every evaluation is one merged model scored on all tasks. The "
     "line in the band is the median of a generation, the band reaches from its 10% to its 90% "
     "quantile."
+)
+_BY_TOKENS = (
+    " A token counts once when it goes forward, read or written, and three times when it goes "
+    "forward and backward. The scores of the single checkpoints are not counted: all ways of "
+    "searching share them."
 )
 
 
@@ -51,10 +56,11 @@ def _finished(run: Run, results: Json) -> str:
         markup.warnings(results["warnings"]),
         "</header><main>",
         _tradeoff_section(run, tested=True),
-        markup.section("Search", markup.figure("curve", _CURVE, "low")),
+        _search_section(run),
         tables.weights_section(run, results),
         tables.groups_section(run, results),
         tables.scores_section(run, results),
+        answers.section(run),
         tables.paired_section(run, results),
         tables.heldout_section(run, results),
         analyses.sections(run, results),
@@ -75,15 +81,17 @@ def _unfinished(run: Run, now: datetime.datetime) -> str:
     body = [
         f'<header class="unfinished"><h1>{title}</h1><p class="lead">{lead}</p>',
         markup.note(f"Written {now:%Y-%m-%d %H:%M:%S} UTC. {unfinished.CAUTION} {tables.aim(run)}"),
+        markup.warnings(run.outputs.get("warnings", ())),
         "</header><main>",
         unfinished.progress_section(run),
     ]
     if so_far:
         body += [
             _tradeoff_section(run, tested=False),
-            markup.section("Search", markup.figure("curve", _CURVE, "low")),
+            _search_section(run),
             unfinished.scores_section(run, so_far),
         ]
+    body.append(answers.section(run))
     body += [markup.section("How it is made", tables.pool_and_config(run)), "</main>"]
     data = {**plots.of_run(run, so_far, unfinished.front(run)), "analyses": {}}
     return page.assemble(f"jaxmerge: {title}", "".join(body), data, "run.js")
@@ -103,3 +111,10 @@ def _tradeoff_section(run: Run, *, tested: bool) -> str:
         f"{splits * tested}</div>",
         markup.figure("tradeoff", _TRADEOFF),
     )
+
+
+def _search_section(run: Run) -> str:
+    """The best so far: over tokens, where the log counts them, and over evaluations."""
+    counted = bool(plots.ways(run))
+    said = markup.figure("curve", _CURVE + _BY_TOKENS * counted, "low")
+    return markup.section("Search", markup.over(counted), said)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from jaxmerge.report import markup
 from jaxmerge.report.markup import text
 from jaxmerge.report.reading import Json, Run, models
+from jaxmerge.rundir import cost
 from jaxmerge.scores import formatting
 from jaxmerge.scores.formatting import Format
 from jaxmerge.scores.objective import AGGREGATES
@@ -133,19 +134,22 @@ def scores_section(run: Run, results: Json) -> str:
     ]
     best = [max(column) for column in zip(*scores)]
     rows = []
+    counted = "tokens" in results["best"]
     for (kind, entry), row in zip(models(results), scores):
         cells = [
             markup.scored(run.formats[choice], value, entry["ci95"][choice], bold=value == top)
             for choice, value, top in zip(choices, row, best)
         ]
-        rows.append((label(kind, entry), *cells, f"{entry['evaluations']:,}"))
+        tokens = [f"{entry['tokens']:,}"] if counted else []
+        rows.append((label(kind, entry), *cells, f"{entry['evaluations']:,}", *tokens))
     title, columns = _headings(run, "Test scores")
+    took = "Evaluations and tokens" if counted else "Evaluations"
     return markup.section(
         title,
-        markup.note(
-            "The best of each column is bold. Evaluations are what it cost to find the model."
+        markup.note(f"The best of each column is bold. {took} are what it cost to find the model."),
+        markup.table(
+            ("model", *columns, "evaluations", *["tokens"] * counted), rows, css="numbers first"
         ),
-        markup.table(("model", *columns, "evaluations"), rows, css="numbers first"),
     )
 
 
@@ -203,15 +207,18 @@ def cost_section(results: Json) -> str:
     for split, count in extra.items():
         if count:
             evaluations[f"analyses, {split} split"] = count
+    tokens = {origin: cost(of) for origin, of in results.get("tokens_by_origin", {}).items()}
     said = {
         "Evaluations": f"{results['evaluations']:,} of merged models on the search split"
         + (f", and {sum(extra.values()):,} for the analyses" if extra else "")
     }
     if "tokens" in results:
-        tokens = results["tokens"]
-        said["Tokens"] = f"{tokens['read']:,} read, {tokens['written']:,} written"
-        if "differentiated" in tokens:
-            said["Tokens"] += f", {tokens['differentiated']:,} forward and backward"
+        of_run = results["tokens"]
+        said["Tokens"] = f"{of_run['read']:,} read, {of_run['written']:,} written"
+        if "differentiated" in of_run:
+            said["Tokens"] += (
+                f", {of_run['differentiated']:,} forward and backward, which count as three each"
+            )
     said["Time"] = _duration(sum(seconds.values()))
     residency = results.get("residency", {"kind": "device"})
     if residency["kind"] != "device":
@@ -226,6 +233,7 @@ def cost_section(results: Json) -> str:
         markup.facts(said),
         '<div class="beside">',
         _shares("evaluations of", evaluations, ",d"),
+        _shares("tokens of", tokens, ",d") if tokens else "",
         _shares("seconds of", seconds, ",.1f"),
         "</div>",
     )

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluation.evaluator import Evaluator
+from jaxmerge.evaluation.evaluator import Evaluator, Sample
 from jaxmerge.evaluation.remember import Remembering
 from jaxmerge.rundir import Candidate, RunDirectory, Weights, as_weights
 from jaxmerge.search.slices import Keep, Slices, score
@@ -28,12 +28,17 @@ _SAME_WEIGHTS = 1e-4
 
 
 class Request(NamedTuple):
-    """A candidate to be evaluated; the fields are those of `Candidate`."""
+    """A candidate to be evaluated; the fields are those of `Candidate`.
+
+    Tokens and seconds are what it took to ask for it: scoring adds its own.
+    """
 
     origin: str
     name: str
     weights: np.ndarray  # [K] or [G, K], float32
     generation: int = 0
+    tokens: Mapping[str, int] | None = None
+    seconds: float = 0.0
 
     @property
     def key(self) -> Weights:
@@ -70,6 +75,7 @@ class Archive:
         directory: whose log is read and continued.
         evaluators: by split.
         on_candidates: told of every group of candidates, as soon as their scores are known.
+        on_samples: told what a request that is evaluated now has said, before that is recorded.
     """
 
     def __init__(
@@ -77,8 +83,10 @@ class Archive:
         directory: RunDirectory,
         evaluators: Mapping[str, Evaluator | Remembering],
         on_candidates: Callable[[Sequence[Candidate]], None] = lambda candidates: None,
+        on_samples: Callable[[Request, Mapping[str, Sample]], None] = lambda asked, samples: None,
     ):
         self._directory, self._evaluators, self._tell = directory, evaluators, on_candidates
+        self._tell_samples = on_samples
         self._next = 0  # the id of the next candidate to be asked for
 
     @property
@@ -198,6 +206,8 @@ class Archive:
                     means = {task: _mean(s) for task, s in row.items()}
                     written = int(step.written_C[place])
                     new[requests[i].key] = _Scored(row, means, seconds, evaluator.read, written)
+                    if step.samples:
+                        self._tell_samples(requests[i], step.samples[place])
             asked, scored = requests[group.start : group.stop], []
             for i, request in enumerate(asked, group.start):
                 one = new.get(request.key)
@@ -260,8 +270,8 @@ class Archive:
                     weights=request.key,
                     scores=one.scores,
                     n=n,
-                    seconds=round(one.seconds, 6),
-                    tokens={"read": one.read, "written": one.written},
+                    seconds=round(request.seconds + one.seconds, 6),
+                    tokens=_added({"read": one.read, "written": one.written}, request.tokens),
                     out_of=None if n == out_of else out_of,
                     dropped=one.dropped,
                 )
@@ -285,6 +295,12 @@ def _groups(keys: Sequence[Weights], known: Mapping[Weights, Any], step: int) ->
             groups[-1].fresh.append(i)
         groups[-1] = groups[-1]._replace(stop=i + 1)
     return groups
+
+
+def _added(scoring: dict[str, int], asking: Mapping[str, int] | None) -> dict[str, int]:
+    """Tokens of both; kinds of which there are none are told of scoring alone."""
+    more = {kind: count for kind, count in (asking or {}).items() if count}
+    return scoring | {kind: scoring.get(kind, 0) + count for kind, count in more.items()}
 
 
 def _stacked(keys: Sequence[Weights]) -> Float[np.ndarray, "P *G K"]:

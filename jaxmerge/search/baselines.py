@@ -1,4 +1,4 @@
-"""What a search has to beat, each at a stated number of evaluations."""
+"""What a search has to beat, each at a stated number of evaluations and tokens."""
 
 from __future__ import annotations
 
@@ -14,21 +14,34 @@ from jaxmerge.search.archive import Archive, Request
 
 
 class Setting(NamedTuple):
-    """What a baseline may use: the individuals' scores, and evaluations on the search split."""
+    """What a baseline may use: the individuals' scores, and evaluations on the search split.
+
+    Attributes:
+        tokens: that the search took, in the unit of `rundir.cost`: what those baselines have that
+            come after it.
+    """
 
     archive: Archive
     individuals: Sequence[Candidate]
     objective: Objective
-    budget: int  # evaluations that the search has
     seed: int
+    tokens: int = 0
 
 
 class Found(NamedTuple):
-    """A method's choice, and how many evaluations it took beyond those of the individuals."""
+    """A method's choice, and what it took beyond the scores of the individuals.
+
+    Attributes:
+        name: of the method.
+        candidate: its choice.
+        evaluations: that it took.
+        tokens: that it took, in the unit of `rundir.cost`; what had been scored before is free.
+    """
 
     name: str
     candidate: Candidate
     evaluations: int
+    tokens: int
 
 
 def best(candidates: Sequence[Candidate], objective: Objective) -> Candidate:
@@ -66,37 +79,57 @@ def greedy(setting: Setting) -> Found:
     """
     value = [setting.objective.of(individual.scores) for individual in setting.individuals]
     order = sorted(range(len(value)), key=lambda k: -value[k])
-    kept, soup = order[:1], setting.individuals[order[0]]
+    kept, soup, tokens = order[:1], setting.individuals[order[0]], 0
     for k in order[1:]:
         tried = _single("greedy", setting, [*kept, k]).candidate
+        tokens += tried.cost
         if setting.objective.of(tried.scores) >= setting.objective.of(soup.scores):
             kept, soup = [*kept, k], tried
-    return Found("greedy", soup, len(order) - 1)
+    return Found("greedy", soup, len(order) - 1, tokens)
 
 
 def random(setting: Setting) -> Found:
-    """The best of as many uniform draws from the simplex (Dirichlet(1)) as the search evaluates."""
+    """The best of uniform draws from the simplex (Dirichlet(1)), for as many tokens as the search.
+
+    One more is drawn as long as it fits when it is as dear as the dearest candidate so far; one is
+    drawn in any case.
+    """
     generator = np.random.Generator(np.random.PCG64(setting.seed))
-    drawn = generator.dirichlet(np.ones(len(setting.individuals)), setting.budget)
-    candidates = setting.archive.evaluate(
-        "search",
-        [Request("baseline:random", "random", row) for row in drawn.astype(np.float32)],
-    )
-    return Found("random", best(candidates, setting.objective), setting.budget)
+    candidates: list[Candidate] = []
+    dearest, took = max(1, *(one.cost for one in setting.individuals)), 0
+    fitting = max(1, setting.tokens // dearest)
+    while fitting > 0:
+        drawn = generator.dirichlet(np.ones(len(setting.individuals)), fitting)
+        candidates += setting.archive.evaluate(
+            "search",
+            [Request("baseline:random", "random", row) for row in drawn.astype(np.float32)],
+        )
+        before, took = took, sum(one.cost for one in candidates)
+        dearest = max(dearest, *(one.cost for one in candidates))
+        fitting = (setting.tokens - took) // dearest if took > before else 0
+    return Found("random", best(candidates, setting.objective), len(candidates), took)
 
 
 class Baseline(NamedTuple):
-    """A method, and how many evaluations it makes for K checkpoints and the search's budget."""
+    """A method.
+
+    Attributes:
+        find: looks for the merge.
+        evaluations: how many it makes for K checkpoints, and for the draws that the search's tokens
+            are enough for.
+        after: whether it has the tokens that the search took, and so comes after it.
+    """
 
     find: Callable[[Setting], Found]
     evaluations: Callable[[int, int], int]
+    after: bool = False
 
 
 BASELINES = {
-    "uniform": Baseline(uniform, lambda K, budget: 1),
-    "best-per-task": Baseline(best_per_task, lambda K, budget: 1),
-    "greedy": Baseline(greedy, lambda K, budget: K - 1),
-    "random": Baseline(random, lambda K, budget: budget),
+    "uniform": Baseline(uniform, lambda K, draws: 1),
+    "best-per-task": Baseline(best_per_task, lambda K, draws: 1),
+    "greedy": Baseline(greedy, lambda K, draws: K - 1),
+    "random": Baseline(random, lambda K, draws: draws, after=True),
 }
 
 
@@ -114,4 +147,4 @@ def _single(name: str, setting: Setting, chosen: Sequence[int]) -> Found:
     weights = np.bincount(chosen, minlength=len(setting.individuals)) / len(chosen)
     request = Request(f"baseline:{name}", name, weights.astype(np.float32))
     (candidate,) = setting.archive.evaluate("search", [request])
-    return Found(name, candidate, 1)
+    return Found(name, candidate, 1, candidate.cost)

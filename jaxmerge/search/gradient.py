@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +84,7 @@ def gradient(
     constraint: str = "softmax",
     bounds: tuple[float, float] = (-8.0, 8.0),
     shrink: float = 0.0,
+    constant: Mapping[str, float] = MappingProxyType({}),
 ) -> Strategy:
     """The strategy; it asks for genotypes like every other one, and needs not be told of scores.
 
@@ -94,6 +96,7 @@ def gradient(
         checkpoints: K.
         start: genotype to start from, one value per checkpoint; (): the uniform merge.
         constraint: see `space.mapped`; `bounds` and `shrink` too.
+        constant: scores of the tasks that have no soft ones.
     """
     optimizer = _optimizer(settings)
     mapped = functools.partial(
@@ -114,7 +117,8 @@ def gradient(
             with on_host():
                 weights = to_weights(state["z"])
             found = slopes(np.asarray(weights), step)
-            by_score = _by_score(objective, {name: slope.score for name, slope in found.items()})
+            scores = {name: slope.score for name, slope in found.items()}
+            by_score = _by_score(objective, {**constant, **scores})
             rise = sum(by_score[name] * slope.by_weights for name, slope in found.items())
             if constraint != "free":
                 # What moves all weights of a group alike moves nothing where they have a sum. It is

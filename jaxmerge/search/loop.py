@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
-from jaxmerge.rundir import Candidate
+from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import space
 from jaxmerge.search.archive import Archive, Request
@@ -54,6 +55,7 @@ def search(
     *,
     objective: Objective,
     budget: int,
+    budget_tokens: int = 0,
     seed: int = 0,
     states: Path | None = None,
     save_seconds: float = 60.0,
@@ -61,7 +63,7 @@ def search(
     name: str = "search",
     economy: Economy | None = None,
 ) -> Candidate:
-    """Runs `budget // population` generations; returns the best candidate of all of them.
+    """Runs `budget // population` generations at most; returns the best candidate of them.
 
     The log has every candidate. Started again, the search asks the log before it evaluates: the
     result is the same wherever it was stopped. The strategy's state is saved every `save_seconds`,
@@ -73,6 +75,8 @@ def search(
         to_weights: genotypes to merge weights; see `jaxmerge.search.space`.
         objective: what is maximised.
         budget: evaluations at most.
+        budget_tokens: tokens at most, in the unit of `rundir.cost`; 0: there is no such limit. See
+            `_needed` for when a generation is no more begun.
         seed: of the strategy.
         states: directory for the strategy's state; None: it is not saved.
         save_seconds: least time between two saves; 0 saves every generation.
@@ -82,17 +86,12 @@ def search(
             candidates are scored on all examples.
 
     Raises:
-        JaxmergeError: the budget is less than one generation.
+        JaxmergeError: a budget is less than one generation.
     """
     population = strategy.population
     generations = budget // population
     if not generations:
-        raise JaxmergeError(
-            "the budget is less than one generation",
-            where="search.budget",
-            expected=f"at least search.population, {population}",
-            found=str(budget),
-        )
+        _refuse("search.budget", f"search.population, {population}", budget)
     state = strategy.init(seed)
     first = 0
     # Several processes ask again from the start, all from the log.
@@ -102,8 +101,18 @@ def search(
     archive.skip(origin, name, first * population)
     saved = time.monotonic()
     for generation in range(first, generations):
+        if budget_tokens:
+            mine = [one for one in archive.past if (one.origin, one.name) == (origin, name)]
+            needed = _needed(archive, strategy, economy, mine, generation)
+            if needed > budget_tokens and not generation:
+                _refuse("search.budget_tokens", f"{needed} tokens", budget_tokens)
+            if needed > budget_tokens:
+                break
+        asked = time.perf_counter()
         z_PxD, state = strategy.ask(seed, generation, state)
         requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
+        took = time.perf_counter() - asked
+        requests[0] = requests[0]._replace(tokens=strategy.tokens(generation), seconds=took)
         fitness_P = _evaluated(archive, economy, requests, objective, seed)
         # A process that went astray must not go on: its collectives would match nobody's.
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
@@ -114,6 +123,46 @@ def search(
             saved = time.monotonic()
     mine = [past for past in archive.past if (past.origin, past.name) == (origin, name)]
     return best(_decided(archive, economy, mine, objective) if economy else mine, objective)
+
+
+def _refuse(where: str, expected: str, found: int) -> NoReturn:
+    raise JaxmergeError(
+        "the budget is less than one generation",
+        where=where,
+        expected=f"at least {expected}",
+        found=str(found),
+    )
+
+
+def _needed(
+    archive: Archive,
+    strategy: Strategy,
+    economy: Economy | None,
+    mine: Sequence[Candidate],
+    generation: int,
+) -> int:
+    """What a search will have taken after one generation more, in the unit of `rundir.cost`.
+
+    What it has taken so far, what asking takes, what the dearest of its generations so far took to
+    score, and what the final decision takes: it is made within the budget too. Before the first
+    generation, candidates are as dear as the dearest single checkpoint. All but what candidates
+    will write is known before; only a generation that writes more than each before can pass this.
+
+    Args:
+        mine: the candidates of the search so far.
+        generation: the next.
+    """
+    dearest = max((one.cost for one in archive.past if one.origin == "individual"), default=0)
+    took = Counter[int]()
+    for one in mine:
+        took[one.generation] += one.cost
+    scored = [of_one - cost(strategy.tokens(number)) for number, of_one in took.items()]
+    scoring, deciding = strategy.population * dearest, 0
+    if economy:
+        scoring = -(-scoring // economy.slices.parts)
+        deciding = economy.finalists * dearest if economy.slices.parts > 1 else 0
+    asking = cost(strategy.tokens(generation))
+    return took.total() + asking + max(scored, default=scoring) + deciding
 
 
 def decision(origin: str) -> str:

@@ -90,6 +90,27 @@ def weights(
     return mapped(z, constraint, bounds, shrink if groups > 1 else 0.0).astype(np.float32)
 
 
+def genotypes(
+    weights: Float[np.ndarray, "*G K"],
+    constraint: str = "softmax",
+    bounds: tuple[float, float] = (-8.0, 8.0),
+    shrink: float = 0.0,
+) -> Float[np.ndarray, "*G K"]:
+    """One of the genotypes that have these weights: `mapped` gives them back, within the bounds.
+
+    softmax: z_k = ln w_k - mean_j ln w_j; else z_k = K w_k - 1.
+    """
+    w = np.asarray(weights, np.float64)
+    z = w * w.shape[-1] - 1
+    if constraint == "softmax":
+        z = np.log(np.maximum(w, np.finfo(np.float32).tiny))
+        z -= z.mean(axis=-1, keepdims=True)
+    if shrink and w.ndim == 2:
+        middle = z.mean(axis=-2, keepdims=True)
+        z = middle if shrink == 1 else middle + (z - middle) / (1 - shrink)
+    return np.clip(z, *bounds)
+
+
 def spread(
     weights_PxM: Float[np.ndarray, "P *G M"], chosen: Sequence[int], checkpoints: int
 ) -> Weights:

@@ -34,6 +34,10 @@ BY_RANK = (
 _WORST = 1e9
 
 
+def _free(generation: int) -> Mapping[str, int]:
+    return {}
+
+
 class Strategy(NamedTuple):
     """A strategy as pure functions; all arrays are on the host.
 
@@ -42,12 +46,15 @@ class Strategy(NamedTuple):
         init: `seed -> state`.
         ask: `(seed, generation, state) -> (z_PxD, state)`; the same arguments give the same result.
         tell: `(seed, generation, z_PxD, fitness_P, state) -> state`; larger fitness is better.
+        tokens: `generation -> tokens` that asking for it takes, as a `Candidate` has them, known
+            before it is asked for. Scoring is counted by itself.
     """
 
     population: int
     init: Callable[[int], State]
     ask: Callable[[int, int, State], tuple[Float[np.ndarray, "P D"], State]]
     tell: Callable[[int, int, np.ndarray, np.ndarray, State], State]
+    tokens: Callable[[int], Mapping[str, int]] = _free
 
 
 def default_population(dimension: int) -> int:

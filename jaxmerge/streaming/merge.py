@@ -74,7 +74,12 @@ def plan(
         name: jax.ShapeDtypeStruct(leaf.shape, of_tensor[name].written)
         for name, leaf in leaves[0].items()
     }
-    return Plan(tuple(sources), of_tensor, huggingface.split(written, shard_bytes))
+    wide = {
+        name: tensor.dtype
+        for name, tensor in sources[0].tensors.items()
+        if tensor.dtype.itemsize == 8
+    }
+    return Plan(tuple(sources), of_tensor, huggingface.split(written, shard_bytes, wide))
 
 
 def merge(
@@ -83,6 +88,7 @@ def merge(
     run: RunDirectory,
     *,
     like: str,
+    tokenizer: str = "",
     card: Callable[[Sequence[Record], Output], str],
     memory_bytes: int,
     progress: Callable[[int], object] = lambda count: None,
@@ -96,6 +102,7 @@ def merge(
         outputs: the merges.
         run: where it is recorded which files are finished, and with which checksums.
         like: Hugging Face directory with the config, tokenizer and chat template to copy.
+        tokenizer: directory of another tokenizer and chat template; "": those of `like`.
         card: the README.md of a merge.
         memory_bytes: see `Pipeline`.
         progress: called with bytes of checkpoints that have been merged since.
@@ -126,7 +133,7 @@ def merge(
         for output in outputs:
             if not output.path.exists():
                 text = functools.partial(card, records, output)
-                huggingface.publish(_place(output), output.path, plan.files, like, text)
+                huggingface.publish(_place(output), output.path, plan.files, like, text, tokenizer)
     except OSError as error:
         raise JaxmergeError(
             "the merge can't be written",

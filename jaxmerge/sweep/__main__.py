@@ -20,6 +20,11 @@ written --sweep="objective.tasks=('a','b'),('c',)". --config.FIELD=VALUE sets a 
 
 from __future__ import annotations
 
+from jaxmerge import entry
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    entry.begin()
+
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +43,7 @@ def main(_: Sequence[str]) -> None:
     """Runs what the flags say; prints the table, and fails when a cell did."""
     given, workdir = flags.FLAGS["config"], flags.FLAGS.workdir
     overrides = config_flags.get_override_values(given)
+    entry.keep_traces_in(workdir)
     start = [f"--config={config_flags.get_config_filename(given)}"]
     swept = [axis.partition("=")[0] for axis in flags.FLAGS.sweep]
     start += [

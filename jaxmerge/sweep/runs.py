@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmerge import config as configs
-from jaxmerge import rundir
+from jaxmerge import durable, rundir
 from jaxmerge.config import Config
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, at
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import made_of
 from jaxmerge.experiment.search import search
@@ -58,7 +58,7 @@ def sweep(
     """
     cells = grid.cells(config, axes)
     mine = grid.shard(_in_running_order(cells), shard)
-    path = Path(workdir)
+    path = Path(workdir).expanduser()
     for cell in mine:
         configs.check(cell.config)
         rundir.check(path / cell.name, configs.plain(cell.config))
@@ -130,12 +130,13 @@ def _record(path: Path, config: Config, cells: Sequence[Cell], shard: str) -> No
     record = {"config": configs.plain(config), "sweep": swept}
     file = path / "sweep.json"
     if file.exists():
-        known = rundir.read_json(file)
+        known = durable.read_json(file)
         rundir.check_same_config(path, {part: known.get(part) for part in record}, record)
         return
     rundir.check_new(path, "sweep.json")
-    path.mkdir(parents=True, exist_ok=True)
-    with rundir.replacing(file, "-" + shard.replace("/", "-")) as temporary:
+    with at(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with durable.replacing(file, "-" + shard.replace("/", "-")) as temporary:
         temporary.write_text(
             json.dumps({**record, "cells": [cell.name for cell in cells]}, indent=2)
         )
@@ -147,7 +148,7 @@ def _findings(directory: Path) -> dict[str, Any] | None:
     if not (results.exists() and page.exists()):
         return None
     ended = page.stat().st_mtime_ns >= results.stat().st_mtime_ns
-    return rundir.read_json(results) if ended else None
+    return durable.read_json(results) if ended else None
 
 
 def _command(start: str, cell: Cell, directory: Path) -> str:

@@ -105,6 +105,7 @@ def human_eval(
         task,
         judge=judge,
         soft=_solution if form == "text" else lambda _: None,
+        collect=True,
         warning=public("HumanEval"),
     )
 

@@ -9,15 +9,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_text
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.judges import JUDGES
 from jaxmerge.tasks.kinds import TextJudge, generation, multiple_choice
 from jaxmerge.tasks.splits import divide
+from jaxmerge.textfiles import read_text
 
-_SINGLE = re.compile(r"\{(\w+)\}")  # a template that is one field
+# A placeholder, a brace that is written twice, or one that is neither.
+_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_SINGLE = re.compile(r"\{([^{}]+)\}")  # a template that is one field
+_MISSING = object()
 
 
 def jsonl(
@@ -41,8 +43,9 @@ def jsonl(
         path: the file.
         train_path: another such file, for `shots` and fine-tuning; no question may be there twice.
         search: examples in that split, at most; `test` alike.
-        prompt: what the model reads; `{name}` stands for that field of the line, values that are no
-            texts being written as JSON.
+        prompt: what the model reads; `{name}` stands for that field of the line, `{name.inner.0}`
+            for a part of it, values that are no texts being written as JSON; `{{` and `}}` are
+            braces.
         target: the answer, alike. A field that is a list has several, any of which will do; with
             `choices`, a number is the place of the right one, counted from 0.
         choices: the field that has the list of choices: makes it multiple choice.
@@ -52,8 +55,9 @@ def jsonl(
         options: of `kinds.multiple_choice` where there are choices, else of `kinds.generation`.
 
     Raises:
-        JaxmergeError: a file can't be read; a line is no JSON object or lacks a field; the judge is
-            unknown or can't read a target; a question is there twice; a split is empty.
+        JaxmergeError: a file can't be read; a line is no JSON object or lacks a field; a brace in
+            a template is no placeholder; the judge is unknown or can't read a target; a question is
+            there twice; a split is empty.
     """
     name, fields = f"jsonl {path}", (prompt, target, choices)
     found = {
@@ -74,12 +78,9 @@ def jsonl(
 
 def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a file, each with where it stands."""
-    try:
-        text = epath.Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise JaxmergeError("the file can't be read", where=path, found=str(error)) from error
+    text = read_text(path)
     lines = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(re.split(r"\r\n?|\n", text), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -95,13 +96,15 @@ def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _example(line: dict[str, Any], where: str, prompt: str, target: str, choices: str) -> Example:
     question, answers = _filled(prompt, line, where)[0], _filled(target, line, where)
+    check_text(where, question, *answers)
     if not choices:
         return Example(question, answers[0], data={**line, "targets": answers})
     options = tuple(map(_text, _field(line, choices, where, list)))
+    check_text(where, *options)
     right = answers[0]
     single = _SINGLE.fullmatch(target)
-    if single and type(line[single[1]]) is int:
-        place = line[single[1]]
+    place = _field(line, single[1], where, object) if single else None
+    if type(place) is int:
         right = options[place] if 0 <= place < len(options) else f"place {place}"
     if right not in options or len(set(options)) < len(options):
         raise JaxmergeError(
@@ -121,9 +124,20 @@ def _filled(template: str, line: dict[str, Any], where: str) -> list[str]:
         if not value:
             raise JaxmergeError("the list of answers is empty", where=f"{where}, {template}")
         return [_text(each) for each in value]
-    return [
-        re.sub(r"\{(\w+)\}", lambda match: _text(_field(line, match[1], where, object)), template)
-    ]
+
+    def placed(match: re.Match[str]) -> str:
+        if match[0] in ("{{", "}}"):
+            return match[0][0]
+        if match[1] is None:
+            raise JaxmergeError(
+                "a brace in the template belongs to no placeholder",
+                where=f"{where}, {template[:200]!r}",
+                expected="{name} for a field of the line; {{ and }} for braces",
+                found=f"{match[0]} at character {match.start() + 1}",
+            )
+        return _text(_field(line, match[1], where, object))
+
+    return [_BRACES.sub(placed, template)]
 
 
 def _text(value: Any) -> str:
@@ -132,14 +146,48 @@ def _text(value: Any) -> str:
 
 
 def _field(line: dict[str, Any], name: str, where: str, kind: type) -> Any:
-    if not isinstance(line.get(name), kind) or line.get(name) is None:
+    """A field of the line by its name, or a part of one by its path, such as `answers.text.0`.
+
+    Raises:
+        JaxmergeError: there is no such field, or it is null, or of another kind.
+    """
+    value = _part(line, name)
+    if not isinstance(value, kind) or value is None or value is _MISSING:
         raise JaxmergeError(
             f"the line has no {'list ' if kind is list else ''}{name}",
             where=where,
-            expected="that field, or other names in the task's prompt, target and choices",
-            found=", ".join(line),
+            expected="that field, or other names in the task's prompt, target and choices: "
+            "{name}, or {name.inner} for a part of a field; {{ and }} are braces",
+            found=", ".join(_paths(line)),
         )
-    return line[name]
+    return value
+
+
+def _part(value: Any, path: str) -> Any:
+    """The part of a value at a path; a key that is the whole path goes first."""
+    if isinstance(value, dict) and path in value:
+        return value[path]
+    if isinstance(value, list) and path.isdecimal():
+        return value[int(path)] if int(path) < len(value) else _MISSING
+    ends = [i for i, character in enumerate(path) if character == "."]
+    for end in ends:
+        inner = _part(value, path[:end])
+        if inner is not _MISSING and isinstance(inner, dict | list):
+            return _part(inner, path[end + 1 :])
+    return _MISSING
+
+
+def _paths(line: Mapping[str, Any]) -> list[str]:
+    """The fields, each with those of an object in it."""
+    return [
+        *line,
+        *(
+            f"{name}.{key}"
+            for name, value in line.items()
+            if isinstance(value, dict)
+            for key in value
+        ),
+    ]
 
 
 def _judge(named: str, task: str, examples: Mapping[str, Example]) -> TextJudge:

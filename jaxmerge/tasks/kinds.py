@@ -132,7 +132,7 @@ def multiple_choice(
         # A length in tokens is known where the choices are tokenised; see `evaluation.soft`.
         lengths = [float(_length(choice, 0, normalize)) for choice in example.choices]
         right = example.choices.index(example.target)
-        return Soft("choice", tuple(requests(example)), right, tuple(lengths))
+        return Soft("choice", tuple(requests(example)), (right,), tuple(lengths))
 
     return Task(name, splits, requests, judge, soft=soft)
 

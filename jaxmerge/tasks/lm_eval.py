@@ -13,12 +13,13 @@ import functools
 import importlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.tasks.common import Example, Task
+from jaxmerge.tasks.common import Example, Soft, Task
 from jaxmerge.tasks.lm_eval_instances import (
     answer,
     chat_prompt,
@@ -26,6 +27,7 @@ from jaxmerge.tasks.lm_eval_instances import (
     requests_of,
     text_prompt,
 )
+from jaxmerge.tasks.lm_eval_soft import soft
 from jaxmerge.tasks.requests import Request, Response
 from jaxmerge.tasks.splits import divide, public
 
@@ -87,7 +89,7 @@ def lm_eval(
             is a group, runs what models write, or shows images; its data can't be had; few-shot
             examples would come from the documents that are scored.
     """
-    where = f"task {task}"
+    where, task = f"task {task}", os.path.expanduser(task)
     found = _load(task, where)
     _check_kind(found, form, where)
     _set_shots(found, num_fewshot, where)
@@ -111,12 +113,18 @@ def lm_eval(
 
     examples = _examples(found, form, where)
     low, high = bounds or ((0.0, 1.0) if metric in _SHARES else (-math.inf, math.inf))
+    low, high = (low, high) if sign > 0 else (-high, -low)
+
+    def smooth(example: Example) -> Soft | None:
+        return soft(found, metric, high, example, requests(example), judge)
+
     return Task(
         found.task_name,
         divide(examples, _identity, name=task, search=search, test=test),
         requests,
         judge,
-        bounds=(low, high) if sign > 0 else (-high, -low),
+        bounds=(low, high),
+        soft=smooth,
         warning=public(found.task_name) if _is_public(task, found) else "",
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_text
 from jaxmerge.tasks.common import SPLITS, Example
 
 Draw = Callable[[np.random.Generator], Example]
@@ -89,6 +89,7 @@ def divide(
         JaxmergeError: no example belongs to a split that was asked for.
     """
     by_identity = {identity(example): example for example in examples}
+    check_text(f"task {name}", *by_identity)
     ordered = sorted((zlib.crc32(key.encode()), key) for key in by_identity)
     splits = {}
     for split, size in (("search", search), ("test", test)):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from etils import epath
-
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.kinds import perplexity
 from jaxmerge.tasks.splits import divide
+from jaxmerge.textfiles import read_text
 
 
 def text(*, path: str, search: int = 192, test: int = 1000, chunk_bytes: int = 2048) -> Task:
@@ -33,11 +32,8 @@ def text(*, path: str, search: int = 192, test: int = 1000, chunk_bytes: int = 2
             where=f"task perplexity {path}, chunk_bytes",
             found=str(chunk_bytes),
         )
-    try:
-        content = epath.Path(path).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise JaxmergeError("the file can't be read", where=path, found=str(error)) from error
-    examples = [Example(chunk) for chunk in _chunks(content.encode(), chunk_bytes)]
+    content = read_text(path).encode()
+    examples = [Example(chunk) for chunk in _chunks(content, chunk_bytes)]
     name = f"perplexity {path}"
     splits = divide(examples, lambda example: example.prompt, name=name, search=search, test=test)
     return perplexity(name, splits)

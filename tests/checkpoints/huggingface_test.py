@@ -266,7 +266,7 @@ def _copy_to_another_file(path: Path) -> None:
         (_rename_in_index("model-00001-of-00004.safetensors"), "do not agree", ""),
         (_drop_from_index, "up_proj.weight is in .* no such tensor", ""),
         (_copy_to_another_file, "lm_head.weight is in model-00001", ""),
-        (lambda path: (path / WEIGHTS).touch(), "both", ""),
+        (lambda path: save_file({"x": torch.ones(2)}, path / WEIGHTS), "which goes before", ""),
     ],
 )
 def test_an_index_that_is_wrong(tmp_path, damage, said, where):

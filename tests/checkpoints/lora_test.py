@@ -61,17 +61,19 @@ def opened(path: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path)
 
 
-def make_adapter(base: Path, path: Path, **options: Any) -> Path:
-    """An adapter whose every value is random, as peft saves it."""
+def make_adapter(base: Path, path: Path, trained: bool = True, **options: Any) -> Path:
+    """An adapter whose every value is random, or as peft begins it, as peft saves it."""
     with warnings.catch_warnings():
         # peft asks transformers by an old name, and says that embeddings are saved along.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`")
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern")
         model: Any = peft.get_peft_model(opened(base), peft.LoraConfig(**options))
         generator = torch.Generator().manual_seed(0)
         for _, value in sorted(model.named_parameters()):
-            if value.requires_grad:
+            if value.requires_grad and trained:
                 value.data.copy_(torch.randn(value.shape, generator=generator) * 0.5)
         model.save_pretrained(path)
     return path
@@ -96,6 +98,7 @@ def merged_by_peft(base: Path, adapter: Path, path: Path) -> PyTree:
     """What `merge_and_unload` makes of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         whole: Any = peft.PeftModel.from_pretrained(opened(base), str(adapter)).merge_and_unload()
     whole.save_pretrained(path)
     source = huggingface.describe("merged", epath.Path(path))
@@ -120,6 +123,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "all biases": {"target_modules": ["q_proj", "up_proj"], "bias": "all"},
     "biases of targets": {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
     "one layer": {"target_modules": ["up_proj"], "layers_to_transform": [1]},
+    "DoRA": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
+    "DoRA of embeddings": {"target_modules": ["embed_tokens", "up_proj"], "use_dora": True},
+    "PiSSA": {"target_modules": "all-linear", "init_lora_weights": "pissa", "lora_alpha": 3},
+    "OLoRA": {"target_modules": "all-linear", "init_lora_weights": "olora"},
+    "OLoRA, ranks and DoRA": {
+        "target_modules": ["q_proj", "k_proj", "embed_tokens"],
+        "init_lora_weights": "OLoRA",
+        "rank_pattern": {"k_proj": 2},
+        "use_dora": True,
+    },
+    "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    "fan_in_fan_out, which peft corrects": {"target_modules": ["up_proj"], "fan_in_fan_out": True},
 }
 
 
@@ -142,6 +157,85 @@ def test_as_peft_merges_it(base, tmp_path, monkeypatch, kind):
             np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=TOLERANCE)
     changed = [name for name in before if not np.array_equal(before[name], expected[name])]
     assert changed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "pissa", "r": 6},
+        {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 1}},
+        {"init_lora_weights": "olora", "lora_alpha": 5},
+        {"init_lora_weights": "pissa", "use_dora": True},
+        {"init_lora_weights": True, "use_dora": True},
+        {"init_lora_weights": "mica"},
+    ],
+    ids=str,
+)
+def test_what_was_never_trained_changes_nothing(base, tmp_path, options):
+    """However the factors begin, the model is the base."""
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], **options}
+    found = named_leaves(load(describe(make_adapter(base, tmp_path / "new", False, **options))))
+    whole = huggingface.describe("base", epath.Path(base))
+    for name, leaf in named_leaves(huggingface.restore(whole, whole.abstract)).items():
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga", "a_new_one"])
+def test_starts_that_are_not_stored(adapter, tmp_path, init):
+    """What was taken out of the base is drawn, or comes of data: refused, with peft's own way."""
+    error = refused(
+        adapter,
+        tmp_path / "x",
+        lambda path: edit_config(path, lambda x: x.update(init_lora_weights=init)),
+    )
+    assert "init_lora_weights" in error.where
+    assert error.found == init
+    assert "path_initial_model_for_weight_conversion" in error.expected
+
+
+def test_the_way_out_that_is_named(base, tmp_path):
+    """What peft converts is what it stood for before: here of a start that is computed."""
+    options = {"r": 2, "target_modules": ["up_proj"], "init_lora_weights": "pissa"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", "PiSSA changes the base weights")
+        model: Any = peft.get_peft_model(opened(base), peft.LoraConfig(**options))
+        model.save_pretrained(tmp_path / "initial")
+        for _, value in model.named_parameters():
+            value.data += 0.1 * value.requires_grad
+        model.save_pretrained(tmp_path / "pissa")
+        model.save_pretrained(
+            tmp_path / "converted",
+            path_initial_model_for_weight_conversion=str(tmp_path / "initial"),
+        )
+    init = json.loads((tmp_path / "converted" / CONFIG).read_text())["init_lora_weights"]
+    assert init is True
+    found, expected = (
+        named_leaves(load(describe(tmp_path / name))) for name in ("pissa", "converted")
+    )
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["c_attn", "c_proj"]}, {"target_modules": ["c_fc"], "use_dora": True}],
+    ids=str,
+)
+def test_weights_that_are_stored_the_other_way_round(tmp_path, options):
+    """GPT-2's, for which there is no decoder: c_proj is square, so shapes do not tell."""
+    config = transformers.GPT2Config(vocab_size=33, n_embd=8, n_layer=1, n_head=2, n_positions=32)
+    torch.manual_seed(3)
+    base = tmp_path / "base"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    adapter = make_adapter(base, tmp_path / "adapter", r=2, **options)
+    edit_config(adapter, lambda x: x.update(fan_in_fan_out=False))  # the model decides
+    source = describe(adapter)
+    found = named_leaves(lora.restore(source, source.abstract))
+    expected = named_leaves(merged_by_peft(base, adapter, tmp_path / "merged"))
+    assert found.keys() == expected.keys()
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=TOLERANCE)
 
 
 def test_rounded_once_to_the_bases_dtype(tmp_path):
@@ -202,9 +296,9 @@ def refused(adapter: Path, to: Path, damage: Callable[[Path], object]) -> Jaxmer
     ("field", "value"),
     [
         ("peft_type", "IA3"),
-        ("use_dora", True),
-        ("fan_in_fan_out", True),
         ("lora_bias", True),
+        ("kasa_config", {"a": 1}),
+        ("use_dora", "yes"),
         ("layer_replication", [[0, 2]]),
         ("trainable_token_indices", [3, 4]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
@@ -252,6 +346,20 @@ def _add(name: str, *shape: int) -> Callable[[Path], object]:
     return _weights(lambda x: x.update({name: torch.ones(shape)}))
 
 
+def _dora(*lengths: int) -> Callable[[Path], object]:
+    """DoRA with magnitudes of these lengths, in the name that peft once gave them."""
+    modules = ("mlp.up_proj", "self_attn.q_proj")
+
+    def damage(path: Path) -> None:
+        edit_config(path, lambda x: x.update(use_dora=True))
+        for layer in (0, 1):
+            for module, length in zip(modules, lengths):
+                name = f"base_model.model.model.layers.{layer}.{module}.lora_magnitude_vector"
+                _add(name, length)(path)
+
+    return damage
+
+
 UP_A, UP_B = "mlp.up_proj.lora_A.weight", "mlp.up_proj.lora_B.weight"
 
 
@@ -259,7 +367,10 @@ UP_A, UP_B = "mlp.up_proj.lora_A.weight", "mlp.up_proj.lora_B.weight"
     ("damage", "said"),
     [
         (_add("lm_head.weight", 2), "tensor lm_head.weight is not known"),
-        (_add(PREFIX + "mlp.up_proj.lora_magnitude_vector", 2), "is not known"),
+        (_add(PREFIX + "mlp.up_proj.lora_magnitude_vector", 48), "use_dora is not true"),
+        (_add(PREFIX + "mlp.up_proj.lora_E", 2), "is not known"),
+        (_dora(48, 2), r"q_proj.weight: its lora_magnitude_vector is \[2\], not \[32\]"),
+        (_dora(48), "q_proj.weight has no lora_magnitude_vector"),
         (_add(PREFIX + "mlp.up_proj.lora_B.bias", 48), "no tensor .*up_proj.lora_B.bias"),
         (_add(PREFIX + "mlp.up_proj.lora_embedding_A", 4, 48), "which are no pair"),
         (_weights(lambda x: x.pop(PREFIX + UP_A)), "up_proj.weight has lora_B.weight, which"),
@@ -277,6 +388,18 @@ def test_tensors_that_have_no_place(adapter, tmp_path, damage, said):
     error = refused(adapter, tmp_path / "x", damage)
     assert "can't be laid upon its base" in error.what
     assert re.search(said, error.what)
+
+
+def test_what_a_sharded_trainer_left(adapter, tmp_path):
+    """Factors of shape [0], by their names; and a config with a byte order mark is read."""
+
+    def damage(path: Path) -> None:
+        _add(PREFIX + UP_A, 0)(path)
+        (path / CONFIG).write_text("\ufeff" + (path / CONFIG).read_text())
+
+    error = refused(adapter, tmp_path / "x", damage)
+    assert "shape [0]" in error.what
+    assert PREFIX + UP_A in error.found
 
 
 def test_the_same_tensor_twice(adapter, tmp_path):

@@ -63,6 +63,56 @@ def test_generation_config_adds_stops(tmp_path, named, stops):
     assert Pretrained(str(tmp_path)).stops == stops
 
 
+@pytest.mark.parametrize(
+    ("configs", "stops"),
+    [
+        ({"config.json": 2}, (1, 2)),
+        ({"config.json": [5, 1]}, (1, 5)),
+        ({"config.json": 2, "generation_config.json": 3}, (1, 3)),  # as transformers has it
+        ({"config.json": 2, "generation_config.json": None}, (1, 2)),
+    ],
+)
+def test_ends_that_only_the_model_names(tmp_path, configs, stops):
+    """In the tokenizer's directory, or in that of the model that an adapter is laid upon."""
+    make(tmp_path / "tokenizer")
+    (tmp_path / "model").mkdir()
+    for name, ends in configs.items():
+        said = {"eos_token_id": ends, "vocab_size": 33}
+        (tmp_path / "model" / name).write_text("\ufeff" + json.dumps(said))
+    models = [str(tmp_path / "model")]
+    assert Pretrained(str(tmp_path / "tokenizer"), models=models).stops == stops
+    inner = {"text_config": {"eos_token_id": [4]}}
+    (tmp_path / "tokenizer" / "config.json").write_text(json.dumps(inner))
+    assert Pretrained(str(tmp_path / "tokenizer"), models=models).stops == (1, 4, *stops[1:])
+
+
+def test_an_end_that_is_no_token_is_refused(tmp_path):
+    make(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": ["</s>"]}))
+    with pytest.raises(JaxmergeError, match="neither a number") as caught:
+        Pretrained(str(tmp_path))
+    assert caught.value.where == str(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("after", "stops"),
+    [
+        ("<end>", (1, 2)),
+        (" \n<system>\n<user>", (1, 3)),
+        ("abc <end>", (1,)),  # letters come first: no special token ends the answer
+        ("{{ raise_exception('no answers') }}", (1,)),
+    ],
+)
+def test_the_template_says_what_ends_an_answer(tmp_path, after, stops):
+    """With pool.chat or without: a model that was trained so writes it."""
+    make(
+        tmp_path,
+        template="{% for m in messages %}<user>{{ m['content'] }}" + after + "{% endfor %}",
+    )
+    assert Pretrained(str(tmp_path)).stops == stops
+    assert Pretrained(str(tmp_path), chat=True).stops == stops
+
+
 def test_no_chat_template(tmp_path):
     make(tmp_path, template=None)
     with pytest.raises(JaxmergeError, match="no chat template"):

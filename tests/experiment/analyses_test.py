@@ -85,7 +85,7 @@ def _study(directory: RunDirectory, lives: float, pool_sizes: Sequence[int] = (2
             origin=origin,
             name=name,
         )
-        return Found(name, best, 24)
+        return Found(name, best, 24, 24 * 10)
 
     winner = search_over(range(4), "search")
     weights = [np.asarray(one.weights, np.float32) for one in (*individuals, winner.candidate)]
@@ -138,7 +138,7 @@ def _fake(weights: Sequence[float], own: Sequence[float]) -> Study:
     nothing = object.__new__(Archive)
     directory = object.__new__(RunDirectory)
     return Study(
-        *(nothing, directory, names, define(["sums"]), individuals, Found("search", winner, 1)),
+        *(nothing, directory, names, define(["sums"]), individuals, Found("search", winner, 1, 10)),
         heldout=False,
         search_over=lambda chosen: pytest.fail("no search is needed"),
         pool_sizes=(),
@@ -246,7 +246,9 @@ def test_leave_one_out_where_little_is_left(tmp_path, weights, expected):
     row = np.asarray(weights, np.float32)
     study.archive.evaluate("test", [Request("final", "other", row)])
     winner = dataclasses.replace(study.winner.candidate, weights=tuple(weights))
-    found = analyses.analyse(study._replace(winner=Found("search", winner, 24)), ["leave_one_out"])
+    found = analyses.analyse(
+        study._replace(winner=Found("search", winner, 24, 240)), ["leave_one_out"]
+    )
     directory.close()
     alone = {
         entry["dropped"]: next(name for name, w in entry["weights"].items() if w == 1)

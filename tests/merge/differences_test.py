@@ -60,7 +60,7 @@ def make_pool(storage: str, *, placed: bool = False) -> tuple[list[Any], Quantis
         {name: quantised(leaf, named[0][name], storage) for name, leaf in tree.items()}
         for tree in named[1:]
     ]
-    exact = LeafwiseMerger(trees[0], lambda k, name: named[k][name])
+    exact = LeafwiseMerger(trees[0], lambda k, name: named[k][name], len(trees))
     return trees, QuantisedMerger(trees[0], others, exact)
 
 

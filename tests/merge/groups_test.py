@@ -11,7 +11,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge import differences, linear
 from jaxmerge.merge.groups import Groups, groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
-from jaxmerge.merge.rematerialised import rematerialising
+from jaxmerge.merge.rematerialised import RematerialisingMerger
 from jaxmerge.models.deferred import Deferred, made
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.trees import named_leaves
@@ -76,7 +76,7 @@ def leafwise_merger(placed) -> LeafwiseMerger:
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), placed[0]
     )
-    return LeafwiseMerger(like, lambda k, name: leaves[k][name], FINEST)
+    return LeafwiseMerger(like, lambda k, name: leaves[k][name], len(leaves), FINEST)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_all_ways_agree_on_every_bit(mesh, placed):
     one = named_leaves(expected)
     for name in one:
         check(leafwise.leaf(name, weights[1]), one[name][1])
-    late = rematerialising(placed, "layers", FINEST)(weights)["layers"]
+    late = RematerialisingMerger(placed, "layers", FINEST)(weights)["layers"]
     for p in range(P):
         for layer in range(2):
             own = jax.tree.map(

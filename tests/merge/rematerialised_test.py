@@ -14,7 +14,7 @@ from jaxmerge.evaluation.respond import Responder
 from jaxmerge.evaluation.tokenizer import Bytes
 from jaxmerge.experiment.prepare import prepare
 from jaxmerge.merge.linear import merger
-from jaxmerge.merge.rematerialised import rematerialising
+from jaxmerge.merge.rematerialised import RematerialisingMerger
 from jaxmerge.planning.compiled import collectives
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tasks.requests import Generate, Likelihood, Prompt
@@ -36,7 +36,7 @@ def _both(mesh, dtype="float32", config=tiny.DECODER):
         jax.device_put(jax.tree.map(lambda x: x.astype(dtype), tree), shardings(tree, rules, mesh))
         for tree in tiny.trees(3, config)
     ]
-    mergers = merger(trees), rematerialising(trees, tiny.model(config).layers)
+    mergers = merger(trees), RematerialisingMerger(trees, tiny.model(config).layers)
     return [merge(WEIGHTS_CxK) for merge in mergers], trees
 
 

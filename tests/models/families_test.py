@@ -230,8 +230,8 @@ def test_no_decoder_for_other_models(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "cannot be read"),
-        ("{", "cannot be read"),
+        (None, "can't be read"),
+        ("{", "is no JSON"),
         ("[]", "no JSON object"),
         ('{"model_type": "llama", "hidden_size": 33}', "refuses the config"),
         ('{"model_type": "llama", "num_key_value_heads": 5}', "kv_heads must divide heads"),

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.generate import log_likelihood
 from jaxmerge.merge import linear
-from jaxmerge.merge.rematerialised import rematerialising
+from jaxmerge.merge.rematerialised import RematerialisingMerger
 from jaxmerge.models.deferred import apart
 from jaxmerge.planning import chips, estimate, here, work
 from jaxmerge.planning.chips import Topology
@@ -188,7 +188,7 @@ def test_bytes_of_a_device_are_those_of_its_shards():
     assert need.merged == on_first(merged)
     # Two leaves, and the sum of a leaf of the device's two candidates.
     assert need.streamed == (2 + 2) * max(map(on_first, jax.tree.leaves(there)))
-    late = rematerialising([there, there], "layers")(np.full((4, 2), 0.5))
+    late = RematerialisingMerger([there, there], "layers")(np.full((4, 2), 0.5))
     own, _ = apart({name: leaf for name, leaf in late.items() if name != "layers"})
     assert estimate.arithmetic(step._replace(layers="layers")).merged == on_first(own)
 

@@ -63,6 +63,7 @@ def fabricate(
             "scores": {task: float(x_N.mean()) for task, x_N in samples.items()},
             "n": dict.fromkeys(TASKS, N),
             "seconds": 0.1,
+            "tokens": {"read": 5000, "written": 40 + len(lines) % 7},
         }
         lines.append(line)
         return line
@@ -79,6 +80,7 @@ def fabricate(
             "id": line["id"],
             "weights": dict(zip(CHECKPOINTS, line["weights"])),
             "evaluations": evaluations,
+            "tokens": 5000 * evaluations,
             "search": line["scores"],
             "search_objective": objective.of(line["scores"]),
             "test": means,
@@ -148,6 +150,11 @@ def fabricate(
         "hypervolume_reference": dict.fromkeys(TASKS, 0.0),
         "evaluations": len(origins),
         "evaluations_by_origin": {origin: origins.count(origin) for origin in sorted({*origins})},
+        "tokens_by_origin": {
+            origin: {"read": 5000 * origins.count(origin), "written": 7}
+            for origin in sorted({*origins})
+        },
+        "curves": {"search": [{"tokens": 5043, "id": 0, "search_objective": 0.5}], "random": []},
         "seconds": {"load": 1.25, "search": 40.5, "test": 3.0},
         "versions": {"jax": "0.9.0", "jaxmerge": "0.1.0", "numpy": "2.4.6"},
         "devices": {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1},

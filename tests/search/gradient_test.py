@@ -1,5 +1,6 @@
 """The soft score and its derivatives, and searches along them."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -12,14 +13,22 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.rows import Limits
 from jaxmerge.evaluation.soft import FORMS, Slope, SoftScore
 from jaxmerge.evaluation.tokenizer import Bytes
+from jaxmerge.experiment import climb
 from jaxmerge.experiment.search import search
+from jaxmerge.merge.differences import QuantisedMerger, quantised
 from jaxmerge.merge.groups import groups
+from jaxmerge.merge.leafwise import LeafwiseMerger
+from jaxmerge.merge.linear import merger
 from jaxmerge.merge.pullback import pullback
+from jaxmerge.merge.rematerialised import RematerialisingMerger
+from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.objective import define
 from jaxmerge.search import gradient, space
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tasks import build, kinds
-from jaxmerge.tasks.common import Example
+from jaxmerge.tasks.common import Example, accepting, wants_texts
+from jaxmerge.tasks.requests import Likelihood, Prompt
+from jaxmerge.trees import named_leaves
 from tests import tiny
 
 K = 3
@@ -50,10 +59,11 @@ def placed(mesh):
     return [jax.device_put(tree, where) for tree in TREES]
 
 
-def soft_score(tasks, *, mesh=None, of=FINEST, minibatch=8):
+def soft_score(tasks, *, mesh=None, of=FINEST, minibatch=8, merge=None):
     mesh = mesh or make_mesh(pop=1, data=1, fsdp=1, tensor=1)
+    merge = merge or merger(placed(mesh), of)
     return SoftScore(
-        placed(mesh), MODEL, Bytes(), tasks, mesh, Limits(), groups=of, minibatch=minibatch
+        merge, K, MODEL, Bytes(), tasks, mesh, Limits(), groups=of, minibatch=minibatch
     )
 
 
@@ -110,11 +120,91 @@ def test_devices_make_no_difference(axes):
     np.testing.assert_allclose(parts.by_weights, whole.by_weights, rtol=2e-3, atol=2e-5)
 
 
+def elsewhere(kind, mesh):
+    """The same pool, kept otherwise."""
+    trees = placed(mesh)
+    if kind == "late":
+        return RematerialisingMerger(trees, "layers", FINEST)
+    names = [named_leaves(tree) for tree in trees]
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trees[0]
+    )
+    leafwise = LeafwiseMerger(like, lambda k, name: names[k][name], K, FINEST)
+    if kind == "leafwise":
+        return leafwise
+    others = [
+        {name: quantised(leaf, names[0][name], kind) for name, leaf in each.items()}
+        for each in names[1:]
+    ]
+    return QuantisedMerger(trees[0], others, leafwise, FINEST)
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [("late", (2, 1, 2, 2)), ("leafwise", (1, 1, 1, 1)), ("int8", (2, 1, 2, 2))],
+)
+def test_wherever_the_pool_lives(kind, axes):
+    """Derivatives are those of a pool on the devices; of one in bits, of what the bits say."""
+    mesh = make_mesh(*axes)
+    weights, tasks = some_weights(), [TASKS["choice"]]
+    there = soft_score(tasks, mesh=mesh, merge=elsewhere(kind, mesh)).slopes(weights, 0)["choice"]
+    here = soft_score(tasks, mesh=mesh).slopes(weights, 0)["choice"]
+    # Half a step of 8 bits is 1/254 of the largest difference in a block.
+    rtol, atol = (0.05, 2e-3) if kind == "int8" else (1e-4, 1e-6)
+    assert there.score == pytest.approx(here.score, rel=1e-2 if kind == "int8" else 1e-5)
+    np.testing.assert_allclose(there.by_weights, here.by_weights, rtol=rtol, atol=atol)
+
+
 def test_examples_without_an_answer_are_left_out():
     none = {"search": [*SPLITS["search"], Example("abc")], "test": []}
     assert soft_score([kinds.generation("answer", none)]).left_out == {"answer": 1}
+    judged = kinds.generation("judged", {"search": [Example("abc")], "test": []})
     with pytest.raises(JaxmergeError, match="nothing that a gradient could climb"):
-        soft_score([kinds.generation("judged", {"search": [Example("abc")], "test": []})])
+        soft_score([judged])
+    beside = soft_score([judged, TASKS["answer"]], of=None)
+    assert beside.without == ("judged",)
+    assert beside.slopes(np.full((1, K), 1 / K, np.float32), 0).keys() == {"answer"}
+
+
+def vowels(example, text):
+    """What only a program can judge."""
+    return float(sum(letter in "aeiou" for letter in text) >= 1)
+
+
+def test_accepted_texts_stand_for_scores():
+    """Their probabilities are added up; an example that nobody solved is left out."""
+    judged = kinds.generation("judged", {"search": [*map(Example, WORDS[:3])]}, vowels)
+    assert wants_texts(judged)
+    assert not wants_texts(TASKS["answer"])
+    told = accepting(judged, [("ab", "e"), (), ("i",)])
+    first, second, _ = (told.soft(example) for example in told.splits["search"])
+    assert second is None
+    assert first is not None
+    prompt = Prompt(WORDS[0])
+    assert first.requests == tuple(Likelihood(prompt, text, ended=True) for text in ("ab", "e"))
+    weights = some_weights()
+    each = [
+        soft_score([accepting(judged, [texts, (), ()])]).score(weights)["judged"]
+        for texts in (("ab",), ("e",), ("ab", "e"))
+    ]
+    assert each[2] == pytest.approx(each[0] + each[1], rel=1e-4)
+    both = soft_score([accepting(judged, [("ab", "e"), (), ()])])
+    alone = [
+        soft_score([accepting(judged, [texts, (), ()])]).score(weights, "log")["judged"]
+        for texts in (("ab",), ("e",))
+    ]
+    assert both.score(weights, "log")["judged"] == pytest.approx(np.mean(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.5])
+@pytest.mark.parametrize("constraint", space.CONSTRAINTS)
+def test_genotypes_give_their_weights_back(constraint, shrink):
+    z_PxD = np.random.default_rng(3).normal(size=(1, 6))
+    (weights,) = space.weights(z_PxD, constraint, groups=2, shrink=shrink)
+    found = space.genotypes(weights, constraint, shrink=shrink).reshape(1, 6)
+    again = space.weights(found, constraint, groups=2, shrink=shrink)
+    # A mean over groups of logarithms of sums is another than that of the genotypes.
+    np.testing.assert_allclose(again[0], weights, atol=1e-6)
 
 
 def test_forms_follow_the_true_scores():
@@ -190,7 +280,20 @@ def test_a_whole_run(finished):
     """It logs the iterates and their means, and says what it cost and found."""
     _, workdir, found = finished
     assert found["evaluations_by_origin"]["search"] == 6
-    assert found["tokens"]["differentiated"] > 0
+    log = [line for line in tiny.log(workdir) if line["origin"] == "search"]
+    kinds_of = [sorted(line["tokens"]) for line in log]
+    # The first of each two has the steps before it; the first of all, the choice of the forms too.
+    assert kinds_of == [["differentiated", "read", "written"], ["read", "written"]] * 3
+    assert log[0]["tokens"]["read"] > log[2]["tokens"]["read"] > 0
+    steps = sum(line["tokens"].get("differentiated", 0) for line in log)
+    assert found["tokens"]["differentiated"] == steps
+    assert found["best"]["tokens"] == sum(cost(line["tokens"]) for line in log)
+    assert found["curves"]["search"][-1]["search_objective"] == max(
+        np.mean([*line["scores"].values()]) for line in log
+    )
+    (random,) = [entry for entry in found["baselines"] if entry["name"] == "random"]
+    dearest = max(cost(line["tokens"]) for line in tiny.log(workdir) if line["split"] == "search")
+    assert found["best"]["tokens"] - dearest < random["tokens"] <= found["best"]["tokens"]
     assert found["groups"][0] == "embedding"
     best = max(
         (line for line in tiny.log(workdir) if line["split"] == "search"),
@@ -200,6 +303,63 @@ def test_a_whole_run(finished):
     assert set(found["soft"]) == {"words", "choice"}
     assert (
         "Weights by group" in (workdir / "report.html").read_text() or "groups" not in found["best"]
+    )
+
+
+def _within(tokens):
+    """Before the first step 1,000 tokens, each 300 more, and every ten of them 2 x 650 more."""
+    individuals = [
+        Candidate(k, 0, "individual", str(k), "search", k, (1.0,), {}, {}, 0.0, {"read": read})
+        for k, read in enumerate((640, 650, 8))
+    ]
+    config = configs.default()
+    config.search.budget_tokens = tokens
+    found = climb._within_tokens(config, lambda steps: 100 * len([*steps]), 1_000, individuals)
+    assert found == configs.settings(config)._replace(steps=found.steps)
+    return found.steps
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    [(0, 60), (10**6, 60), (26_800, 60), (26_799, 59), (5_300, 10), (6_899, 10), (6_900, 11)],
+)
+def test_steps_are_as_many_as_the_tokens_are_enough_for(tokens, steps):
+    assert _within(tokens) == steps
+
+
+def test_tokens_for_less_than_a_step():
+    assert _within(2_600) == 1
+    with pytest.raises(JaxmergeError, match=r"search\.budget_tokens"):
+        _within(2_599)
+
+
+def test_a_judge_takes_part(tmp_path_factory):
+    """Texts of single checkpoints that a program accepted are climbed; then a strategy goes on."""
+    pool = tiny.pool(tmp_path_factory.mktemp("judged"))
+    config = _config(pool)
+    config.tasks.words = {"builder": "tests.search.gradient_test:judged"}
+    config.search.strategy, config.search.warm_start = "Sep_CMA_ES", "gradient"
+    config.search.population, config.search.budget = 4, 8
+    workdir = tmp_path_factory.mktemp("warm")
+    found = search(config, str(workdir))
+    assert 0 < found["soft"]["words"]["by_texts"] < 12
+    log = tiny.log(workdir)
+    assert [line["origin"] for line in log].count("warm-start") == 6
+    assert [line["origin"] for line in log].count("search") == 8
+    after = np.array([line["weights"] for line in log if line["origin"] == "search"][:4])
+    before = np.array([line["weights"] for line in log if line["origin"] == "warm-start"][-1])
+    assert np.abs(after.mean(0) - before).max() < 0.1  # it starts where gradients ended
+    (workdir / "candidates.jsonl").write_text(
+        "".join((workdir / "candidates.jsonl").read_text().splitlines(keepends=True)[:13])
+    )
+    shutil.rmtree(workdir / "state", ignore_errors=True)
+    assert search(config, str(workdir))["best"] == found["best"]
+    assert tiny.log(workdir) == log
+
+
+def judged(search, test):
+    return dataclasses.replace(
+        tiny.generation(search=search, test=test), judge=lambda _, texts: vowels(None, texts[0])
     )
 
 

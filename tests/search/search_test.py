@@ -9,7 +9,7 @@ import pytest
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator, Step
-from jaxmerge.rundir import Candidate, RunDirectory
+from jaxmerge.rundir import Candidate, RunDirectory, cost
 from jaxmerge.scores.objective import define
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive, Request
@@ -20,6 +20,7 @@ from jaxmerge.search.strategies import Strategy, evosax
 
 NAMES = ("north", "east", "south", "west")
 OBJECTIVE = define(["sums", "words"])
+COST = 45  # tokens of a candidate
 # How well each checkpoint answers 8 questions of each task; a merge scores the weighted mean,
 # squashed, so that the optimum lies inside the simplex.
 ABILITY = {
@@ -55,11 +56,18 @@ class Formula(Evaluator):
                 raise Killed
             self.evaluated += len(rows)
             scores = {task: np.tanh(2 * rows @ ability) for task, ability in ABILITY.items()}
-            yield Step(scores, np.full(len(rows), 5))
+            yield Step(scores, np.full(len(rows), COST - self.read))
 
 
+# One argument is one that the tests vary.
 def _run(
-    path, lives=float("inf"), budget=40, save_seconds=0.0, strategy="CMA_ES", aggregate="mean"
+    path,
+    lives=float("inf"),
+    budget=40,
+    save_seconds=0.0,
+    strategy="CMA_ES",
+    aggregate="mean",
+    budget_tokens=0,
 ):
     """A whole search with baselines; the log as written, the winner, and evaluations made."""
     directory = RunDirectory(path, {})
@@ -69,7 +77,7 @@ def _run(
         archive = Archive(directory, {"search": formula})
         individuals = baselines.individuals(archive, NAMES)
         objective = objective.measured_by([one.scores for one in individuals])
-        setting = Setting(archive, individuals, objective, 10, seed=0)
+        setting = Setting(archive, individuals, objective, seed=0, tokens=10 * COST)
         for baseline in baselines.BASELINES.values():
             baseline.find(setting)
         best = search(
@@ -78,6 +86,7 @@ def _run(
             lambda z: weights(z, "softmax", (-8.0, 8.0)),
             objective=objective,
             budget=budget,
+            budget_tokens=budget_tokens,
             seed=1,
             states=path / "state",
             save_seconds=save_seconds,
@@ -209,6 +218,68 @@ def test_budget_below_a_generation(tmp_path):
         _run(tmp_path, budget=7)
 
 
+# Asking for a generation takes 7 + 3 * 10 tokens, for the first 30 more.
+DEAR = STRATEGIES["CMA_ES"]._replace(
+    tokens=lambda generation: {"read": 7 if generation else 37, "differentiated": 10}
+)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tokens", "generations"),
+    [
+        ("CMA_ES", 24 * COST, 3),
+        ("CMA_ES", 24 * COST - 1, 2),
+        ("dear", 16 * COST + 30 + 2 * 37, 2),
+        ("dear", 16 * COST + 30 + 2 * 37 - 1, 1),
+        ("CMA_ES", 10**6, 5),  # the evaluations end it
+    ],
+)
+def test_a_budget_in_tokens_is_never_passed(tmp_path, monkeypatch, strategy, tokens, generations):
+    """It is used up to the last token where that makes a generation; also when killed."""
+    monkeypatch.setitem(STRATEGIES, "dear", DEAR)
+    lines, best, _ = _run(tmp_path / "whole", strategy=strategy, budget_tokens=tokens)
+    with pytest.raises(Killed):
+        _run(tmp_path / "killed", lives=8, strategy=strategy, budget_tokens=tokens)
+    again, *_ = _run(tmp_path / "killed", strategy=strategy, budget_tokens=tokens)
+    assert again == lines
+    searched = [line for line in lines if line["origin"] == "search"]
+    assert len(searched) == 8 * generations
+    assert best.id in {line["id"] for line in searched}
+    first = {"read": 37, "differentiated": 10} if strategy == "dear" else {}
+    assert searched[0]["tokens"] == {
+        "read": 40 + first.get("read", 0),
+        "written": 5,
+        **{kind: count for kind, count in first.items() if kind != "read"},
+    }
+    assert searched[1]["tokens"] == {"read": 40, "written": 5}
+    assert sum(cost(line["tokens"]) for line in searched) <= tokens
+
+
+def test_tokens_for_less_than_a_generation(tmp_path):
+    with pytest.raises(JaxmergeError, match=r"(?s)search\.budget_tokens.*360 tokens"):
+        _run(tmp_path, budget_tokens=8 * COST - 1)
+
+
+def test_random_draws_have_the_tokens_of_the_search(tmp_path):
+    """Never more, and less by less than one candidate; one is drawn in any case."""
+
+    class Uneven(Formula):
+        def steps(self, weights_PxK):
+            for step in super().steps(weights_PxK):  # 13 to 15; the checkpoints have a 15 too
+                yield step._replace(written_C=13 + np.arange(len(step.written_C)) % 3)
+
+    for tokens in (1, 400, 1000, 3000):
+        directory = RunDirectory(tmp_path / str(tokens), {})
+        archive = Archive(directory, {"search": Uneven()})
+        individuals = baselines.individuals(archive, NAMES)
+        found = baselines.random(Setting(archive, individuals, OBJECTIVE, 0, tokens))
+        drawn = [one for one in archive.past if one.origin == "baseline:random"]
+        assert found.tokens == sum(one.cost for one in drawn)
+        assert found.evaluations == len(drawn)
+        assert tokens - 55 < found.tokens <= max(tokens, 55)
+        directory.close()
+
+
 def _rated(k: int, scores: dict[str, float]) -> Candidate:
     one_hot = tuple(map(float, np.eye(4)[k]))
     return Candidate(k, 0, "individual", NAMES[k], "search", k, one_hot, scores, {}, 0.0)
@@ -230,7 +301,7 @@ class Table(Archive):
 
 def _setting(individual_scores: list[float], merges: dict[tuple[int, ...], float]) -> Setting:
     individuals = [_rated(k, {"sums": score}) for k, score in enumerate(individual_scores)]
-    return Setting(Table(merges), individuals, define(["sums"]), 10, 0)
+    return Setting(Table(merges), individuals, define(["sums"]), 0)
 
 
 def test_greedy_soup_keeps_what_helps():
@@ -253,12 +324,12 @@ def test_best_per_task_counts_twice_who_is_best_twice():
     rated = [
         _rated(k, {task: float(values[k]) for task, values in scores.items()}) for k in range(4)
     ]
-    found = baselines.best_per_task(Setting(Table({}), rated, define(list(scores)), 10, 0))
+    found = baselines.best_per_task(Setting(Table({}), rated, define(list(scores)), 0))
     np.testing.assert_allclose(found.candidate.weights, [1 / 3, 2 / 3, 0, 0], rtol=1e-6)
 
 
 def test_baselines_cost_what_they_say(tmp_path):
-    """10 is the budget that `_run` gives them."""
+    """Tokens for 10 candidates are what `_run` gives them."""
     lines, *_ = _run(tmp_path)
     for name, baseline in baselines.BASELINES.items():
         made = sum(line["origin"] == f"baseline:{name}" for line in lines)

@@ -28,7 +28,12 @@ CONFIG = {
         ({"rope_theta": 1e6}, "m1: architecture rope_theta is 1000000.0, in m0 10000.0"),
         ({"inner": {"heads": 2}}, "architecture inner is {'heads': 2}, in m0 {'heads': 4}"),
         ({"tie_word_embeddings": True}, "architecture tie_word_embeddings is True, in m0 None"),
-        ({"architectures": ["Another"]}, "architecture architectures is"),
+        ({"note": "alibi"}, "architecture note is 'alibi', in m0 None"),
+        ({"use_sliding_window": False}, "architecture use_sliding_window is False, in m0 None"),
+        (
+            {"rope_scaling": {"type": "dynamic"}, "max_position_embeddings": 64},
+            "architecture max_position_embeddings is 64, in m0 None",
+        ),
         ({"model_type": "another"}, "architecture model_type is 'another', in m0 'unheard of'"),
     ],
 )
@@ -39,6 +44,7 @@ def test_configs_of_other_functions_are_refused(tmp_path, changes, said):
     with pytest.raises(JaxmergeError, match="can't be merged") as caught:
         merge(config_of(models, (0.5, 0.5)), str(tmp_path / "run"))
     assert said in caught.value.what
+    assert "delete there what says nothing" in caught.value.expected
     assert not (tmp_path / "run").exists()
 
 
@@ -47,6 +53,8 @@ def test_configs_may_differ_in_what_changes_no_value(tmp_path):
     silent = {"transformers_version": "5", "torch_dtype": None, "dtype": "bfloat16"}
     silent |= {"eos_token_id": [2, 7], "use_cache": False, "_name_or_path": "here"}
     silent |= {"inner": {"heads": 4, "dtype": "bfloat16"}}
+    silent |= {"architectures": ["Another"], "max_position_embeddings": 64, "auto_map": {"A": "b"}}
+    silent |= {"unsloth_version": "1", "torchscript": True, "gradient_checkpointing": True}
     for name, config in {"m0": CONFIG, "m1": {**CONFIG, **silent}}.items():
         (models / name / "config.json").write_text(json.dumps(config))
     assert merge(config_of(models, (0.5, 0.5)), str(tmp_path / "run"))

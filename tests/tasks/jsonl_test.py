@@ -7,7 +7,7 @@ import pytest
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.tasks.common import Example
-from jaxmerge.tasks.jsonl import jsonl
+from jaxmerge.tasks.jsonl import _filled, jsonl
 from jaxmerge.tasks.judges import JUDGES
 from jaxmerge.tasks.requests import Generate, Likelihood, Likely, Prompt, Rolling
 from jaxmerge.tasks.text import text
@@ -252,3 +252,74 @@ def test_a_text_is_scored_in_bits_per_byte(tmp_path):
     assert task.requests(example) == [Rolling(example.prompt)]
     assert task.judge(example, [Likely(-100 * math.log(2), False, 30)]) == pytest.approx(-1)
     assert task.bounds == (-math.inf, 0)
+
+
+NESTED = [
+    {"q": {"text": f"{n}?", "é": n}, "my answer": [str(n), "x"], "a.b": "flat", "a": {"b": "deep"}}
+    for n in range(20)
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "filled"),
+    [
+        ("{q.text}", "0?"),
+        ("{q.é}:", "0:"),
+        ("{my answer.1} {my answer.0}", "x 0"),
+        ("{my answer} {q}", '["0", "x"] {"text": "0?", "é": 0}'),
+        ("{a.b}", "flat"),
+        ('{{"label": {q.é}}} }}{{', '{"label": 0} }{'),
+        ("{{q.text}}", "{q.text}"),
+    ],
+)
+def test_placeholders_are_paths_and_braces_are_doubled(template, filled):
+    """A key that is the whole path goes first."""
+    assert _filled(template, NESTED[0], "here") == [filled]
+
+
+def test_a_nested_list_has_several_answers(tmp_path):
+    path = written(tmp_path, NESTED)
+    task = jsonl(path=path, prompt="{q.text}", target="{my answer}")
+    assert {task.judge(example, ["x"]) for example in all_of(task)} == {1.0}
+    lines = [{"in": {"q": str(n)}, "out": {"place": 1, "of": ["a", "b"]}} for n in range(20)]
+    task = jsonl(
+        path=written(tmp_path, lines, "choices"),
+        prompt="{in.q}",
+        target="{out.place}",
+        choices="out.of",
+    )
+    assert {(example.target, example.choices) for example in all_of(task)} == {("b", ("a", "b"))}
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ('Answer {"label": 1}', 'no "label": 1'),
+        ("{answer}", "no answer"),
+        ("{q.missing}", "no q.missing"),
+        ("{my answer.2}", "no my answer.2"),
+        ("{q.text.inner}", "no q.text.inner"),
+        ("{}", "the line has no "),
+        ("{q.text} }", "belongs to no placeholder"),
+        ("{ {q.text}", "belongs to no placeholder"),
+    ],
+)
+def test_what_is_no_placeholder_is_said(tmp_path, template, said):
+    """With the fields that there are, those in objects too, and how a brace is written."""
+    with pytest.raises(JaxmergeError) as caught:
+        jsonl(path=written(tmp_path, NESTED), prompt=template, target="{my answer}")
+    assert said in caught.value.what
+    assert "{{" in caught.value.expected
+    assert "line 1" in caught.value.where
+    if "no placeholder" not in said:
+        assert caught.value.found == "q, my answer, a.b, a, q.text, q.é, a.b"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Windows' editors write one; it is no part of the first line, nor of a text."""
+    path = tmp_path / "bom"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, SUMS)).encode())
+    assert len(all_of(jsonl(path=str(path)))) == len(SUMS)
+    path.write_bytes(b"\xef\xbb\xbf" + " ".join(map(str, range(200))).encode())
+    chunks = [example.prompt for example in all_of(text(path=str(path), chunk_bytes=8))]
+    assert any(chunk.startswith("0 1 2") for chunk in chunks)

@@ -1,0 +1,152 @@
+"""Files that no instant can tear, and the lock that gives a directory to one process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxmerge.errors import JaxmergeError, at
+
+HOLDER = ".lock-holder"  # which process has a directory, where files can't be locked
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+    """A temporary file to write; takes the place of `path`, durably, when the block ends.
+
+    Args:
+        path: of the file.
+        writer: part of the temporary name, where several processes may write the file at once.
+
+    Raises:
+        JaxmergeError: it can't be written.
+    """
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
+    with at(path):
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; raises `JaxmergeError` when it is none."""
+    with at(path):
+        text = path.read_bytes()
+    return parsed(text, str(path))
+
+
+def there(path: Path) -> bool:
+    """Whether there is something at a path; raises `JaxmergeError` where a parent is a file."""
+    with at(path):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def as_json(value: Any, indent: int | None = None) -> bytes:
+    """In UTF-8; names of files that are none, and other lone surrogates, are escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent).encode()
+
+
+def parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise JaxmergeError(
+            "can't be read as JSON",
+            where=where,
+            expected="the file as it was written; or another directory, for a new run",
+            found=str(error),
+        ) from error
+
+
+class Lock:
+    """Keeps other processes out of a directory for as long as it is open.
+
+    The system lets go of it with the process. Some file systems have no such locks (Lustre without
+    its option, some of NFS and FUSE): there the file `HOLDER` names the process that has the
+    directory, which keeps out those of the same machine.
+
+    Attributes:
+        missing: why other machines are not kept out; "": they are.
+
+    Raises:
+        JaxmergeError: another process has it.
+        OSError: the file can't be written.
+    """
+
+    def __init__(self, path: Path):
+        self.missing, self._holder = "", path.with_name(HOLDER)
+        self._stream = path.open("ab")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._stream.close()
+            raise JaxmergeError(
+                "another process is running in this directory",
+                where=str(path.parent),
+                expected="that one to end, or another directory",
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self.missing = error.strerror or str(error)
+            self._hold()
+
+    def _hold(self) -> None:
+        own = f"{socket.gethostname()} {os.getpid()}"
+        try:
+            descriptor = os.open(self._holder, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            os.write(descriptor, own.encode())
+            os.close(descriptor)
+        except FileExistsError:
+            host, _, process = self._holder.read_text(errors="replace").strip().rpartition(" ")
+            if host == socket.gethostname() and process.isdecimal() and _runs(int(process)):
+                raise JaxmergeError(
+                    f"process {process} of this machine is running in this directory",
+                    where=str(self._holder.parent),
+                    expected=f"that one to end; if it is no jaxmerge, remove {self._holder}",
+                ) from None
+            self._holder.write_text(own)
+
+    def close(self) -> None:
+        if self.missing:
+            self._holder.unlink(missing_ok=True)
+        self._stream.close()
+
+
+def _runs(process: int) -> bool:
+    """Whether there is another process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
