@@ -98,10 +98,10 @@ def as_decoder(source: Source, directory: str, rope_type: str = "") -> Source:
     tables = _tables(model, rope_type)
     fitting, nearest = [], (0.0, "", [""])
     for layout, of_layout in tables.items():
-        table = of_layout(model)
-        if table is None:
+        leaves = of_layout(model)
+        if leaves is None:
             continue
-        names = _placed(found, table)
+        names = _placed(found, leaves)
         share = len(names.keys() & found.keys()) / max(len(found), 1)
         problems = _problems(found, names, model)
         if not problems:
@@ -176,18 +176,18 @@ def write(
         JaxmergeError: see `check`.
     """
     model, form = check(layout, directory, rope_type), FORMS[layout]
-    table = _tables(model, rope_type)[layout](model)
-    assert table is not None
+    leaves = table(model, layout, rope_type)
+    assert leaves is not None
     tree: dict[str, Any] = {}
     at_hand: dict[str, Array] = {}
-    for name in sorted(table, key=lambda name: table[name].of):  # no leaf is merged twice
-        of = table[name].of
+    for name in sorted(leaves, key=lambda name: leaves[name].of):  # no leaf is merged twice
+        of = leaves[name].of
         if set(of) != set(at_hand):
             at_hand = {each: leaf(each) for each in of}
         _put(
             tree,
             [*name.split("/"), *filter(None, [form.below])],
-            from_decoder(at_hand, table[name]),
+            from_decoder(at_hand, leaves[name]),
         )
     like = Source("", "", "orbax", {}, form.subtree, {}, {}, item=form.item, custom=form.custom)
     orbax.save(path, tree, like=like)
@@ -200,8 +200,7 @@ def check(layout: str, directory: str, rope_type: str = "") -> Known:
         JaxmergeError: there is no such model, or the trainer has none such.
     """
     model = known(directory)
-    table = _tables(model, rope_type)[layout](model) if model else None
-    if model is None or table is None:
+    if model is None or table(model, layout, rope_type) is None:
         raise JaxmergeError(
             f"{layout} has no models of this kind, as far as is known here",
             where="export.formats",
@@ -210,6 +209,11 @@ def check(layout: str, directory: str, rope_type: str = "") -> Known:
         )
     _check_rope(model, layout, rope_type, "export.formats")
     return model
+
+
+def table(model: Known, layout: str, rope_type: str = "") -> dict[str, Leaf] | None:
+    """The leaves of a model in a layout; None: the trainer has no such models."""
+    return _tables(model, rope_type)[layout](model)
 
 
 def _tables(model: Known, rope_type: str) -> dict[str, Table]:
