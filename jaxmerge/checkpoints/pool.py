@@ -22,7 +22,7 @@ from jaxmerge import sharding
 from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.checkpoints.survey import FORMATS
+from jaxmerge.checkpoints.survey import READERS
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.merge import linear
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
@@ -261,7 +261,7 @@ def _restore(
         cast, _ = jax.block_until_ready((leaf.astype(dtype), computing[name]))
         return keep(name, cast)
 
-    tree = FORMATS[source.format].restore(source, placed, digested)
+    tree = READERS[source.format].restore(source, placed, digested)
     return tree, digest.finish(computing)
 
 
@@ -368,4 +368,4 @@ def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         pruned(source.abstract, name.__eq__),
     )
-    return named_leaves(FORMATS[source.format].restore(source, placed))[name]
+    return named_leaves(READERS[source.format].restore(source, placed))[name]

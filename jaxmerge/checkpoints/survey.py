@@ -18,10 +18,9 @@ from jaxmerge.models.layout import COMPUTED
 from jaxmerge.trees import differences
 
 # By the name in `Source.format`; the first that recognises a path reads it.
-FORMATS = {
-    **{"orbax": orbax, "lora": lora, "huggingface": huggingface},
-    **dict.fromkeys(("maxtext", "gemma", "tunix"), trainers),
-}
+FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
+# What reads a source, by its format: Orbax checkpoints may be of a trainer, see `find`.
+READERS = FORMATS | dict.fromkeys(("maxtext", "gemma", "tunix"), trainers)
 
 
 def formats(patterns: Sequence[str]) -> set[str]:
@@ -194,7 +193,7 @@ def _find(pattern: str) -> list[epath.Path]:
         raise JaxmergeError(
             "this is no checkpoint",
             where=str(path),
-            expected="a finished checkpoint of a known format: orbax, lora, huggingface"
+            expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}"
             + _steps_within(path),
         )
     found = [match for match in matches if _format(match)]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
@@ -128,16 +127,6 @@ def as_decoder(source: Source, directory: str, rope_type: str = "") -> Source:
         )
     _check_rope(model, layout, rope_type, source.path)
     return _viewed(source, layout.split("_")[0], View(source, names, model), directory)
-
-
-def recognises(path: epath.Path) -> bool:
-    """No path by itself: a tree is recognised, see `as_decoder`."""
-    return False
-
-
-def describe(*arguments: Any, **options: Any) -> Source:
-    """Never called: `recognises` no path."""
-    raise NotImplementedError
 
 
 def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:

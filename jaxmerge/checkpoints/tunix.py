@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from jaxmerge.checkpoints.tables import Known, Leaf, Table, rows
 
-_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 
 
 def leaves(known: Known) -> dict[str, Leaf] | None:

@@ -54,7 +54,7 @@ FORMS = [
     *((name, "maxtext") for name in ("llama", "qwen3_moe", "gemma2", "gemma3")),
     *((name, "maxtext_unscanned") for name in ("mixtral", "gemma2")),
     *((name, "gemma") for name in ("gemma2", "gemma3")),
-    *((name, "tunix") for name in ("qwen2", "gemma3")),
+    *((name, "tunix") for name in ("qwen2", "qwen3_moe", "gemma3")),
 ]
 
 
