@@ -337,37 +337,9 @@ def is_in(directory: str) -> bool:
     return any(Path(directory, name).exists() for name in names)
 
 
-def check_same_vocabulary(directories: Sequence[str]) -> None:
-    """Raises `JaxmergeError` unless each directory's tokenizer has the tokens of the first.
-
-    A merge averages the embedding of token i with that of token i: they must mean the same.
-    """
-    first, *others = directories or [""]
-    expected: dict[int, str] = {}
-    for other in others:
-        if _same_file(Path(first, "tokenizer.json"), Path(other, "tokenizer.json")):
-            continue
-        expected = expected or tokens(first)
-        found = tokens(other)
-        ids = sorted({*expected, *found})
-        different = [i for i in ids if expected.get(i) != found.get(i)]
-        if different:
-            named = [f"{i}: {found.get(i)!r}, not {expected.get(i)!r}" for i in different[:5]]
-            raise JaxmergeError(
-                f"the vocabulary is not that of {first}",
-                where=other,
-                expected="the same token for every id in all checkpoints of a pool",
-                found=f"{len(different)} of {len(ids)} ids differ, first " + "; ".join(named),
-            )
-
-
 def tokens(directory: str) -> dict[int, str]:
     """The tokens of a directory's tokenizer, by their ids."""
     return {index: token for token, index in _load(directory).get_vocab().items()}
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()
 
 
 def _load(directory: str) -> Any:

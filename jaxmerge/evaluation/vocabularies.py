@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluation.tokenizer import check_same_vocabulary, is_in, tokens
+from jaxmerge.evaluation.tokenizer import is_in, tokens
 from jaxmerge.textfiles import read_json, read_text
 
 
@@ -104,3 +104,31 @@ def _extends(member: str, base: str, rows: int) -> bool:
             found="; ".join(f"{i}: {found[i]!r}" for i in beyond[:5]),
         )
     return True
+
+
+def check_same_vocabulary(directories: Sequence[str]) -> None:
+    """Raises `JaxmergeError` unless each directory's tokenizer has the tokens of the first.
+
+    A merge averages the embedding of token i with that of token i: they must mean the same.
+    """
+    first, *others = directories or [""]
+    expected: dict[int, str] = {}
+    for other in others:
+        if _same_file(Path(first, "tokenizer.json"), Path(other, "tokenizer.json")):
+            continue
+        expected = expected or tokens(first)
+        found = tokens(other)
+        ids = sorted({*expected, *found})
+        different = [i for i in ids if expected.get(i) != found.get(i)]
+        if different:
+            named = [f"{i}: {found.get(i)!r}, not {expected.get(i)!r}" for i in different[:5]]
+            raise JaxmergeError(
+                f"the vocabulary is not that of {first}",
+                where=other,
+                expected="the same token for every id in all checkpoints of a pool",
+                found=f"{len(different)} of {len(ids)} ids differ, first " + "; ".join(named),
+            )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()

@@ -14,7 +14,8 @@ from jaxmerge.checkpoints.survey import survey
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation import vocabularies
-from jaxmerge.evaluation.tokenizer import check_same_vocabulary, is_in
+from jaxmerge.evaluation.tokenizer import is_in
+from jaxmerge.evaluation.vocabularies import check_same_vocabulary
 from jaxmerge.hosts import processes, watch
 from jaxmerge.sharding import all_devices
 

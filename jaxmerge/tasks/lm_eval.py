@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.tasks.common import Example, Soft, Task
+from jaxmerge.tasks.common import Example, Task
 from jaxmerge.tasks.lm_eval_instances import (
     answer,
     chat_prompt,
@@ -114,17 +114,13 @@ def lm_eval(
     examples = _examples(found, form, where)
     low, high = bounds or ((0.0, 1.0) if metric in _SHARES else (-math.inf, math.inf))
     low, high = (low, high) if sign > 0 else (-high, -low)
-
-    def smooth(example: Example) -> Soft | None:
-        return soft(found, metric, high, example, requests(example), judge)
-
     return Task(
         found.task_name,
         divide(examples, _identity, name=task, search=search, test=test),
         requests,
         judge,
         bounds=(low, high),
-        soft=smooth,
+        soft=lambda each: soft(found, metric, high, each, requests(each), judge),
         warning=public(found.task_name) if _is_public(task, found) else "",
     )
 

@@ -8,7 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluation.tokenizer import Bytes, Pretrained, Tokenizer, check_same_vocabulary, is_in
+from jaxmerge.evaluation.tokenizer import Bytes, Pretrained, Tokenizer, is_in
+from jaxmerge.evaluation.vocabularies import check_same_vocabulary
 from jaxmerge.tasks.requests import Prompt
 
 TEMPLATE = (

@@ -1,199 +1,20 @@
-"""The soft score and its derivatives, and searches along them."""
+"""Searches along gradients, and what they start from and go on to."""
 
 import dataclasses
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmerge import config as configs
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluation.rows import Limits
-from jaxmerge.evaluation.soft import FORMS, Slope, SoftScore
-from jaxmerge.evaluation.tokenizer import Bytes
+from jaxmerge.evaluation.soft import Slope
 from jaxmerge.experiment import climb
 from jaxmerge.experiment.search import search
-from jaxmerge.merge.differences import QuantisedMerger, quantised
-from jaxmerge.merge.groups import groups
-from jaxmerge.merge.leafwise import LeafwiseMerger
-from jaxmerge.merge.linear import merger
-from jaxmerge.merge.pullback import pullback
-from jaxmerge.merge.rematerialised import RematerialisingMerger
 from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.objective import define
 from jaxmerge.search import gradient, space
-from jaxmerge.sharding import make_mesh, shardings
-from jaxmerge.tasks import build, kinds
-from jaxmerge.tasks.common import Example, accepting, wants_texts
-from jaxmerge.tasks.requests import Likelihood, Prompt
-from jaxmerge.trees import named_leaves
 from tests import tiny
-
-K = 3
-MODEL = tiny.model()
-TREES = tiny.trees(K, scale=1.0)
-FINEST = groups(TREES[0], "leaf", layers="layers")
-WORDS = tiny.letters(7, 24)
-SPLITS = {"search": [Example(word, word[:2]) for word in WORDS], "test": []}
-OPTIONS = {
-    "search": [
-        Example(word, word[:2], (word[:2], word[1:4], "zq")[: 2 + i % 2])
-        for i, word in enumerate(WORDS)
-    ],
-    "test": [],
-}
-TASKS = {
-    "answer": kinds.generation("answer", SPLITS),
-    "ended": kinds.generation("ended", SPLITS, until=("\n",)),
-    "choice": kinds.multiple_choice("choice", OPTIONS),
-    "bytes": kinds.multiple_choice("bytes", OPTIONS, normalize="bytes"),
-    "tokens": kinds.multiple_choice("tokens", OPTIONS, normalize="tokens"),
-    "text": kinds.perplexity("text", SPLITS),
-}
-
-
-def placed(mesh):
-    where = shardings(TREES[0], MODEL.sharding_rules, mesh)
-    return [jax.device_put(tree, where) for tree in TREES]
-
-
-def soft_score(tasks, *, mesh=None, of=FINEST, minibatch=8, merge=None):
-    mesh = mesh or make_mesh(pop=1, data=1, fsdp=1, tensor=1)
-    merge = merge or merger(placed(mesh), of)
-    return SoftScore(
-        merge, K, MODEL, Bytes(), tasks, mesh, Limits(), groups=of, minibatch=minibatch
-    )
-
-
-def some_weights():
-    count = len(FINEST.names) if FINEST else 1
-    return np.random.default_rng(0).dirichlet(np.ones(K) * 3, count).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        *(("answer", form) for form in FORMS),
-        *((name, FORMS[0]) for name in TASKS if name != "answer"),
-    ],
-)
-def test_derivatives_equal_differences(name, form):
-    """Of all weights by group, along random directions, against central differences."""
-    soft = soft_score([TASKS[name]], minibatch=24)
-    soft.forms[name] = form
-    weights = some_weights()
-    found = soft.slopes(weights, 0)[name]
-    assert found.score == pytest.approx(soft.score(weights)[name], rel=1e-5)
-    rng = np.random.default_rng(1)
-    for _ in range(3):
-        direction = rng.normal(size=weights.shape).astype(np.float32)
-        direction /= np.linalg.norm(direction)
-        step = np.float32(2e-2)
-        ahead, behind = (soft.score(weights + s * direction)[name] for s in (step, -step))
-        # In float32, with steps that its rounding allows: their square is what is left out.
-        expected = (ahead - behind) / (2 * step)
-        assert np.sum(found.by_weights * direction) == pytest.approx(expected, rel=3e-2, abs=2e-4)
-
-
-def test_scores_are_what_they_say():
-    """Probabilities of right answers, and of right choices, as the evaluator's likelihoods."""
-    soft = soft_score([TASKS["choice"], TASKS["answer"]], of=None)
-    one = soft.score(np.eye(K, dtype=np.float32)[:1])
-    assert 0 < one["answer"] < 1e-2  # a random model knows nothing
-    assert 0.2 < one["choice"] < 0.8
-    assert soft.score(np.eye(K, dtype=np.float32)[:1], "log")["answer"] < 0
-
-
-@pytest.mark.parametrize("axes", [(8, 1, 1, 1), (2, 1, 2, 2)])
-def test_devices_make_no_difference(axes):
-    """Sums are in another order: float32 roundings."""
-    mesh = make_mesh(*axes)
-    alone, spread = soft_score([TASKS["choice"]]), soft_score([TASKS["choice"]], mesh=mesh)
-    weights = some_weights()
-    assert spread.score(weights)["choice"] == pytest.approx(
-        alone.score(weights)["choice"], rel=1e-4
-    )
-    whole = soft_score([TASKS["choice"]], minibatch=24).slopes(weights, 0)["choice"]
-    parts = soft_score([TASKS["choice"]], mesh=mesh, minibatch=24).slopes(weights, 0)["choice"]
-    np.testing.assert_allclose(parts.by_weights, whole.by_weights, rtol=2e-3, atol=2e-5)
-
-
-def elsewhere(kind, mesh):
-    """The same pool, kept otherwise."""
-    trees = placed(mesh)
-    if kind == "late":
-        return RematerialisingMerger(trees, "layers", FINEST)
-    names = [named_leaves(tree) for tree in trees]
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trees[0]
-    )
-    leafwise = LeafwiseMerger(like, lambda k, name: names[k][name], K, FINEST)
-    if kind == "leafwise":
-        return leafwise
-    others = [
-        {name: quantised(leaf, names[0][name], kind) for name, leaf in each.items()}
-        for each in names[1:]
-    ]
-    return QuantisedMerger(trees[0], others, leafwise, FINEST)
-
-
-@pytest.mark.parametrize(
-    ("kind", "axes"),
-    [("late", (2, 1, 2, 2)), ("leafwise", (1, 1, 1, 1)), ("int8", (2, 1, 2, 2))],
-)
-def test_wherever_the_pool_lives(kind, axes):
-    """Derivatives are those of a pool on the devices; of one in bits, of what the bits say."""
-    mesh = make_mesh(*axes)
-    weights, tasks = some_weights(), [TASKS["choice"]]
-    there = soft_score(tasks, mesh=mesh, merge=elsewhere(kind, mesh)).slopes(weights, 0)["choice"]
-    here = soft_score(tasks, mesh=mesh).slopes(weights, 0)["choice"]
-    # Half a step of 8 bits is 1/254 of the largest difference in a block.
-    rtol, atol = (0.05, 2e-3) if kind == "int8" else (1e-4, 1e-6)
-    assert there.score == pytest.approx(here.score, rel=1e-2 if kind == "int8" else 1e-5)
-    np.testing.assert_allclose(there.by_weights, here.by_weights, rtol=rtol, atol=atol)
-
-
-def test_examples_without_an_answer_are_left_out():
-    none = {"search": [*SPLITS["search"], Example("abc")], "test": []}
-    assert soft_score([kinds.generation("answer", none)]).left_out == {"answer": 1}
-    judged = kinds.generation("judged", {"search": [Example("abc")], "test": []})
-    with pytest.raises(JaxmergeError, match="nothing that a gradient could climb"):
-        soft_score([judged])
-    beside = soft_score([judged, TASKS["answer"]], of=None)
-    assert beside.without == ("judged",)
-    assert beside.slopes(np.full((1, K), 1 / K, np.float32), 0).keys() == {"answer"}
-
-
-def vowels(example, text):
-    """What only a program can judge."""
-    return float(sum(letter in "aeiou" for letter in text) >= 1)
-
-
-def test_accepted_texts_stand_for_scores():
-    """Their probabilities are added up; an example that nobody solved is left out."""
-    judged = kinds.generation("judged", {"search": [*map(Example, WORDS[:3])]}, vowels)
-    assert wants_texts(judged)
-    assert not wants_texts(TASKS["answer"])
-    told = accepting(judged, [("ab", "e"), (), ("i",)])
-    first, second, _ = (told.soft(example) for example in told.splits["search"])
-    assert second is None
-    assert first is not None
-    prompt = Prompt(WORDS[0])
-    assert first.requests == tuple(Likelihood(prompt, text, ended=True) for text in ("ab", "e"))
-    weights = some_weights()
-    each = [
-        soft_score([accepting(judged, [texts, (), ()])]).score(weights)["judged"]
-        for texts in (("ab",), ("e",), ("ab", "e"))
-    ]
-    assert each[2] == pytest.approx(each[0] + each[1], rel=1e-4)
-    both = soft_score([accepting(judged, [("ab", "e"), (), ()])])
-    alone = [
-        soft_score([accepting(judged, [texts, (), ()])]).score(weights, "log")["judged"]
-        for texts in (("ab",), ("e",))
-    ]
-    assert both.score(weights, "log")["judged"] == pytest.approx(np.mean(alone), rel=1e-4)
 
 
 @pytest.mark.parametrize("shrink", [0.0, 0.5])
@@ -205,16 +26,6 @@ def test_genotypes_give_their_weights_back(constraint, shrink):
     again = space.weights(found, constraint, groups=2, shrink=shrink)
     # A mean over groups of logarithms of sums is another than that of the genotypes.
     np.testing.assert_allclose(again[0], weights, atol=1e-6)
-
-
-def test_forms_follow_the_true_scores():
-    soft = soft_score([TASKS["answer"]], of=None)
-    one_hot = np.eye(K, dtype=np.float32)
-    own = [soft.score(row[None])["answer"] for row in one_hot]
-    assert soft.choose_forms([{"answer": value} for value in own])["answer"] == pytest.approx(1.0)
-    assert soft.forms == {"answer": "probability"}
-    soft.choose_forms([{"answer": 1.0}] * K)  # says nothing
-    assert soft.forms == {"answer": "probability"}
 
 
 @pytest.mark.parametrize("constraint", space.CONSTRAINTS)
@@ -313,7 +124,7 @@ def _within(tokens):
         for k, read in enumerate((640, 650, 8))
     ]
     config = configs.default()
-    config.search.budget_tokens = tokens
+    config.search.strategy, config.search.budget_tokens = "gradient", tokens
     found = climb._within_tokens(config, lambda steps: 100 * len([*steps]), 1_000, individuals)
     assert found == configs.settings(config)._replace(steps=found.steps)
     return found.steps
@@ -359,7 +170,8 @@ def test_a_judge_takes_part(tmp_path_factory):
 
 def judged(search, test):
     return dataclasses.replace(
-        tiny.generation(search=search, test=test), judge=lambda _, texts: vowels(None, texts[0])
+        tiny.generation(search=search, test=test),
+        judge=lambda _, texts: float(any(letter in "aeiou" for letter in texts[0])),
     )
 
 
@@ -379,19 +191,6 @@ def test_goes_on_where_it_stopped(finished, tmp_path, kept):
     assert again["tokens"] == found["tokens"]
 
 
-def test_targets_that_are_no_answers_have_no_soft_score(tmp_path):
-    """Expressions, targets that a stop would cut short, and those that are only partly right."""
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(f'{{"prompt": "{word}", "target": "yes|no"}}\n' for word in WORDS))
-    for judge, there in (("regex", False), ("exact", True)):
-        task = build("jsonl", path=str(path), search=4, test=4, judge=judge)
-        assert (task.soft(task.splits["search"][0]) is not None) == there
-    cut = kinds.generation("cut", {"search": [Example("a", "b\nc")]}, until=("\n",))
-    assert cut.soft(cut.splits["search"][0]) is None
-    partly = kinds.generation("partly", {"search": [Example("a", "b")]}, lambda *_: 0.5)
-    assert partly.soft(partly.splits["search"][0]) is None
-
-
 @pytest.mark.parametrize("aggregate", ["worst", "chebyshev"])
 def test_soft_scores_of_tasks_are_not_compared(aggregate):
     config = configs.default()
@@ -400,13 +199,6 @@ def test_soft_scores_of_tasks_are_not_compared(aggregate):
     config.search.strategy = "gradient"
     with pytest.raises(JaxmergeError, match=r"objective\.aggregate"):
         configs.check(config)
-
-
-def test_leaves_that_are_no_floats_have_no_derivatives():
-    trees = [{**tree, "steps": jnp.arange(3)} for tree in TREES]
-    of_one = pullback(trees, {"steps": None, "final_norm": {"scale": jnp.ones((1, 16))}})
-    expected = [np.sum(tree["final_norm"]["scale"]) for tree in TREES]
-    np.testing.assert_allclose(of_one[0, 0], expected, rtol=1e-5)
 
 
 def test_weights_that_change_nothing_stay():
