@@ -42,7 +42,14 @@ def default() -> Config:
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves.
     config.pool.base = ""
-    config.pool.subtree = ""  # where in a checkpoint the parameters are: "params"; "": all of it
+    # Of Orbax checkpoints. item: the one of a step with several that holds the parameters, such as
+    # "items"; subtree: where in it they are, such as "params". "": what is clear by itself is
+    # taken, what is not is refused; see jaxmerge.checkpoints.parameters.
+    config.pool.item = ""
+    config.pool.subtree = ""
+    # "default" or "llama3.1", as in MaxText's config: of Llama models of MaxText whose rope is not
+    # scaled. Nothing in the checkpoint says it.
+    config.pool.rope_type = ""
     # "" reads the architecture that is saved with the checkpoint; "decoder" takes it from
     # model_args; "module:function" calls function(**model_args), which returns a
     # jaxmerge.models.model.Model, or apply(params, tokens_BxT) -> logits_BxTxV.
@@ -173,7 +180,8 @@ def default() -> Config:
     config.analyses.pool_size_budget = 0  # evaluations of each of these; 0: search.budget
 
     config.export = ml_collections.ConfigDict()
-    # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint.
+    # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint. Also
+    # maxtext, maxtext_unscanned, gemma and tunix, see docs/trainers.md.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
     # Memory of the check that a merge still speaks, see jaxmerge.evaluation.speech: of one that was

@@ -37,6 +37,19 @@ def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTr
     )
 
 
+def pruned(tree: PyTree, keep: Callable[[str], bool]) -> PyTree:
+    """The tree with some of its leaves alone.
+
+    Keys under which nothing is left are gone; a list keeps its places, with None in those.
+
+    Args:
+        tree: of dicts and lists.
+        keep: whether the leaf of a name stays.
+    """
+    chosen = map_named(lambda name, leaf: leaf if keep(name) else None, tree)
+    return _without_gaps(chosen) or {}
+
+
 def parameter_count(tree: PyTree) -> int:
     """Number of values in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -71,6 +84,16 @@ def differences(trees: Mapping[str, PyTree]) -> list[str]:
             if name in found and _type(found[name]) != _type(expected[name])
         ]
     return lines
+
+
+def _without_gaps(tree: PyTree) -> PyTree:
+    if isinstance(tree, Mapping):
+        found = {key: _without_gaps(inner) for key, inner in tree.items()}
+        return {key: inner for key, inner in found.items() if inner is not None} or None
+    if isinstance(tree, list | tuple):
+        found = [_without_gaps(inner) for inner in tree]
+        return found if any(inner is not None for inner in found) else None
+    return tree
 
 
 def _name(path: tuple[Any, ...]) -> str:

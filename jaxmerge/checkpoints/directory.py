@@ -70,16 +70,22 @@ def read(directory: epath.Path, *, by_tensor: bool = False) -> Checkpoint:
     config = _config(directory)
     model_type = str(config.get("model_type", ""))
     causal = model_type and not by_tensor and _is_causal(config, tensors)
-    known = _known(directory) if causal else None
-    if known is None:
+    model = _known(directory) if causal else None
+    if model is None:
         said = config_keys.heeded(config)
         architecture = {**said, "model": ""} if said else {}
         return Checkpoint(directory, architecture, _layout_of(tensors), tensors)
     checkpoint = Checkpoint(
-        directory, {"model": "decoder", **known.config.plain()}, known.layout, tensors
+        directory, {"model": "decoder", **model.config.plain()}, model.layout, tensors
     )
     _check_tensors(checkpoint)
     return checkpoint
+
+
+def known(directory: epath.Path) -> Layout | None:
+    """The layout of a model for which there is a decoder, by its config alone."""
+    found = _known(directory) if _config(directory).get("model_type") else None
+    return found.layout if found else None
 
 
 def _layout_of(tensors: Mapping[str, Tensor]) -> Layout:

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from jaxmerge.checkpoints import directory, huggingface, orbax
+from jaxmerge.checkpoints import directory, huggingface, orbax, trainers
+from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
-FORMATS = ("orbax", "huggingface")
+FORMATS = ("orbax", "huggingface", *trainers.FORMS)
 
 
 def check(formats: Sequence[str], dtype: str) -> None:
@@ -38,7 +39,12 @@ def check(formats: Sequence[str], dtype: str) -> None:
 
 
 def check_like(
-    formats: Sequence[str], like: str, abstract: PyTree, *, by_tensor: bool = False
+    formats: Sequence[str],
+    like: str,
+    abstract: PyTree,
+    *,
+    by_tensor: bool = False,
+    rope_type: str = "",
 ) -> None:
     """Raises `JaxmergeError` unless leaves can be written as the model of a directory.
 
@@ -47,8 +53,12 @@ def check_like(
         like: Hugging Face directory, or "" when there is none.
         abstract: tree of the merged model's leaves.
         by_tensor: whether the leaves are the tensors, see `directory.read`.
+        rope_type: see `trainers.write`.
     """
-    if "huggingface" not in formats or not like:
+    of_trainers = [name for name in formats if name in trainers.FORMS]
+    for name in of_trainers:
+        trainers.check(name, like, rope_type)
+    if not of_trainers and ("huggingface" not in formats or not like):
         return
     expected = dict(huggingface.layout(like, by_tensor=by_tensor).shapes)
     found = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
@@ -72,13 +82,15 @@ def export(
     abstract: PyTree,
     leaf: Callable[[str], jax.Array],
     *,
-    formats: Sequence[str] = FORMATS,
+    source: Source | None = None,
+    formats: Sequence[str] = ("orbax", "huggingface"),
     architecture: Mapping[str, Any],
     like: str = "",
     tokenizer: str = "",
     dtype: str = "",
     shard_bytes: int = 5_000_000_000,
     card: Callable[[], str] = str,
+    rope_type: str = "",
 ) -> list[Path]:
     """Writes `path/orbax` and `path/huggingface`; what is there already is left as it is.
 
@@ -86,6 +98,8 @@ def export(
         path: the directory `merged`.
         abstract: tree of the merged model's leaves.
         leaf: the merged leaf of a name, such as `Pool.merged` gives it.
+        source: the pool's first checkpoint; the Orbax checkpoint is made like it where it is one
+            too, see `orbax.save`.
         formats: of `FORMATS`; `huggingface` is left out when `like` is "".
         architecture: what the Orbax checkpoint says of its model.
         like: Hugging Face directory that the configuration and tokenizer are copied from.
@@ -93,6 +107,7 @@ def export(
         dtype: of the Hugging Face weights; "": that of the leaves.
         shard_bytes: size of its files at most, where no tensor alone is larger.
         card: text of its README.md; called when all leaves have been asked for.
+        rope_type: see `trainers.write`.
 
     Returns:
         The directories of all formats that are there now.
@@ -105,8 +120,12 @@ def export(
     missing = [name for name in wanted if name not in json.loads(there)]
     if "orbax" in missing:
         tree = map_named(lambda name, _: leaf(name), abstract)
-        orbax.save(path / "orbax", tree, architecture=architecture)
+        like_source = source if source and source.format == "orbax" else None
+        orbax.save(path / "orbax", tree, architecture=architecture, like=like_source)
         leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
+    for name in missing:
+        if name in trainers.FORMS:
+            trainers.write(path / name, name, like, leaf, rope_type=rope_type)
     if "huggingface" in missing and not processes.first():
         for name in huggingface.layout(like).leaves:
             processes.gather(leaf(name))  # for process 0, which writes

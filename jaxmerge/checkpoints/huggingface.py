@@ -52,7 +52,13 @@ def recognises(path: epath.Path) -> bool:
 
 
 def describe(
-    name: str, path: epath.Path, subtree: str = "", base: str = "", *, by_tensor: bool = False
+    name: str,
+    path: epath.Path,
+    subtree: str = "",
+    base: str = "",
+    item: str = "",
+    *,
+    by_tensor: bool = False,
 ) -> Source:
     """Reads the config and the headers of the weights.
 
@@ -61,6 +67,7 @@ def describe(
         path: the directory.
         subtree: not heeded: a directory holds parameters alone.
         base: not heeded: a directory holds a whole model.
+        item: not heeded, as `subtree`.
         by_tensor: see `directory.read`.
 
     Raises:
@@ -109,7 +116,9 @@ def layout(path: str, *, by_tensor: bool = False) -> Layout:
     Raises:
         JaxmergeError: see `directory.read`.
     """
-    return directory.read(epath.Path(path), by_tensor=by_tensor).layout
+    # Of a model that is known, the config is enough: a base need not have weights.
+    known = None if by_tensor else directory.known(epath.Path(path))
+    return known or directory.read(epath.Path(path), by_tensor=by_tensor).layout
 
 
 def save(

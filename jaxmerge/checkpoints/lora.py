@@ -64,7 +64,9 @@ def recognises(path: epath.Path) -> bool:
     return path.is_dir() and (path / CONFIG).exists()
 
 
-def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> Source:
+def describe(
+    name: str, path: epath.Path, subtree: str = "", base: str = "", item: str = ""
+) -> Source:
     """Reads configs and headers of the adapter and of its base.
 
     Args:
@@ -72,6 +74,7 @@ def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> 
         path: the adapter's directory.
         subtree: not heeded: a directory holds parameters alone.
         base: directory of the base; "": the one that the adapter names.
+        item: not heeded, as `subtree`.
 
     Raises:
         JaxmergeError: there is no base here; the adapter is of a kind, or has tensors, that are not

@@ -15,19 +15,27 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxmerge.checkpoints import parameters
 from jaxmerge.checkpoints.digest import digests
 from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError, at
-from jaxmerge.trees import PyTree, map_named
+from jaxmerge.trees import PyTree, map_named, named_leaves
 
-_METADATA = "_CHECKPOINT_METADATA"
-_MARKERS = (_METADATA, "_METADATA", "orbax.checkpoint")
+_METADATA = "_CHECKPOINT_METADATA"  # of a checkpoint; older versions of Orbax wrote none
+_TREE = "_METADATA"  # of a pytree, in its directory
+_MARKERS = (_METADATA, _TREE, "orbax.checkpoint")
+_ITEM = "state"  # of our own checkpoints
 
 
 def save(
-    path: str | os.PathLike[str], params: PyTree, *, architecture: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    params: PyTree,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    like: Source | None = None,
 ) -> None:
     """Writes the parameters as one sharded checkpoint, with a checksum of every leaf.
 
@@ -38,9 +46,12 @@ def save(
         path: the directory to make; it must not exist.
         params: pytree of arrays.
         architecture: `Model.architecture`, so that the checkpoint can be opened by itself.
+        like: an Orbax checkpoint whose item, subtree, carried leaves and metadata are kept, so
+            that what reads it reads this one too. None: a checkpoint of our own.
 
     Raises:
-        JaxmergeError: there is something at `path`, or it can't be written.
+        JaxmergeError: there is something at `path`, or it can't be written; what is carried can't
+            be read.
     """
     path = absolute(path)
     with at(path):
@@ -48,13 +59,27 @@ def save(
             raise JaxmergeError(
                 "there is something here already", where=str(path), expected="a path that is free"
             )
-    checksums = {name: digest.checksum for name, digest in digests(params).items()}
-    ours: Any = {"checksums": checksums, "architecture": dict(architecture or {})}
+    ours: Any = {
+        "checksums": {name: digest.checksum for name, digest in digests(params).items()},
+        "architecture": dict(architecture or {}),
+        "subtree": like.subtree if like else "",
+    }
+    custom: Any = {"jaxmerge": ours}
+    item = _ITEM
+    if like is not None:
+        custom, item = {**like.custom, **custom}, like.item
+        if like.carried:
+            params = parameters.joined(params, _load(like, _repeated(like.carried, params)))
+        params = parameters.under(params, like.subtree)
+    if not item:
+        with at(path), _system_errors():
+            return _save_flat(path, params, custom)
     ocp = _orbax()
     context = ocp.Context()
     context.array.saving.use_compression = False
     with at(path), _system_errors(), context:
-        ocp.save(path, params, custom_metadata={"jaxmerge": ours})
+        ocp.save(path, params, checkpointable_name=item, custom_metadata=custom)
+    return None
 
 
 @contextlib.contextmanager
@@ -70,54 +95,60 @@ def _system_errors() -> Iterator[None]:
 
 
 def recognises(path: epath.Path) -> bool:
-    """Whether there is a finished Orbax checkpoint here."""
+    """Whether there is a finished Orbax checkpoint here, or an item of one."""
+    if not path.is_dir():
+        return False
+    directory, _ = _step_and_item(path)
     # Orbax itself takes any directory for a checkpoint, even an empty one.
-    marked = path.is_dir() and any((path / marker).exists() for marker in _MARKERS)
-    return marked and _orbax().is_orbax_checkpoint(path)
+    marked = any((directory / marker).exists() for marker in _MARKERS) or _items(directory)
+    return bool(marked) and _orbax().is_orbax_checkpoint(directory)
 
 
-def describe(name: str, path: epath.Path, subtree: str = "", base: str = "") -> Source:
+def describe(
+    name: str, path: epath.Path, subtree: str = "", base: str = "", item: str = ""
+) -> Source:
     """Reads the metadata of a checkpoint: kilobytes, whatever its size.
 
     Args:
         name: unique in the pool.
-        path: of the checkpoint.
-        subtree: where in it the parameters are; "" for all of it.
+        path: of the checkpoint, or of one of its items, such as MaxText's `<step>/items`.
+        subtree: where in it the parameters are; "": see `parameters.subtree`. Where the step holds
+            several items, it may begin with the name of one.
         base: not heeded: a checkpoint holds a whole model.
+        item: of a step with several, the one that holds the parameters; "": see `parameters.item`.
 
     Raises:
-        JaxmergeError: the metadata can't be read, or hold no such subtree.
+        JaxmergeError: the metadata can't be read, or hold no such item or subtree; it is not clear
+            which item or subtree holds the parameters.
     """
-    ocp = _orbax()
-    # What it raises for metadata that are missing, cut short or garbled.
-    broken = (OSError, ValueError, KeyError, TypeError, ocp.errors.InvalidLayoutError)
-    try:
-        metadata = ocp.metadata(path)
-    except broken as error:
+    directory, item = _which(path, item, subtree)
+    if item and subtree.split("/")[0] == item and len(_items(directory)) > 1:
+        subtree = subtree[len(item) + 1 :]
+    metadata = _metadata(directory, item)
+    custom = dict(metadata.custom_metadata or {})
+    ours: Any = custom.pop("jaxmerge", {})
+    where, tree = str(directory / item), metadata.metadata
+    found = subtree or ours.get("subtree", "") or parameters.subtree(where, tree)
+    whole = map_named(
+        lambda leaf, of: _abstract(where, leaf, of), parameters.at(where, tree, found)
+    )
+    if len(named_leaves(whole)) != len(jax.tree.leaves(whole)):
         raise JaxmergeError(
-            "the checkpoint's metadata can't be read", where=str(path), found=_first_line(error)
-        ) from error
-    if metadata.init_timestamp_nsecs is None and (path / _METADATA).exists():
-        # Orbax logs this and goes on; the checksums would be lost.
-        raise JaxmergeError("the checkpoint's metadata can't be read", where=str(path / _METADATA))
-    tree = metadata.metadata
-    for key in filter(None, subtree.split("/")):
-        if not isinstance(tree, Mapping) or key not in tree:
-            keys = sorted(tree) if isinstance(tree, Mapping) else "no further keys"
-            raise JaxmergeError(
-                f"the checkpoint has no subtree {subtree!r}", where=str(path), found=f"keys: {keys}"
-            )
-        tree = tree[key]
-    custom: Any = metadata.custom_metadata or {}
-    ours = custom.get("jaxmerge", {})
+            "two leaves of the checkpoint have the same name, with / between the keys", where=where
+        )
+    checksums = ours.get("checksums", {}) if found == ours.get("subtree", "") else {}
+    abstract, carried = parameters.split(whole, checksums)
     return Source(
         name=name,
-        path=str(path),
+        path=str(directory),
         format="orbax",
-        abstract=map_named(lambda leaf, found: _abstract(str(path), leaf, found), tree),
-        subtree=subtree,
+        abstract=abstract,
+        subtree=found,
         architecture=ours.get("architecture", {}),
-        checksums=ours.get("checksums", {}) if not subtree else {},
+        checksums=checksums,
+        item=item,
+        carried=carried,
+        custom=custom,
     )
 
 
@@ -133,9 +164,12 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     Raises:
         JaxmergeError: data are missing or cut short.
     """
-    wanted = abstract
-    for key in reversed([key for key in source.subtree.split("/") if key]):
-        wanted = {key: wanted}
+    return map_named(keep, _load(source, abstract))
+
+
+def _load(source: Source, abstract: PyTree) -> PyTree:
+    """Some of a checkpoint's leaves."""
+    wanted = parameters.under(abstract, source.subtree)
     ocp = _orbax()
     context = ocp.Context()
     context.pytree.loading.partial_load = True
@@ -144,7 +178,7 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     context.memory.read_concurrent_bytes = max(2**26, max(sizes, default=0) + 2**20)
     try:
         with _buffers_returned(), context:
-            tree = ocp.load(source.path, wanted)
+            tree = ocp.load(source.path, wanted, checkpointable_name=source.item or None)
             jax.block_until_ready(tree)
     except Exception as error:
         # Orbax raises Exception itself for a file that is cut short. Narrower types that no file
@@ -158,9 +192,89 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
             where=source.path,
             found=_first_line(cause),
         ) from error
-    for key in filter(None, source.subtree.split("/")):
-        tree = tree[key]
-    return map_named(keep, tree)
+    return parameters.at(source.path, tree, source.subtree)
+
+
+def _repeated(abstract: PyTree, beside: PyTree) -> PyTree:
+    """The leaves with a sharding: whole on every device that others lie on."""
+    where = jax.tree.leaves(beside)[0].sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract
+    )
+
+
+def _save_flat(path: epath.Path, tree: PyTree, custom: Mapping[str, Any]) -> None:
+    """Writes a tree that lies in the directory itself, as Orbax's older interface does.
+
+    Trainers that save so read so: they look for no item.
+    """
+    import orbax.checkpoint as v0
+
+    handler = v0.PyTreeCheckpointHandler(use_compression=False)
+    with v0.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=v0.args.PyTreeSave(tree), custom_metadata=dict(custom))
+
+
+def _step_and_item(path: epath.Path) -> tuple[epath.Path, str]:
+    """The checkpoint that a path names, and the item of it that it names, if it does."""
+    inside = (path / _TREE).exists() and not (path / _METADATA).exists()
+    if inside and (path.parent / _METADATA).exists():
+        return path.parent, path.name
+    return path, ""
+
+
+def _items(directory: epath.Path) -> list[str]:
+    """The pytrees of a step; none where the tree lies in the directory itself."""
+    if (directory / _TREE).exists():
+        return []
+    return sorted(each.name for each in directory.iterdir() if (each / _TREE).exists())
+
+
+def _which(path: epath.Path, item: str, subtree: str) -> tuple[epath.Path, str]:
+    """The checkpoint, and its item that holds the parameters; "": it has no items."""
+    directory, named = _step_and_item(path)
+    items = _items(directory)
+    for wanted in filter(None, (named, item)):
+        if wanted not in items or wanted != (item or named):
+            raise JaxmergeError(
+                f"the checkpoint has no item {item!r}",
+                where=str(path),
+                expected="pool.item: one of those that are there, or nothing",
+                found=", ".join(items) or "a tree without items",
+            )
+    if item or named or not items:
+        return directory, item or named
+    if len(items) > 1 and subtree.split("/")[0] in items:
+        return directory, subtree.split("/")[0]
+
+    def has_arrays(name: str) -> bool:
+        leaves = jax.tree.leaves(_metadata(directory, name).metadata)
+        return any(hasattr(leaf, "shape") for leaf in leaves)
+
+    return directory, parameters.item(str(directory), items, has_arrays)
+
+
+def _metadata(directory: epath.Path, item: str) -> Any:
+    """What Orbax says of an item, or of a checkpoint without items."""
+    ocp = _orbax()
+    # What it raises for metadata that are missing, cut short or garbled.
+    broken = (OSError, ValueError, KeyError, TypeError, ocp.errors.InvalidLayoutError)
+    try:
+        metadata = ocp.metadata(directory, item or None)
+    except broken as error:
+        raise JaxmergeError(
+            "the checkpoint's metadata can't be read",
+            where=str(directory),
+            found=_first_line(error),
+        ) from error
+    if metadata.init_timestamp_nsecs is None and (directory / _METADATA).exists():
+        # Orbax logs this and goes on; the checksums would be lost.
+        raise JaxmergeError(
+            "the checkpoint's metadata can't be read", where=str(directory / _METADATA)
+        )
+    return metadata
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:

@@ -22,7 +22,7 @@ from jaxmerge import sharding
 from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.checkpoints.survey import FORMATS
+from jaxmerge.checkpoints.survey import READERS
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.merge import linear
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
@@ -30,7 +30,7 @@ from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
 from jaxmerge.merge.rematerialised import RematerialisingMerger
-from jaxmerge.trees import PyTree, byte_count, map_named, named_leaves, parameter_count
+from jaxmerge.trees import PyTree, byte_count, map_named, named_leaves, parameter_count, pruned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _restore(
         cast, _ = jax.block_until_ready((leaf.astype(dtype), computing[name]))
         return keep(name, cast)
 
-    tree = FORMATS[source.format].restore(source, placed, digested)
+    tree = READERS[source.format].restore(source, placed, digested)
     return tree, digest.finish(computing)
 
 
@@ -364,22 +364,8 @@ def _leafwise(
 
 def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:
     """One leaf of a checkpoint, as stored; see `load` for what is checked of a whole one."""
-    placed = map_named(
-        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        _branch(source.abstract, name),
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        pruned(source.abstract, name.__eq__),
     )
-    return named_leaves(FORMATS[source.format].restore(source, placed))[name]
-
-
-def _branch(tree: PyTree, name: str) -> PyTree:
-    """The part of a tree of dicts that leads to one leaf; keys may have a slash in them."""
-    if not isinstance(tree, Mapping):
-        return tree
-    keys = [key for key in tree if f"{name}/".startswith(f"{key}/")]
-    if len(keys) > 1:
-        keys = [key for key in keys if _rest(name, key) in named_leaves(tree[key])]
-    return {keys[0]: _branch(tree[keys[0]], _rest(name, keys[0]))}
-
-
-def _rest(name: str, key: str) -> str:
-    return name[len(f"{key}/") :]
+    return named_leaves(READERS[source.format].restore(source, placed))[name]

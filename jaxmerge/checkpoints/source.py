@@ -24,6 +24,12 @@ class Source(NamedTuple):
         directory: where the Hugging Face config and tokenizer files are; "" where there are none.
         base: the checkpoint that an adapter is laid upon; "" for a whole model.
         tensors: where each tensor of a Hugging Face directory lies; {} for other formats.
+        item: of an Orbax checkpoint with named items, the one that holds the parameters.
+        carried: its leaves that are not merged, as `ShapeDtypeStruct`: what is written takes those
+            of the first checkpoint, see `parameters.split`.
+        view: what the leaves are of a trainer's checkpoint that is taken for one of the decoder,
+            see `trainers.View`; None for all others.
+        custom: metadata that others wrote beside an Orbax checkpoint, kept with what is written.
     """
 
     name: str
@@ -36,3 +42,7 @@ class Source(NamedTuple):
     directory: str = ""
     base: str = ""
     tensors: Mapping[str, Tensor] = MappingProxyType({})
+    item: str = ""
+    carried: PyTree = MappingProxyType({})
+    custom: Mapping[str, Any] = MappingProxyType({})
+    view: Any = None

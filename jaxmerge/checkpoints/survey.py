@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from jaxmerge.checkpoints import directory, huggingface, lora, orbax
+from jaxmerge.checkpoints import directory, huggingface, lora, orbax, trainers
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.layout import COMPUTED
@@ -19,6 +19,8 @@ from jaxmerge.trees import differences, named_leaves
 
 # By the name in `Source.format`; the first that recognises a path reads it.
 FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
+# What reads a source, by its format: Orbax checkpoints may be of a trainer, see `find`.
+READERS = FORMATS | dict.fromkeys(("maxtext", "gemma", "tunix"), trainers)
 
 
 def formats(patterns: Sequence[str]) -> set[str]:
@@ -40,14 +42,27 @@ def count(patterns: Sequence[str]) -> int:
 
 
 def find(
-    patterns: Sequence[str], *, subtree: str = "", base: str = "", by_tensor: bool = False
+    patterns: Sequence[str],
+    *,
+    subtree: str = "",
+    base: str = "",
+    item: str = "",
+    rope_type: str = "",
+    by_tensor: bool = False,
+    as_stored: bool = False,
 ) -> tuple[Source, ...]:
     """Finds checkpoints, which need not be alike; reads no data.
 
     Args:
-        patterns: directories, or patterns such as `pools/*/final`, whose matches are sorted.
-        subtree: where in each Orbax checkpoint the parameters are; "" for all of it.
+        patterns: directories, or patterns such as `pools/*/final`, whose matches are sorted, by
+            number where their names have numbers: step 200 comes before step 1000.
+        subtree: where in each Orbax checkpoint the parameters are; "": see `parameters.subtree`.
+        item: which item of each Orbax checkpoint they are in; "": see `parameters.item`.
         base: Hugging Face directory that adapters are laid upon; "": the one that each names.
+        rope_type: of MaxText's Llama models, see `config.pool.rope_type`.
+        as_stored: Orbax checkpoints have the leaves that are in them. Else those of a trainer that
+            is known are taken for the decoder's, where `base` or a Hugging Face member says which
+            model they are of; see `trainers.as_decoder`.
         by_tensor: every tensor of a Hugging Face directory is a leaf, see `directory.read`; the
             checkpoints must all be such directories.
 
@@ -55,15 +70,21 @@ def find(
         JaxmergeError: a path has no checkpoint, or is named twice; a leaf is of shape [0].
     """
     paths = [path for pattern in patterns for path in _find(pattern)]
-    sources = tuple(
+    found = [
         huggingface.describe(name, path, by_tensor=True)
         if by_tensor
-        else FORMATS[_format(path)].describe(name, path, subtree, base)
+        else FORMATS[_format(path)].describe(name, path, subtree, base, item)
         for name, path in zip(_names(paths), paths)
-    )
-    for source in sources:
+    ]
+    for source in found:
         directory.check_filled(named_leaves(source.abstract), source.path)
-    return sources
+    if as_stored or all(source.format != "orbax" for source in found):
+        return tuple(found)
+    of_model = base or next((each.directory for each in found if each.directory), "")
+    return tuple(
+        trainers.as_decoder(source, of_model, rope_type) if source.format == "orbax" else source
+        for source in found
+    )
 
 
 def survey(
@@ -71,22 +92,34 @@ def survey(
     *,
     subtree: str = "",
     base: str = "",
+    item: str = "",
+    rope_type: str = "",
     dtype: str = "",
     by_tensor: bool = False,
+    as_stored: bool = False,
 ) -> tuple[Source, ...]:
     """Finds the checkpoints of a pool and compares their metadata.
 
     No data are read, but for a head that not all members of a tied model have.
 
     Args:
-        patterns: see `find`; `subtree`, `base` and `by_tensor` alike.
+        patterns: see `find`; `subtree` and all others but `dtype` alike.
         dtype: what `load` will cast to; floating-point dtypes may differ unless it is "".
 
     Raises:
         JaxmergeError: a path has no checkpoint, there are fewer than two, or they are not alike:
             then every difference of leaf names, shapes, dtypes and architectures is listed.
     """
-    sources = _mended(find(patterns, subtree=subtree, base=base, by_tensor=by_tensor))
+    found = find(
+        patterns,
+        subtree=subtree,
+        base=base,
+        item=item,
+        rope_type=rope_type,
+        by_tensor=by_tensor,
+        as_stored=as_stored,
+    )
+    sources = _mended(found)
     if any(each.architecture != sources[0].architecture for each in sources):
         sources = tuple(map(_completed, sources))
     if len(sources) < 2:
@@ -164,7 +197,8 @@ def _find(pattern: str) -> list[epath.Path]:
         raise JaxmergeError(
             "this is no checkpoint",
             where=str(path),
-            expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}",
+            expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}"
+            + _steps_within(path),
         )
     found = [match for match in matches if _format(match)]
     if not found:
@@ -175,6 +209,12 @@ def _find(pattern: str) -> list[epath.Path]:
             found=f"{len(matches)} that match, none a checkpoint" if matches else "",
         )
     return found
+
+
+def _by_number(path: epath.Path) -> list[tuple[int, str]]:
+    """Orders paths part by part, digits in them as the numbers that they are."""
+    pieces = (piece for part in path.parts for piece in [*re.split(r"(\d+)", part), ""])
+    return [(int(each) if each.isdecimal() else -1, each) for each in pieces]
 
 
 def _matches(path: epath.Path) -> list[epath.Path]:
@@ -191,7 +231,7 @@ def _matches(path: epath.Path) -> list[epath.Path]:
             elif any(mark in part for mark in "*?[") and parent.is_dir():
                 following += [each for each in parent.iterdir() if _is_match(each.name, part)]
         found = following
-    return sorted(found)
+    return sorted(found, key=_by_number)
 
 
 def _is_match(name: str, pattern: str) -> bool:
@@ -202,6 +242,12 @@ def _is_match(name: str, pattern: str) -> bool:
 
 def _format(path: epath.Path) -> str:
     return next((name for name, module in FORMATS.items() if module.recognises(path)), "")
+
+
+def _steps_within(path: epath.Path) -> str:
+    """What to name instead of a directory of checkpoints, for a message."""
+    inside = path.is_dir() and any(each.is_dir() and _format(each) for each in path.iterdir())
+    return f"; the ones in here are '{path}/*'" if inside else ""
 
 
 def _names(paths: Sequence[epath.Path]) -> list[str]:

@@ -37,6 +37,7 @@ from jaxmerge.experiment.sources import (
     model_directories,
     start_jax,
     tokenizer_directory,
+    where_of,
 )
 from jaxmerge.hosts import processes
 from jaxmerge.models.model import Model
@@ -139,7 +140,7 @@ def table(findings: Mapping[str, Any]) -> str:
 def _subjects(config: Config) -> list[_Subject]:
     """All checkpoints with their models; what can't be evaluated is refused before any is."""
     pool, subjects = config.pool, []
-    for source in find(pool.checkpoints, subtree=pool.subtree, base=pool.base):
+    for source in find(pool.checkpoints, **where_of(config)):
         model, directory = build_model(config, source), huggingface_directory(config, [source])
         subject = _Subject(source, model, directory, tokenizer_directory(config, [source]))
         _tokenizer(config, subject)

@@ -25,7 +25,8 @@ def merge() -> None:
 
     --out=DIR        the merged checkpoint: a new directory, in the format of the checkpoints
     --weights=A,B    one number for each checkpoint, in their order; without it, the plain average
-    --format=NAME    huggingface or orbax, where it should not be that of the checkpoints
+    --format=NAME    huggingface, orbax, maxtext, maxtext_unscanned, gemma or tunix, where it should
+                     not be that of the checkpoints
 
     Checkpoints are Hugging Face directories, PEFT adapters or Orbax checkpoints, or patterns such
     as 'models/*', and must be alike. Between Hugging Face directories the merge goes from file to

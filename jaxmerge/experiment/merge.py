@@ -73,9 +73,15 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     configs.check_pool(config)
     start_jax(config)
     in_blocks, by_leaf = _paths(config)
-    sources = find_checkpoints(config, by_tensor=bool(in_blocks))
-    # Before anything is written: it may refuse what can be merged by tensor.
-    whole = find_checkpoints(config) if in_blocks and by_leaf else sources
+    as_stored = formats(config.pool.checkpoints) == {"orbax"}
+    sources = find_checkpoints(config, by_tensor=bool(in_blocks), as_stored=as_stored)
+    # Before anything is written: it may refuse what can be merged by tensor, or as it is stored.
+    parts = [
+        (wanted, sources)
+        if stored == as_stored and not in_blocks
+        else (wanted, find_checkpoints(config, as_stored=stored))
+        for wanted, stored in _views(config, by_leaf)
+    ]
     merges = _merges(config, sources)
     for warning in filter(None, map(_warning, merges)):
         print(f"jaxmerge: {warning}", file=sys.stderr)
@@ -86,13 +92,15 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
         say_unlocked(directory)
         if in_blocks:
             written += _in_blocks(config, sources, merges, directory, command, out)
-        if by_leaf and not (out and Path(out).exists()):
+        for number, (wanted, whole) in enumerate(parts):
+            if out and Path(out).exists():
+                break
             path = directory.path
             paths, records = _by_leaf(
-                config, by_leaf, whole, merges, path, command, compare=not in_blocks
+                config, wanted, whole, merges, path, command, compare=not in_blocks and not number
             )
             written += paths
-            if not in_blocks:
+            if not in_blocks and not number:
                 record_pool(directory, records)
             if out:
                 paths[0].rename(out)
@@ -121,6 +129,20 @@ def _paths(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), wanted
     in_blocks = tuple(name for name in wanted if name == "huggingface")
     return in_blocks, tuple(name for name in wanted if name not in in_blocks)
+
+
+def _views(config: Config, by_leaf: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
+    """The formats that are written leaf by leaf, and whether of the leaves as they are stored.
+
+    Orbax checkpoints are merged by name, whatever model they are of, and written as they came. All
+    other formats are made of the decoder's leaves.
+    """
+    if formats(config.pool.checkpoints) != {"orbax"}:
+        return [(by_leaf, False)] if by_leaf else []
+    by_name = tuple(each for each in by_leaf if each == "orbax")
+    skipped = ("orbax",) if config.pool.base else ("orbax", "huggingface")  # see `export`
+    made = tuple(each for each in by_leaf if each not in skipped)
+    return [(each, each is by_name) for each in (by_name, made) if each]
 
 
 def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
@@ -246,10 +268,12 @@ def _by_leaf(
             directory / each.path,
             leaves.abstract,
             functools.partial(_merged_leaf, leaves, weights),
+            source=sources[0],
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
             tokenizer=tokenizer_directory(config, sources),
             card=functools.partial(_card_of_stream, leaves, each.weights, command),
+            rope_type=config.pool.rope_type,
             formats=wanted,
             dtype=config.export.dtype,
             shard_bytes=config.export.shard_bytes,

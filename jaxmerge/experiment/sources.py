@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -41,29 +42,41 @@ def start_jax(config: Config) -> None:
         )
 
 
-def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source, ...]:
+def find_checkpoints(
+    config: Config, *, by_tensor: bool = False, as_stored: bool = False
+) -> tuple[Source, ...]:
     """The pool's checkpoints, compared with each other; no data are read.
 
     Args:
         config: of the run.
         by_tensor: see `survey.survey`.
+        as_stored: see `survey.find`; only Orbax checkpoints can be written then.
 
     Raises:
         JaxmergeError: they can't be merged, having other leaves, shapes or vocabularies; or the
             merge can't be exported.
     """
     pool = config.pool
-    sources = survey(
-        pool.checkpoints,
-        subtree=pool.subtree,
-        base=pool.base,
-        dtype=pool.dtype,
-        by_tensor=by_tensor,
-    )
+    where = where_of(config)
+    where["as_stored"] |= as_stored
+    sources = survey(pool.checkpoints, **where, dtype=pool.dtype, by_tensor=by_tensor)
     tokenizer_directory(config, sources)
     like = huggingface_directory(config, sources)
-    check_like(config.export.formats, like, sources[0].abstract, by_tensor=by_tensor)
+    formats = ("orbax",) if as_stored else config.export.formats
+    check_like(
+        formats, like, sources[0].abstract, by_tensor=by_tensor, rope_type=config.pool.rope_type
+    )
     return sources
+
+
+def where_of(config: Config) -> dict[str, Any]:
+    """How the checkpoints of a pool are found and read, for `survey.find`."""
+    pool = config.pool
+    return {
+        **{"subtree": pool.subtree, "item": pool.item, "base": pool.base},
+        # The user's own model has the leaves that the checkpoints have.
+        **{"rope_type": pool.rope_type, "as_stored": bool(pool.model)},
+    }
 
 
 def base_of(config: Config) -> str:
@@ -86,7 +99,8 @@ def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
         JaxmergeError: the tokenizers contradict each other.
     """
     pool = config.pool
-    members = [os.path.realpath(each.path) for each in sources if each.format != "orbax"]
+    read = ("huggingface", "lora")
+    members = [os.path.realpath(each.path) for each in sources if each.format in read]
     named = os.path.expanduser(pool.tokenizer)
     if named:
         check_same_vocabulary([each for each in members if is_in(each)])

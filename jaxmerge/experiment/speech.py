@@ -20,7 +20,7 @@ from jaxmerge.evaluation.evaluator import Evaluator
 from jaxmerge.evaluation.speech import MEMBERS, PROMPTS, TOKENS, Verdict, listen
 from jaxmerge.experiment.build import build_limits, build_model, build_tokenizer
 from jaxmerge.experiment.prepare import Prepared
-from jaxmerge.experiment.sources import huggingface_directory
+from jaxmerge.experiment.sources import huggingface_directory, where_of
 from jaxmerge.planning.here import room_of
 from jaxmerge.rundir import Candidate
 from jaxmerge.sharding import all_devices, make_mesh
@@ -105,9 +105,10 @@ def _say(path: Path, what: str) -> None:
 
 def _asked(config: Config, path: Path, weights: Sequence[float]) -> Verdict | str:
     """What was found; or why nothing was."""
-    pool = config.pool
-    found = find(pool.checkpoints, subtree=pool.subtree, base=pool.base)
-    sources = [*(found[k] for k in _heaviest(np.array(weights))), *find([str(path)])]
+    pool, where = config.pool, where_of(config)
+    found = find(pool.checkpoints, **where)
+    made = where | {"item": "", "subtree": ""}  # a merge says itself where its parameters are
+    sources = [*(found[k] for k in _heaviest(np.array(weights))), *find([str(path)], **made)]
     need, room = byte_count(sources[0].abstract) * (len(sources) + 1), _room(config)
     if need > room:
         return (

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.deferred import any_deferred, made
-from jaxmerge.models.layers import Block, Where, norm, softcap
+from jaxmerge.models.layers import Block, Where, looked_up, norm, softcap
 from jaxmerge.models.model import Model, Params
 from jaxmerge.models.rope import turns
 
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
     def embedded(self, tokens_BxT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What goes into the first layer."""
         config = self.config
-        x_BxTxD = self.embedding[tokens_BxT]
+        x_BxTxD = looked_up(self.embedding, tokens_BxT)
         if config.embedding_scale != 1:
             x_BxTxD *= jnp.asarray(config.embedding_scale, x_BxTxD.dtype)
         return x_BxTxD

@@ -44,6 +44,15 @@ def read(directory: str) -> Architecture | None:
     return from_config(completed(written, path), path)
 
 
+def model_type(directory: str) -> str:
+    """The `model_type` of a Hugging Face directory; "" where it does not say.
+
+    Raises:
+        JaxmergeError: `config.json` is missing or unreadable.
+    """
+    return str(_written(os.path.join(directory, "config.json")).get("model_type", ""))
+
+
 def context(directory: str) -> int:
     """How many tokens the model of a Hugging Face directory can hold; 0 where it does not say.
 

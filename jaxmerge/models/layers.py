@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.rope import rotate
@@ -227,6 +228,35 @@ def attend(
     ]
     out_BxJxGxTxC = (_sum(parts) / _sum(totals)).astype(dtype)
     return jnp.moveaxis(out_BxJxGxTxC, 3, 1).reshape(B, T, H, C)
+
+
+def looked_up(
+    table_VxD: Float[Array, "V D"], tokens_BxT: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """The rows of the tokens; on a mesh that spreads V, each place looks up those that it has.
+
+    Said with shard_map: from JAX 0.11.2 on, XLA's partitioner aborts the process on a gather from V
+    over `tensor` inside a manual `pop` where `data` or `fsdp` is above 1 too.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    data, fsdp, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+    (V, D), B = table_VxD.shape, len(tokens_BxT)
+    if tensor == 1 or V % tensor or D % fsdp:
+        return table_VxD[tokens_BxT]
+
+    def local(own_VxD: Array, own_BxT: Array) -> Array:
+        row_BxT = own_BxT - jax.lax.axis_index("tensor") * len(own_VxD)
+        here_BxT = (row_BxT >= 0) & (row_BxT < len(own_VxD))
+        found_BxTxD = own_VxD[jnp.where(here_BxT, row_BxT, 0)]
+        return jax.lax.psum(jnp.where(here_BxT[..., None], found_BxTxD, 0), "tensor")
+
+    over_data = None if B % data else "data"
+    return jax.shard_map(
+        local,
+        in_specs=(PartitionSpec("tensor", "fsdp"), PartitionSpec(over_data)),
+        out_specs=PartitionSpec(over_data, None, "fsdp"),
+        axis_names={"data", "fsdp", "tensor"},
+    )(table_VxD, tokens_BxT)
 
 
 def product(
