@@ -84,7 +84,7 @@ def linear(_: Geometry | None, genes: Genes, variant: Variant) -> Float[Array, "
     """
     del variant
     weight = genes["weight"]
-    return weight / jnp.sum(weight) if genes["normalize"] else weight
+    return weight / _sum(weight) if genes["normalize"] else weight
 
 
 def task_arithmetic(_: Geometry | None, genes: Genes, variant: Variant) -> Float[Array, " K"]:
@@ -95,7 +95,7 @@ def task_arithmetic(_: Geometry | None, genes: Genes, variant: Variant) -> Float
     del variant
     weight = genes["weight"]
     if genes["normalize"]:
-        whole = jnp.sum(weight)
+        whole = _sum(weight)
         weight = weight / jnp.where(jnp.abs(whole) < _SMALL_SUM, 1, whole)
     return genes["lambda"] * weight
 
@@ -160,8 +160,8 @@ def multislerp(geometry: Geometry, genes: Genes, variant: Variant) -> Float[Arra
     """
     weight, norms = genes["weight"], geometry.norms
     if genes["normalize_weights"]:
-        weight = weight / jnp.sum(weight)
-    mean_norm = jnp.sum(weight * norms)
+        weight = weight / _sum(weight)
+    mean_norm = _sum(weight * norms)
     if variant == "mergekit":
         least, added = genes["eps"], genes["eps"]
     else:
@@ -199,7 +199,7 @@ def karcher(geometry: Geometry, genes: Genes, variant: Variant) -> Float[Array, 
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         alpha, count, _ = state
-        cosine = jnp.clip(jnp.sum(cosines * alpha, axis=-1), -1 + 1e-6, 1)
+        cosine = jnp.clip(jnp.sum(cosines * alpha[None], axis=-1), -1 + 1e-6, 1)
         angle = jnp.arccos(cosine)
         near = angle < (tol if variant == "mergekit" else 1e-7)
         ratio = jnp.where(near, 1.0, angle / jnp.sin(jnp.where(near, 1.0, angle)))
@@ -234,7 +234,7 @@ def model_stock(geometry: Geometry, genes: Genes, variant: Variant) -> Float[Arr
     K = geometry.norms.shape[-1]
     cosines = geometry.cosines
     if variant == "mergekit":
-        both = geometry.norms[:, None] * geometry.norms
+        both = jnp.outer(geometry.norms, geometry.norms)
         cosines = cosines * both / jnp.maximum(both, 1e-6)
     cosine = jnp.sum(jnp.triu(cosines, 1)) / (K * (K - 1) / 2)
     if variant == "paper":
@@ -262,9 +262,14 @@ def passthrough(_: Geometry | None, genes: Genes, variant: Variant) -> Float[Arr
     return genes["scale"]
 
 
+def _sum(values: Array) -> Array:
+    """In their order, whatever the compiler makes of it."""
+    return functools.reduce(jnp.add, list(values))
+
+
 def _square(alpha: Array, cosines: Array) -> Array:
     """|sum_k alpha_k u_k|^2."""
-    terms = alpha[:, None] * alpha * cosines
+    terms = jnp.outer(alpha, alpha) * cosines
     return functools.reduce(
         jnp.add, [terms[i, j] for i in range(len(alpha)) for j in range(len(alpha))]
     )

@@ -40,7 +40,7 @@ def sce(tensors: Sequence[Array], base: Array, genes: Genes, key: Array, variant
         mean = added(deltas) / len(deltas)
         return added([_squared(each - mean) for each in deltas]) / len(deltas)
 
-    varying = selection.count(variance(stored) != 0)
+    varying, _ = selection.counts([variance(stored) > 0, variance(stored) == 0])
     wanted = selection.share(genes["select_topk"], varying)
     chosen = selection.largest(variance, stored, wanted)(variance(stored))
     chosen = chosen | jnp.broadcast_to(genes["select_topk"] >= 1, shape)
@@ -89,8 +89,8 @@ def ramplus_tl(
     changes, count = _changes(tensors, base, genes)
     factors = []
     for change in changes:
-        shared = selection.count(change & (count > 1)).astype(jnp.float32)
-        own = selection.count(change & (count == 1)).astype(jnp.float32)
+        both = selection.counts([change & (count > 1), change & (count == 1)])
+        shared, own = (each.astype(jnp.float32) for each in both)
         ratio = shared / jnp.maximum(own, genes["epsilon"])
         factors.append(1 + product(genes["r"], jnp.clip(ratio, 0, genes["alpha"])))
     return _unique_and_shared(tensors, base, genes, factors)

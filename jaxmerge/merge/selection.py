@@ -8,7 +8,7 @@ computes the magnitudes anew from what is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,9 +57,14 @@ def places(shape: tuple[int, ...]) -> UInt32[Array, "*S"]:
     return place
 
 
-def count(true: Bool[Array, "*S"]) -> UInt32[Array, ""]:
-    """How many values are true."""
-    return jnp.sum(true, dtype=jnp.uint32)
+def counts(marked: Sequence[Bool[Array, "*S"]]) -> Sequence[UInt32[Array, ""]]:
+    """How many values are true of each, in one pass: two at least, or CPUs copy what they count."""
+    return jax.lax.reduce(
+        tuple(each.astype(jnp.uint32) for each in marked),
+        (np.uint32(0),) * len(marked),
+        lambda one, two: tuple(a + b for a, b in zip(one, two)),
+        tuple(range(marked[0].ndim)),
+    )
 
 
 def largest(magnitude: Magnitude, stored: PyTree, wanted: UInt32[Array, ""]) -> Largest:
@@ -75,9 +80,10 @@ def largest(magnitude: Magnitude, stored: PyTree, wanted: UInt32[Array, ""]) -> 
         return bits(magnitude(stored))
 
     threshold = _greatest(lambda stored, least: key(stored) >= least, stored, wanted, at_least=True)
-    spare = wanted - count(key(stored) > threshold)
+    above, equal = counts([key(stored) > threshold, key(stored) == threshold])
+    spare = wanted - above
     # A threshold of 0 decides about zeros, which count for nothing.
-    settled = (threshold == 0) | (count(key(stored) == threshold) == spare)
+    settled = (threshold == 0) | (equal == spare)
 
     def first() -> Array:
         def tied(stored: Any, end: Array) -> Array:
@@ -133,16 +139,9 @@ def _greatest(
         again, _ = jax.lax.optimization_barrier((stored, step))
         shift = (32 - _STEP - _STEP * step).astype(jnp.uint32)
         tried = [found | (jnp.uint32(i) << shift) for i in range(1, 2**_STEP)]
-        each = tuple(marked(again, integer).astype(jnp.uint32) for integer in tried)
-        # One pass for all counts.
-        counts = jax.lax.reduce(
-            each,
-            (np.uint32(0),) * len(each),
-            lambda one, two: tuple(a + b for a, b in zip(one, two)),
-            tuple(range(each[0].ndim)),
-        )
-        for integer, found_here in zip(tried, counts):
-            holds = found_here >= wanted if at_least else found_here <= wanted
+        numbers = counts([marked(again, integer) for integer in tried])
+        for integer, number in zip(tried, numbers):
+            holds = number >= wanted if at_least else number <= wanted
             found = jnp.where(holds, integer, found)
         return found
 

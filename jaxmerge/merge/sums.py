@@ -7,6 +7,7 @@ that no term reaches. Integers add up alike in any order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -53,9 +54,13 @@ def scaled(values: Float[Array, "*S"], above: Int32[Array, "*T"]) -> Float[Array
 
 def total_below_one(values: Float[Array, "*S"], axes: Sequence[int]) -> Float[Array, "*T"]:
     """`total` of values that are finite and below 1 in magnitude, cut off below 2^-48."""
-    digits = _digits(values)
-    for axis in axes:
-        digits = _carried(_added(digits, axis))
+    digits, left = _digits(values), list(axes)
+    while left:
+        # As many axes in one step as keep the sums in 32 bits.
+        now = [left.pop()]
+        while left and math.prod(values.shape[axis] for axis in (*now, left[-1])) <= _MOST:
+            now.append(left.pop())
+        digits = _carried(_added(digits, now))
     return _rounded(digits)
 
 
@@ -78,26 +83,25 @@ def _digits(values: Array) -> list[Array]:
     return digits
 
 
-def _added(digits: list[Array], axis: int) -> list[Array]:
-    """The sums of each digit along an axis, in as many steps as keep them in 32 bits."""
-    size = digits[0].shape[axis]
-    if size > _MOST:
-        parts = -(-size // _MOST)
-        padding = [(0, 0)] * digits[0].ndim
-        padding[axis] = (0, parts * _MOST - size)
-        shape = list(digits[0].shape)
-        shape[axis : axis + 1] = [parts, _MOST]
-        split = [jnp.pad(digit, padding).reshape(shape) for digit in digits]
-        inner = _carried(_added(split, axis + 1))
-        return _added([jnp.squeeze(digit, axis + 1) for digit in inner], axis)
+def _added(digits: list[Array], axes: Sequence[int]) -> list[Array]:
+    """The sums of each digit along axes; a single long one is cut into parts."""
+    (axis, *others), shape = axes, digits[0].shape
+    if not others and shape[axis] > _MOST:
+        parts = -(-shape[axis] // _MOST)
+        padding = [(0, 0)] * len(shape)
+        padding[axis] = (0, parts * _MOST - shape[axis])
+        cut = (*shape[:axis], parts, _MOST, *shape[axis + 1 :])
+        split = [jnp.pad(digit, padding).reshape(cut) for digit in digits]
+        inner = _carried(_added(split, [axis + 1]))
+        return _added([jnp.squeeze(digit, axis + 1) for digit in inner], axes)
     # All digits in one pass; one sum after the other would write each digit to memory first.
     sums = jax.lax.reduce(
         tuple(digits),
         (np.int32(0),) * len(digits),
         lambda one, two: tuple(a + b for a, b in zip(one, two)),
-        (axis,),
+        tuple(axes),
     )
-    return [jnp.expand_dims(each, axis) for each in sums]
+    return [jnp.expand_dims(each, tuple(axes)) for each in sums]
 
 
 def _carried(digits: list[Array]) -> list[Array]:

@@ -211,7 +211,7 @@ def rank(magnitudes: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return twice.astype(jnp.float32) / (2 * (size - 1))
 
 
-_STATIC = ("sparsifier", "variant", "choices", "elect")
+_STATIC = ("sparsifier", "variant", "choices")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -269,7 +269,7 @@ def _of_checkpoint(numbers: Mapping[str, Array], k: int) -> dict[str, Array]:
     return {name: gene[k] if gene.ndim else gene for name, gene in numbers.items()}
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "elect"))
 def _mix(
     tensors: Sequence[Array],
     base: Array,
