@@ -27,23 +27,20 @@ def sce(tensors: Sequence[Array], base: Array, genes: Genes, key: Array, variant
     largest, m being those where it is not 0, and 0 elsewhere; at 1 all places. c_k is the mean
     square of V_k over the sum of these. e is the sign of sum_k V_k.
     theta = theta_0 + sum_k c_k V_k / sum_k c_k, both sums over the k for which V_k has the sign e.
+    The variances are kept, as one float32 tensor.
 
     paper: where sum_k V_k is 0 the base stays; V that are all 0 leave it too.
     mergekit: a sum of 0 elects +, mean squares that sum to less than 1e-6 give equal c_k, which the
         deltas of most fine-tunes do, and sum_k c_k counts as 1e-6 at least.
     """
     del key
-    stored, shape = (tuple(tensors), base), base.shape
-
-    def variance(stored: tuple[Sequence[Array], Array]) -> Array:
-        deltas = [delta((tensor, stored[1])) for tensor in stored[0]]
-        mean = added(deltas) / len(deltas)
-        return added([_squared(each - mean) for each in deltas]) / len(deltas)
-
-    varying, _ = selection.counts([variance(stored) > 0, variance(stored) == 0])
+    deltas = [delta((tensor, base)) for tensor in tensors]
+    mean = added(deltas) / len(deltas)
+    variance = added([_squared(each - mean) for each in deltas]) / len(deltas)
+    varying, _ = selection.counts([variance > 0, variance == 0])
     wanted = selection.share(genes["select_topk"], varying)
-    chosen = selection.largest(variance, stored, wanted)(variance(stored))
-    chosen = chosen | jnp.broadcast_to(genes["select_topk"] >= 1, shape)
+    chosen = selection.largest(lambda stored: stored, variance, wanted)(variance)
+    chosen = chosen | jnp.broadcast_to(genes["select_topk"] >= 1, base.shape)
     kept = [jnp.where(chosen, delta((tensor, base)), 0) for tensor in tensors]
     squares = jnp.stack(
         [sums.total(_squared(each)).reshape(()) / max(base.size, 1) for each in kept]

@@ -1,8 +1,8 @@
 """Exact selection from a tensor by magnitude: thresholds, and which of equal values are taken.
 
-The bits of a magnitude, read as an integer, are in its order. So a threshold is found four bits at
-a time, by counts of the values above fifteen numbers. Counts of shards add up: the threshold is the
-same on any mesh. Nothing is sorted, and no copy of the tensor is made: each of the eight passes
+The bits of a magnitude, read as an integer, are in its order. So a threshold is found two bits at a
+time, by counts of the values above three numbers. Counts of shards add up: the threshold is the
+same on any mesh. Nothing is sorted, and no copy of the tensor is made: each of the sixteen passes
 computes the magnitudes anew from what is stored.
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 from jaxmerge.trees import PyTree
 
 MOST = 2**32 - 1  # values of a tensor
-_STEP = 4  # bits of a threshold that a pass finds
+_STEP = 2  # bits of a threshold that a pass finds; more would take long to compile
 
 Magnitude = Callable[[Any], Array]  # what is stored of a tensor to float32 values of at least 0
 
@@ -49,9 +49,12 @@ def bits(magnitudes: Float[Array, "*S"]) -> UInt32[Array, "*S"]:
     return jax.lax.bitcast_convert_type(magnitudes, jnp.uint32)
 
 
-def places(shape: tuple[int, ...]) -> UInt32[Array, "*S"]:
-    """The place of each value in the tensor, in C order."""
-    place = jnp.zeros(shape, jnp.uint32)
+def places(shape: tuple[int, ...], first: Array | int = 0) -> UInt32[Array, "*S"]:
+    """The place of each value in the tensor, in C order.
+
+    `first` is 0; of one that the compiler does not know, places are not kept in memory.
+    """
+    place = jnp.full(shape, first, jnp.uint32)
     for axis, size in enumerate(shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     return place
@@ -87,10 +90,11 @@ def largest(magnitude: Magnitude, stored: PyTree, wanted: UInt32[Array, ""]) -> 
 
     def first() -> Array:
         def tied(stored: Any, end: Array) -> Array:
-            found = key(stored)
-            return (found == threshold) & (places(found.shape) < end)
+            tensor, zero = stored
+            found = key(tensor)
+            return (found == threshold) & (places(found.shape, zero) < end)
 
-        return _greatest(tied, stored, spare, at_least=False)
+        return _greatest(tied, (stored, jnp.uint32(0)), spare, at_least=False)
 
     return Largest(threshold, jax.lax.cond(settled, lambda: jnp.uint32(MOST), first))
 
@@ -135,7 +139,7 @@ def _greatest(
     """
 
     def pass_over(step: Array, found: Array) -> Array:
-        # Else the compiler takes the magnitudes out of the loop, and keeps them.
+        # Else the compiler takes magnitudes and places out of the loop, and keeps them.
         again, _ = jax.lax.optimization_barrier((stored, step))
         shift = (32 - _STEP - _STEP * step).astype(jnp.uint32)
         tried = [found | (jnp.uint32(i) << shift) for i in range(1, 2**_STEP)]

