@@ -38,12 +38,15 @@ def start_jax(config: Config) -> None:
         )
 
 
-def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source, ...]:
+def find_checkpoints(
+    config: Config, *, by_tensor: bool = False, with_base: bool = False
+) -> tuple[Source, ...]:
     """The pool's checkpoints, compared with each other; no data are read.
 
     Args:
         config: of the run.
         by_tensor: see `survey.survey`.
+        with_base: the base comes last, as one more.
 
     Raises:
         JaxmergeError: they can't be merged, having other leaves, shapes or vocabularies; or the
@@ -51,7 +54,7 @@ def find_checkpoints(config: Config, *, by_tensor: bool = False) -> tuple[Source
     """
     pool = config.pool
     sources = survey(
-        pool.checkpoints,
+        (*pool.checkpoints, pool.base) if with_base else pool.checkpoints,
         subtree=pool.subtree,
         base=pool.base,
         dtype=pool.dtype,
