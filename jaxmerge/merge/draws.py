@@ -11,7 +11,6 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxmerge.merge.selection import places
@@ -40,13 +39,26 @@ def drawn(
         shape: of the tensor.
     """
     low, high, name = key
-    first, second = threefry2x32_p.bind(low, name, jnp.asarray(checkpoint, jnp.uint32), high)
+    first, second = _threefry(low, name, jnp.asarray(checkpoint, jnp.uint32), high)
     place = places(shape)
-    random, _ = threefry2x32_p.bind(
-        jnp.broadcast_to(first, shape),
-        jnp.broadcast_to(second, shape),
-        place,
-        jnp.zeros_like(place),
-    )
+    random, _ = _threefry(first, second, place, jnp.zeros_like(place))
     # 24 bits are as many as float32 tells apart.
     return (random >> 8).astype(jnp.float32) < probability * 2.0**24
+
+
+_TURNS = (13, 15, 26, 6, 17, 29, 16, 24)  # of Threefry-2x32
+
+
+def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
+    """Written out, so that it is computed value by value; JAX's own writes each round to memory."""
+    keys = key0, key1, key0 ^ key1 ^ np.uint32(0x1BD11BDA)
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for round in range(20):
+        turn = _TURNS[round % 8]
+        x0 = x0 + x1
+        x1 = ((x1 << turn) | (x1 >> (32 - turn))) ^ x0
+        if round % 4 == 3:
+            i = round // 4 + 1
+            x0 = x0 + keys[i % 3]
+            x1 = x1 + keys[(i + 1) % 3] + np.uint32(i)
+    return x0, x1

@@ -137,8 +137,8 @@ METHODS: dict[str, Method] = {
         geometry=True),
     "nearswap": Method(
         "mask", "required", (1, 1), (Gene("t", None, 0.0, 0.01),),
-        "huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", masks.nearswap),
-    "arcee_fusion": Method("mask", "required", (1, 1), (), "arcee.ai", masks.arcee_fusion),
+        "model card of QuartetAnemoi-70B", masks.nearswap),
+    "arcee_fusion": Method("mask", "required", (1, 1), (), "Arcee's blog", masks.arcee_fusion),
     "passthrough": Method(
         "combination", "none", (1, 1), (Gene("scale", 1.0, 0.0, 2.0, per_checkpoint=True),),
         "mergekit", combinations.passthrough),
@@ -164,8 +164,8 @@ def merge_tensor(
 
     Args:
         method: a name in `METHODS`. `slerp` goes from the first tensor (t = 0) to the second.
-        tensors: of the K checkpoints, all of one shape, of floating-point types of up to 32 bits.
-            The base is not among them.
+        tensors: arrays of the K checkpoints, all of one shape, of floating-point types of up to 32
+            bits. The base is not among them.
         base: theta_0, where the method takes one; None: there is none.
         genes: by name; those of a checkpoint are K numbers, or one for all. Those that choose are
             Python's True and False. What is missing has the default of the table.
@@ -185,11 +185,13 @@ def merge_tensor(
     """
     check_choice("merge.method", method, tuple(METHODS))
     check_choice("merge.variant", variant, VARIANTS)
+    check_inputs(method, len(tensors), with_base=base is not None)
+    _check_tensors(name, [*([] if base is None else [base]), *tensors])
+    numbers, choices = complete(method, genes, len(tensors))
     placed = [jnp.asarray(tensor) for tensor in tensors]
     placed_base = None if base is None else jnp.asarray(base)
-    check_inputs(method, len(placed), with_base=base is not None)
-    _check_tensors(name, [*([] if placed_base is None else [placed_base]), *placed])
-    numbers, choices = complete(method, genes, len(placed))
+    if not placed[0].size:
+        return placed[0] if placed_base is None else placed_base
     every = {**numbers, **choices}
     if METHODS[method].kind == "mask":
         key = jnp.asarray(draws.key(seed, name))
@@ -281,8 +283,9 @@ def _said(gene: Gene) -> str:
     return "a number for each checkpoint" if gene.per_checkpoint else "a number"
 
 
-def _check_tensors(name: str, tensors: Sequence[Array]) -> None:
-    shapes = {tensor.shape for tensor in tensors}
+def _check_tensors(name: str, tensors: Sequence[Any]) -> None:
+    """Before they are JAX's, which rounds 64 bits to 32 without a word."""
+    shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise JaxmergeError(
             "tensors of different shapes can't be merged", where=name, found=str(sorted(shapes))

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -206,19 +207,23 @@ def _arrays(genes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_masks_keep_no_copy_of_the_tensor():
-    """Neither the search for thresholds nor the merge, of however many checkpoints."""
-    leaf = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
-    size = 512 * 512
+def test_thresholds_draws_and_sums_keep_no_copy_of_the_tensor():
+    """On CPUs, too."""
+    leaf, size = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16), 512 * 512
+    key = jnp.asarray(draws.key(SEED, NAME))
 
-    def thresholds(tensor: Any, base: Any, wanted: Any) -> Any:
+    def found(tensor: Any, base: Any, chance: Any) -> Any:
         def magnitude(stored: Any) -> Any:
             return jnp.abs(stored[0].astype(jnp.float32) - stored[1].astype(jnp.float32))
 
-        return selection.largest(magnitude, (tensor, base), wanted)
+        drawn = draws.drawn(chance, key, jnp.uint32(1), (512, 512))
+        return (
+            selection.largest(magnitude, (tensor, base), selection.share(chance, size)),
+            sums.total(jnp.where(drawn, magnitude((tensor, base)), 0)),
+        )
 
-    wanted = jax.ShapeDtypeStruct((), jnp.uint32)
-    memory: Any = jax.jit(thresholds).lower(leaf, leaf, wanted).compile().memory_analysis()
+    chance = jax.ShapeDtypeStruct((), jnp.float32)
+    memory: Any = jax.jit(found).lower(leaf, leaf, chance).compile().memory_analysis()
     assert memory.temp_size_in_bytes < size  # bytes: half of the tensor's own
 
 
@@ -315,6 +320,17 @@ def test_unchanged_tensors_stay(case):
     np.testing.assert_array_equal(merge(case, [kept] * len(tensors), base), kept)
 
 
+@pytest.mark.parametrize("case", ["ties", "della", "slerp", "arcee_fusion"])
+def test_a_number_and_nothing_at_all(case):
+    """Tensors of no dimension, and without values."""
+    tensors, base = make_tensors(case)
+    for cut in (lambda x: x[0, 0], lambda x: x[:0]):
+        few = [cut(x) for x in tensors]
+        found = merge(case, few, None if base is None else cut(base))
+        assert found.shape == few[0].shape
+        assert np.isfinite(found).all()
+
+
 def test_checkpoints_that_pull_apart_give_the_base():
     """By Model Stock; and TIES elects no sign where deltas cancel."""
     _, base = make_tensors("model_stock")
@@ -354,7 +370,8 @@ def test_what_can_not_be_is_refused(call, message):
 
 
 def test_tensors_that_can_not_be_merged_are_refused():
-    for tensors in ([jnp.zeros(3), jnp.zeros(4)], [jnp.zeros(3, jnp.int32)] * 2):
+    unlike, integers, wide = [np.zeros(3), np.zeros(4)], [np.zeros(3, int)] * 2, [np.zeros(3)] * 2
+    for tensors in (unlike, integers, wide):
         with pytest.raises(JaxmergeError, match=r"model\.norm"):
             merge_tensor("linear", tensors, None, {"weight": 1}, name="model.norm")
 
@@ -369,3 +386,28 @@ def test_the_table():
             if gene.default is not None:
                 assert gene.low <= gene.default <= gene.high, (name, gene.name)
         assert row.rule.__doc__
+
+
+def test_the_guide_has_the_table():
+    """docs/merging.md; where it fails, these are the rows."""
+    text = (Path(__file__).parents[2] / "docs" / "merging.md").read_text()
+    for name, row in METHODS.items():
+        assert in_words(name, row) in text, in_words(name, row)
+
+
+def in_words(name: str, row: methods.Method) -> str:
+    """A row of the guide: checkpoints, base, genes with their defaults, source."""
+    least, most = row.inputs
+    count = str(least) if most == least else f"{least} or more"
+    base = {"none": "", "optional": "if there is one", "required": "yes"}[row.base]
+    genes = [
+        gene.name
+        if gene.default is None
+        else f"{gene.name} {gene.default:g}"
+        if not isinstance(gene.default, bool)
+        else f"{gene.name} {gene.default}"
+        for gene in row.genes
+        if gene.name != "weight"
+    ]
+    weights = "yes" if any(gene.name == "weight" for gene in row.genes) else ""
+    return f"| `{name}` | {count} | {base} | {weights} | {', '.join(genes)} | {row.paper} |"
