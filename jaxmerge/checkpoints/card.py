@@ -19,8 +19,7 @@ tags:
 
 # {title}
 
-A linear combination of {count} checkpoints, made with jaxmerge: every parameter is
-theta = sum_k alpha_k theta_k.
+{made}
 
 ## Weights
 
@@ -28,6 +27,9 @@ theta = sum_k alpha_k theta_k.
 |---|---|---|---|
 {weights}
 """
+
+_LINEAR = """A linear combination of {count} checkpoints, made with jaxmerge: every parameter is
+theta = sum_k alpha_k theta_k."""
 
 _GROUPS = """
 Each of {count} groups of leaves has weights of its own; these are their means.
@@ -69,11 +71,32 @@ def of_weights(records: Sequence[Mapping[str, Any]], weights: Sequence[float], c
         weights: alpha_k, in the same order.
         command: what made it; "" where it was made from Python.
     """
+    said = [f"{weight:.6g}" for weight in weights]
+    return _of(records, said, _LINEAR.format(count=len(records)), command)
+
+
+def of_method(
+    records: Sequence[Mapping[str, Any]], said: Sequence[str], method: str, command: str
+) -> str:
+    """The card of a merge by another method.
+
+    Args:
+        records: of the checkpoints, and of the base where there is one, as in pool.json.
+        said: what stands for the weight of each.
+        method: its name and its numbers.
+        command: see `of_weights`.
+    """
+    return _of(
+        records, said, f"A merge of {len(records)} checkpoints with jaxmerge, {method}.", command
+    )
+
+
+def _of(records: Sequence[Mapping[str, Any]], said: Sequence[str], made: str, command: str) -> str:
     rows = [
-        f"| {record['name']} | {weight:.6g} | {_source(record)} | {record['fingerprint']} |"
-        for record, weight in zip(records, weights)
+        f"| {record['name']} | {weight} | {_source(record)} | {record['fingerprint']} |"
+        for record, weight in zip(records, said)
     ]
-    top = _TOP.format(title="A merged model", count=len(records), weights="\n".join(rows))
+    top = _TOP.format(title="A merged model", made=made, weights="\n".join(rows))
     return top + (_COMMAND.format(command=command) if command else "")
 
 
