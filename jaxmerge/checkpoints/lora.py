@@ -59,6 +59,14 @@ class Adapter(NamedTuple):
     changes: Mapping[str, Change]  # by the base's tensor
 
 
+class Laid(NamedTuple):
+    """A base with an adapter added, tensor by tensor."""
+
+    tensors: frozenset[str]
+    values: Values
+    files: Mapping[str, Tensor]  # where base and adapter lie
+
+
 def recognises(path: epath.Path) -> bool:
     """Whether there is an adapter here, be it one that is refused."""
     return path.is_dir() and (path / CONFIG).exists()
@@ -106,6 +114,23 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     """
     adapter = _read(epath.Path(source.path), source.base)
     return restore_leaves(abstract, adapter.base.layout, _Reader(adapter), keep)
+
+
+def laid(path: epath.Path, base: str) -> Laid:
+    """The model that an adapter makes of its base, by the tensors of the base.
+
+    Args:
+        path: the adapter's directory.
+        base: directory of the base.
+
+    Raises:
+        JaxmergeError: see `describe`.
+    """
+    adapter = _read(path, base)
+    changes = read_header(path / WEIGHTS)
+    files = {f"adapter {name}": tensor for name, tensor in changes.items()}
+    names = frozenset(adapter.base.layout.tensors)
+    return Laid(names, _Reader(adapter), {**adapter.base.tensors, **files})
 
 
 class _Reader:
