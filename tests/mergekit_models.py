@@ -1,7 +1,7 @@
 """Random tiny models and the YAML of merges of them, as people publish it.
 
-`tools/mergekit_yaml.py` has mergekit make these merges, and keeps what it made; the suite makes them
-with jaxmerge from the same inputs, which come from a seed. Nothing here needs PyTorch.
+`tools/mergekit_yaml.py` has mergekit make these merges, and keeps what it made; the suite makes
+them with jaxmerge from the same inputs, which come from a seed. Nothing here needs PyTorch.
 """
 
 import json
@@ -83,7 +83,9 @@ def _model(path: Path, name: str) -> None:
     base = {each: _values(f"{kind.model_type} base {each}", shape) for each, shape in _shapes(kind)}
     own = base
     if not name.endswith("base"):
-        own = {each: base[each] + 0.3 * _values(f"{name} {each}", base[each].shape) for each in base}
+        own = {
+            each: base[each] + 0.3 * _values(f"{name} {each}", base[each].shape) for each in base
+        }
     for each, head in (("model.embed_tokens.weight", False), ("lm_head.weight", True)):
         if not (head and kind.tied):
             own[each] = _values(f"{name} {each}", (64, WIDTH))[:rows]

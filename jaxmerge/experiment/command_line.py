@@ -106,6 +106,16 @@ def merge(config: Config, workdir: str, command: str, out: str = "") -> None:
         print(f"Merged: {path}")
 
 
+def merge_yaml(config: Config, path: str, workdir: str, command: str, out: str) -> None:
+    """The merge that mergekit's YAML describes, and where it was written."""
+    from jaxmerge.experiment import mergekit as mode
+
+    jax.config.update("jax_platforms", "cpu")  # values come from files and go to files
+    for warning in mode.merge(config, path, workdir, command, out):
+        print(f"jaxmerge: {warning}", file=sys.stderr)
+    print(f"Merged: {out}")
+
+
 def _connect() -> None:
     given = flags.FLAGS
     processes.connect(given.coordinator, given.processes, given.process)

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -20,8 +21,8 @@ from jaxmerge.experiment.sources import start_jax
 from jaxmerge.mergekit import document as documents
 from jaxmerge.mergekit.document import Document
 from jaxmerge.mergekit.finish import finish
-from jaxmerge.mergekit.models import config_differences, find
-from jaxmerge.mergekit.plan import plan
+from jaxmerge.mergekit.models import Member, config_differences, find
+from jaxmerge.mergekit.plan import Plan, plan
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming import recipes
 from jaxmerge.streaming.recipes import Output
@@ -52,20 +53,47 @@ def merge(config: Config, path: str, workdir: str, command: str, out: str) -> li
     start_jax(config)
     text = Path(path).read_text(encoding="utf-8")
     if Path(out).exists() and not (Path(workdir) / "config.json").exists():
-        raise JaxmergeError("there is something here already", where=out, expected="a new directory")
+        raise JaxmergeError(
+            "there is something here already", where=out, expected="a new directory"
+        )
+    names = {each.name for each in found if len(found) > 1}
+    ready = {  # before anything is written: most mistakes are found now
+        each.name: _prepared(each, {})
+        for each in found
+        if not names & {reference.path for reference in each.references()}
+    }
     made: dict[str, Path] = {}
     warnings: list[str] = []
     identity = {"mode": "mergekit", "yaml": text, **configs.plain(config)}
     with closing(RunDirectory(workdir, identity)) as directory:
         for each in found:
+            prepared = ready.get(each.name) or _prepared(each, made)
+            warnings += prepared.warnings
             if each is documents.result(found):
-                warnings += _merge(config, each, made, text, directory, Path(out), command)
+                _merge(config, prepared, text, directory, Path(out), command)
                 continue
             made[each.name] = directory.path / each.name / "merged"
             inner = RunDirectory(directory.path / each.name, {**identity, "document": each.name})
             with closing(inner):
-                warnings += _merge(config, each, made, text, inner, made[each.name], command)
+                _merge(config, prepared, text, inner, made[each.name], command)
     return warnings
+
+
+class _Prepared(NamedTuple):
+    """A merge of which all is known but the values."""
+
+    document: Document
+    members: tuple[Member, ...]
+    plan: Plan
+    warnings: tuple[str, ...]
+
+
+def _prepared(document: Document, made: Mapping[str, Path]) -> _Prepared:
+    members = find(document, made)
+    planned = plan(document, members)
+    unlike = [each for each in members.values() if each is not planned.first]
+    warnings = (*planned.warnings, *config_differences(planned.first, unlike))
+    return _Prepared(document, tuple(members.values()), planned, warnings)
 
 
 def _check(config: Config) -> None:
@@ -82,25 +110,18 @@ def _check(config: Config) -> None:
 
 def _merge(
     config: Config,
-    document: Document,
-    made: Mapping[str, Path],
+    prepared: _Prepared,
     text: str,
     directory: RunDirectory,
     out: Path,
     command: str,
-) -> list[str]:
+) -> None:
     """Makes one merge."""
-    others = {name: path for name, path in made.items() if name != document.name}
-    members = find(document, others)
-    planned = plan(document, members)
-    unlike = [each for each in members.values() if each is not planned.first]
-    warnings = [*planned.warnings, *config_differences(planned.first, unlike)]
+    document, members, planned, warnings = prepared
     output = Output(
         path=out,
         like=str(planned.first.directory),
-        rest=functools.partial(
-            finish, document=document, plan=planned, members=[*members.values()], text=text
-        ),
+        rest=functools.partial(finish, document=document, plan=planned, members=members, text=text),
         card=functools.partial(_card, document, text, warnings, command),
     )
     total = recipes.bytes_read(planned.recipes, planned.models)
@@ -115,7 +136,6 @@ def _merge(
             progress=bar.update,
         )
     record_pool(directory, records)
-    return warnings
 
 
 def _card(

@@ -1,1 +1,1 @@
-"""mergekit's YAML, of merges and of its search: read, evaluated, and made into a plan or a config."""
+"""The YAML of mergekit and of mergekit-evolve, made into a plan for a merge, or into a config."""

@@ -253,17 +253,19 @@ def _input(node: Node, keys: tuple[str, ...]) -> Input:
                 found=entries["layer_range"].shown(),
             )
         layers = (ends[0].whole(), ends[1].whole())
-    return Input(
-        _reference(entries["model"]), layers, parameters(entries.get("parameters")), node
-    )
+    return Input(reference(entries["model"]), layers, parameters(entries.get("parameters")), node)
 
 
 def _optional(entries: Mapping[str, Node], key: str) -> Reference | None:
-    return _reference(entries[key]) if key in entries and entries[key].value is not None else None
+    return reference(entries[key]) if key in entries and entries[key].value is not None else None
 
 
-def _reference(node: Node) -> Reference:
-    """`path[@revision][+lora[@revision]]`, or the same as a mapping."""
+def reference(node: Node) -> Reference:
+    """`path[@revision][+lora[@revision]]`, or the same as a mapping.
+
+    Raises:
+        JaxmergeError: it is neither.
+    """
     if isinstance(node.value, dict):
         entries = node.mapping(("model", "lora"))
         if "model" not in entries:
@@ -307,7 +309,7 @@ def _tokenizer(given: Mapping[str, Node]) -> Tokenizer | None:
 
 
 def _source(node: Node) -> str | Reference:
-    return node.value if node.value in ("union", "base") else _reference(node)
+    return node.value if node.value in ("union", "base") else reference(node)
 
 
 def _token(node: Node) -> Token:
@@ -319,7 +321,7 @@ def _token(node: Node) -> Token:
             raise node.error("force needs a source, whose row all models take")
         return Token("", None, "", False, node)
     if not isinstance(source.value, dict) or "kind" not in source.value:
-        return Token("model", _reference(source), "", force, node)
+        return Token("model", reference(source), "", force, node)
     inner = source.mapping(("kind", "model", "token", "token_id"))
     kind = inner["kind"].choice(("zero", "model_token"))
     if kind == "zero":
@@ -327,7 +329,7 @@ def _token(node: Node) -> Token:
     if "model" not in inner or ("token" in inner) == ("token_id" in inner):
         raise source.error("needs a model and one of token and token_id", found=source.shown())
     token = inner["token"].text() if "token" in inner else inner["token_id"].whole()
-    return Token(kind, _reference(inner["model"]), token, force, node)
+    return Token(kind, reference(inner["model"]), token, force, node)
 
 
 def _template(node: Node | None) -> str:

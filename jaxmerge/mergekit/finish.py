@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmerge.errors import JaxmergeError
 from jaxmerge.mergekit import templates
 from jaxmerge.mergekit.document import Document
-from jaxmerge.mergekit.models import Member
+from jaxmerge.mergekit.models import Member, read_json
 from jaxmerge.mergekit.plan import Plan
 from jaxmerge.mergekit.vocabulary import FILE, Vocabulary
 
@@ -24,14 +23,13 @@ _OF_OLD = re.compile(
     r"(tokenizer|spiece)\.model|vocab\.(json|txt)|merges\.txt|added_tokens\.json|tokenizer\.json"
 )
 _ALL = re.compile(
-    _OF_OLD.pattern + r"|tokenizer_config\.json|special_tokens_map\.json|chat_template\.(jinja|json)"
+    _OF_OLD.pattern
+    + r"|tokenizer_config\.json|special_tokens_map\.json|chat_template\.(jinja|json)"
 )
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def finish(
-    new: Path, document: Document, plan: Plan, members: Sequence[Member], text: str
-) -> None:
+def finish(new: Path, document: Document, plan: Plan, members: Sequence[Member], text: str) -> None:
     """Makes config, tokenizer and chat template those of the merge, and adds the YAML.
 
     Args:
@@ -53,8 +51,9 @@ def finish(
 
 
 def _config(path: Path, plan: Plan) -> None:
-    config = _json(path)
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    config = read_json(path)
+    nested = config.get("text_config")
+    inner: dict[str, Any] = nested if isinstance(nested, dict) else config
     changed = False
     own = plan.first.layers()
     if len(own) == 1 and len(plan.stacked) == 1:
@@ -100,7 +99,7 @@ def _tokenizer(new: Path, vocabulary: Vocabulary) -> None:
     text = json.dumps(vocabulary.content, ensure_ascii=False)
     (new / FILE).write_text(text, encoding="utf-8")
     settings = new / _SETTINGS
-    said = _json(settings) if settings.exists() else {}
+    said = read_json(settings) if settings.exists() else {}
     known = said.get("added_tokens_decoder")  # of versions before 5, which read both
     if isinstance(known, dict):
         said["added_tokens_decoder"] = {
@@ -123,7 +122,7 @@ def _template(new: Path, document: Document, members: Sequence[Member]) -> None:
         text = templates.BY_NAME.get(chosen, chosen)
     (new / _TEMPLATE).write_text(text, encoding="utf-8")
     settings = new / _SETTINGS
-    said = _json(settings) if settings.exists() else {}
+    said = read_json(settings) if settings.exists() else {}
     if said.pop("chat_template", None) is not None:
         settings.write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -138,15 +137,8 @@ def template_of(directory: Path) -> str:
         return (directory / _TEMPLATE).read_text(encoding="utf-8")
     if not (directory / _SETTINGS).exists():
         return ""
-    found = _json(directory / _SETTINGS).get("chat_template") or ""
+    found = read_json(directory / _SETTINGS).get("chat_template") or ""
     if isinstance(found, list):  # several, by name
         named: Mapping[str, str] = {each["name"]: each["template"] for each in found}
         return named.get("default", "")
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JaxmergeError("the file can't be read", where=str(path), found=str(error)) from error

@@ -34,9 +34,7 @@ def method_of(document: Document) -> Method:
     return METHODS[document.method.choice(tuple(METHODS))]
 
 
-def roles(
-    document: Document, inputs: Sequence[Input], base: Reference | None, node: Node
-) -> Roles:
+def roles(document: Document, inputs: Sequence[Input], base: Reference | None, node: Node) -> Roles:
     """Which model is the base, and which are merged, in the order that the method takes.
 
     Raises:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -152,17 +153,17 @@ def config_differences(first: Member, others: list[Member]) -> list[str]:
 
 
 def _member(reference: Reference, made: Mapping[str, Path]) -> Member:
-    path = _found(reference.path, reference.revision, made)
+    path = locate(reference.path, reference.revision, made)
     if (path / lora.CONFIG).exists():
         raise JaxmergeError(
             "this is an adapter, not a model", where=str(path), expected="BASE+ADAPTER in the YAML"
         )
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json")
     checkpoint = directory.read(epath.Path(path), by_tensor=True)
     function = checkpoint.architecture
     abstract = named_leaves(directory.abstract(checkpoint))
     if reference.lora:
-        adapter = _found(reference.lora, reference.lora_revision, made)
+        adapter = locate(reference.lora, reference.lora_revision, made)
         laid = lora.laid(epath.Path(adapter), str(path))
         tensors = {name: abstract[name] for name in laid.tensors}
         return Member(str(reference), path, config, function, tensors, laid.values, laid.files)
@@ -170,8 +171,17 @@ def _member(reference: Reference, made: Mapping[str, Path]) -> Member:
     return Member(str(reference), path, config, function, abstract, values, checkpoint.tensors)
 
 
-def _found(path: str, revision: str, made: Mapping[str, Path]) -> Path:
-    """The directory of a model: of this machine, of another document, or of the hub's cache."""
+def locate(path: str, revision: str = "", made: Mapping[str, Path] = MappingProxyType({})) -> Path:
+    """The directory of a model: of this machine, of another document, or of the hub's cache.
+
+    Args:
+        path: a directory, the name of another document, or an id on the hub.
+        revision: of the last; "": the main one.
+        made: see `find`.
+
+    Raises:
+        JaxmergeError: there is none; nothing is downloaded.
+    """
     if path in made:
         return made[path]
     here = Path(path).expanduser()
@@ -194,11 +204,16 @@ def _found(path: str, revision: str, made: Mapping[str, Path]) -> Path:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model.
+
+    Raises:
+        JaxmergeError: it can't be read, or is no JSON object.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise JaxmergeError("the config can't be read", where=str(path), found=str(error)) from error
+        raise JaxmergeError("the file can't be read", where=str(path), found=str(error)) from error
     if not isinstance(found, dict):
-        raise JaxmergeError("the config is no JSON object", where=str(path))
+        raise JaxmergeError("this is no JSON object", where=str(path))
     return found

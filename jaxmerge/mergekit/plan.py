@@ -130,9 +130,7 @@ class _Maker:
             at: where in the slice.
         """
         document, members = self._document, self._members
-        found = [
-            members[each.model].tensor(of_model) for each, of_model in zip(part.inputs, names)
-        ]
+        found = [members[each.model].tensor(of_model) for each, of_model in zip(part.inputs, names)]
         for each, of_model in zip(part.inputs, found):
             if of_model not in members[each.model].tensors:
                 raise each.node.error(f"{each.model} has no tensor {of_model}")
@@ -140,9 +138,7 @@ class _Maker:
         numbers = genes(document, part.roles, part.inputs, common, names, name, at)
         vocabular = bool(self._words and (EMBEDDING.search(name) or HEAD.search(name)))
         if vocabular:
-            reads = [
-                Read(k, self._rows(members[ref], name)) for k, ref in enumerate(self._order)
-            ]
+            reads = [Read(k, self._rows(members[ref], name)) for k, ref in enumerate(self._order)]
             at_read = [self._order.index(each.model) for each in part.inputs]
         else:
             reads = [
@@ -286,13 +282,13 @@ def _claimed(module: Module, document: Document, first: Member) -> list[str]:
     """The tensors of a module: of all modules where it has no name."""
     names = list(first.tensors)
     prefixes = list(first.layers())
-    if any(each.layers for part in module.slices for each in part.inputs) and len(prefixes) != 1:
-        if not module.name:
-            raise module.node.error(
-                "slices with layers are for models of one stack of layers",
-                expected="models:, or modules: with slices in each",
-                found=", ".join(prefixes),
-            )
+    sliced = any(each.layers for part in module.slices for each in part.inputs)
+    if sliced and len(prefixes) != 1 and not module.name:
+        raise module.node.error(
+            "slices with layers are for models of one stack of layers",
+            expected="models:, or modules: with slices in each",
+            found=", ".join(prefixes),
+        )
     if not module.name or (module.name == "default" and len(prefixes) == 1):
         return names
     others = [each.name for each in document.modules if each is not module]
@@ -325,7 +321,8 @@ def _check_covered(
     ]
     if missing:
         raise document.node.error(
-            "no module has these tensors", found=", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+            "no module has these tensors",
+            found=", ".join(missing[:5]) + ", ..." * (len(missing) > 5),
         )
 
 

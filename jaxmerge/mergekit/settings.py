@@ -1,8 +1,8 @@
 """The settings of mergekit's YAML: which value a parameter has for a tensor.
 
-A setting is a number, a list of numbers (a gradient along the layers), or a list of conditions, each
-for the tensors whose name has a certain text in it. Levels come one after the other: the model in
-its slice, the slice, the module, the document; a level at which no condition holds is passed over.
+A setting is a number, a list of numbers (a gradient along the layers), or a list of conditions,
+each for the tensors whose name has a certain text in it. Levels come one after the other: the model
+in its slice, the slice, the module, the document; one at which no condition holds is passed over.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The chat templates that `chat_template` can name, in the forms that their models were trained on."""
+"""The chat templates that `chat_template` can name, in the forms that models were trained on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALPACA = (
     "{% else %}{{ '### Response:\\n' + message['content'] + '\\n\\n' }}{% endif %}"
     "{% endfor %}" + _ASSISTANT + "{{ '### Response:\\n' }}{% endif %}"
 )
-# EXAONE 3: a system's message is always there, and the turns of the system and of the assistant end.
+# EXAONE 3: a system's message is always there; turns of the system and of the assistant end.
 EXAONE = (
     "{% if messages[0]['role'] != 'system' %}{{ '[|system|][|endofturn|]\\n' }}{% endif %}"
     "{% for message in messages %}{{ '[|' + message['role'] + '|]' + message['content'] }}"
