@@ -23,7 +23,7 @@ from etils import epath
 from jaxmerge.checkpoints import adapter_config, directory
 from jaxmerge.checkpoints.adapter_config import CONFIG, AdapterConfig
 from jaxmerge.checkpoints.directory import read_values
-from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
+from jaxmerge.checkpoints.leaves import Keep, Values, as_read, restore_leaves
 from jaxmerge.checkpoints.safetensors import Tensor, read_header
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxmerge.checkpoints import huggingface
 from jaxmerge.mergekit.document import Reference, reference
-from jaxmerge.mergekit.models import EMBEDDING, locate, place, read_json
+from jaxmerge.mergekit.models import is_embedding, locate, place, read_json
 from jaxmerge.mergekit.nodes import Node, documents
 
 METHODS = ("linear",)  # that a search takes
@@ -168,7 +168,7 @@ def _patterns(directory: Path, filters: Sequence[str], size: int, node: Node) ->
     for leaf, parts in layout.leaves.items():
         for part in parts:
             spot = place(part.tensor)
-            layer = spot.layer if spot else (0 if EMBEDDING.search(part.tensor) else last)
+            layer = spot.layer if spot else (0 if is_embedding(part.tensor) else last)
             chosen = next(
                 (i for i, each in enumerate(filters) if each in part.tensor), len(filters)
             )

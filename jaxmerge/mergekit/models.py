@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
+from jaxmerge import textfiles
 from jaxmerge.checkpoints import directory, lora
 from jaxmerge.checkpoints.leaves import Values
 from jaxmerge.checkpoints.safetensors import Tensor
@@ -20,11 +20,11 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.mergekit.document import Document, Reference
 from jaxmerge.trees import named_leaves
 
-EMBEDDING = re.compile(
+_EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embed_tokens_per_layer)"
     r"\.weight$"
 )
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 # A layer is the first number among the parts of a name.
 _LAYER = re.compile(r"(?P<module>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)")
@@ -65,9 +65,9 @@ class Member(NamedTuple):
 
     def tensor(self, name: str) -> str:
         """The tensor of this name; of a model whose output embeddings are its input ones, those."""
-        if name in self.tensors or not HEAD.search(name) or not self.tied:
+        if name in self.tensors or not is_head(name) or not self.tied:
             return name
-        return next((each for each in self.tensors if EMBEDDING.search(each)), name)
+        return next((each for each in self.tensors if is_embedding(each)), name)
 
     @property
     def tied(self) -> bool:
@@ -89,6 +89,16 @@ def place(name: str) -> Place | None:
     """Where a tensor is, by its name; None: in no layer."""
     match = _LAYER.fullmatch(name)
     return Place(match["module"], int(match["layer"]), match["rest"]) if match else None
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is the input embeddings, by its name."""
+    return place(name) is None and bool(_EMBEDDING.search(name))
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the output embeddings, by its name."""
+    return place(name) is None and bool(_HEAD.search(name))
 
 
 def find(document: Document, made: Mapping[str, Path]) -> dict[Reference, Member]:
@@ -210,10 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         JaxmergeError: it can't be read, or is no JSON object.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JaxmergeError("the file can't be read", where=str(path), found=str(error)) from error
+    found = textfiles.read_json(path)
     if not isinstance(found, dict):
         raise JaxmergeError("this is no JSON object", where=str(path))
     return found

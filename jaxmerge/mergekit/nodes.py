@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from jaxmerge import textfiles
 from jaxmerge.errors import JaxmergeError
 
 
@@ -150,10 +150,7 @@ def documents(path: str) -> list[Node]:
     Raises:
         JaxmergeError: the file can't be read, is no YAML or is empty; or a mapping has a key twice.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JaxmergeError("the file can't be read", where=path, found=str(error)) from error
+    text = textfiles.read_text(path)
     found: list[Node] = []
     try:
         loader = yaml.SafeLoader(text)

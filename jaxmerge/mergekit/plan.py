@@ -17,7 +17,7 @@ import numpy as np
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.mergekit.document import Document, Input, Module, Reference, Slice
 from jaxmerge.mergekit.genes import Roles, check_parameters, genes, method_of, roles
-from jaxmerge.mergekit.models import EMBEDDING, HEAD, Member, Place, place
+from jaxmerge.mergekit.models import Member, Place, is_embedding, is_head, place
 from jaxmerge.mergekit.vocabulary import Vocabulary, vocabulary
 from jaxmerge.streaming.recipes import Model, Read, Recipe
 
@@ -84,7 +84,7 @@ def plan(document: Document, members: Mapping[Reference, Member]) -> Plan:
         loose = [name for name in names if place(name) is None]
         ends = _ends(module, document)
         for name in loose:
-            before = bool(EMBEDDING.search(name)) or "embed" in name
+            before = is_embedding(name) or "embed" in name
             part = ends[0 if before else -1]
             recipes[name] = maker.recipe(part, name, [name] * len(part.inputs), 0.0)
     _check_covered(first, document, recipes, stacked)
@@ -136,7 +136,7 @@ class _Maker:
                 raise each.node.error(f"{each.model} has no tensor {of_model}")
         common = [part.slice.parameters, part.module.parameters, document.parameters]
         numbers = genes(document, part.roles, part.inputs, common, names, name, at)
-        vocabular = bool(self._words and (EMBEDDING.search(name) or HEAD.search(name)))
+        vocabular = bool(self._words and (is_embedding(name) or is_head(name)))
         if vocabular:
             reads = [Read(k, self._rows(members[ref], name)) for k, ref in enumerate(self._order)]
             at_read = [self._order.index(each.model) for each in part.inputs]
@@ -177,7 +177,7 @@ class _Maker:
         shapes = [leaf.shape for leaf in leaves]
         if len({*shapes}) == 1:
             return
-        rows = EMBEDDING.search(names[0]) or HEAD.search(names[0])
+        rows = is_embedding(names[0]) or is_head(names[0])
         found = (f"{each.model} {list(shape)}" for each, shape in zip(part.inputs, shapes))
         raise part.slice.node.error(
             f"tensor {names[0]} has different shapes",
@@ -331,7 +331,7 @@ def _check_same_tensors(document: Document, members: Mapping[Reference, Member])
 
     def kinds(member: Member) -> set[str]:
         found = {spot.at(0) if (spot := place(name)) else name for name in member.tensors}
-        return {name for name in found if not HEAD.search(name)}
+        return {name for name in found if not is_head(name)}
 
     base = document.base_model or document.modules[0].slices[0].inputs[0].model
     first = members[base]
@@ -342,7 +342,7 @@ def _check_same_tensors(document: Document, members: Mapping[Reference, Member])
                 f"{member.name} does not have the same tensors as {first.name}",
                 found=", ".join(differs[:5]) + ", ..." * (len(differs) > 5),
             )
-        heads = [name for name in member.tensors if HEAD.search(name)]
+        heads = [name for name in member.tensors if is_head(name)]
         if any(name not in first.tensors for name in heads):
             raise document.node.error(
                 f"{member.name} has output embeddings of its own, and {first.name}, whose config "
@@ -359,7 +359,7 @@ def _vocabulary(
         return None
     rows = []
     for member in members.values():
-        named = [name for name in member.tensors if EMBEDDING.search(name)]
+        named = [name for name in member.tensors if is_embedding(name)]
         if len(named) != 1:
             raise document.tokenizer.node.error(
                 "the input embeddings can't be told by their name",

@@ -9,13 +9,13 @@ the vocabulary are the mean of all rows.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmerge import textfiles
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.mergekit.document import Reference, Token, Tokenizer
 from jaxmerge.mergekit.models import Member
@@ -150,27 +150,33 @@ def vocabulary(
 
 def _read(directory: Path) -> Words:
     path = directory / FILE
+    if not path.exists():
+        raise _unreadable(path, "no such file")
+    content = textfiles.read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         model = content["model"]["vocab"]
         if isinstance(model, list):  # Unigram: pieces with their scores
             model = {piece: index for index, (piece, _) in enumerate(model)}
         added = {each["content"]: each for each in content.get("added_tokens") or []}
         ids = {**model, **{token: each["id"] for token, each in added.items()}}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise JaxmergeError(
-            "the tokenizer can't be read",
-            where=str(path),
-            expected="a tokenizer.json; transformers makes one: AutoTokenizer"
-            ".from_pretrained(DIR).save_pretrained(DIR)",
-            found=f"{type(error).__name__}: {error}",
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
     settings = {
         token: {key: bool(each.get(key, False)) for key in _SETTINGS}
         for token, each in added.items()
     }
     in_order = dict(sorted(ids.items(), key=lambda item: item[1]))
     return Words(in_order, settings, content, directory)
+
+
+def _unreadable(path: Path, found: str) -> JaxmergeError:
+    return JaxmergeError(
+        "the tokenizer can't be read",
+        where=str(path),
+        expected="a tokenizer.json; transformers makes one: AutoTokenizer"
+        ".from_pretrained(DIR).save_pretrained(DIR)",
+        found=found,
+    )
 
 
 def _new_tokens(first: Words, words: Sequence[Words]) -> dict[str, Mapping[str, Any]]:

@@ -134,7 +134,12 @@ def write(
     tensors = {
         name: jax.ShapeDtypeStruct(recipe.shape, recipe.written) for name, recipe in recipes.items()
     }
-    files = huggingface.split(tensors, shard_bytes)
+    stored = {
+        name: models[recipe.reads[0].model].files[recipe.reads[0].tensor].dtype
+        for name, recipe in recipes.items()
+    }
+    wide = {name: dtype for name, dtype in stored.items() if dtype.itemsize == 8}
+    files = huggingface.split(tensors, shard_bytes, wide)
     finished = Finished(run, [model.files for model in models], [output.path])
     if output.path.exists():
         finished.check_inputs(output.path)
