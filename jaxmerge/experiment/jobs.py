@@ -168,7 +168,7 @@ def _yaml(config: Config) -> str:
 
 
 def _merge_yaml(config: Config, path: str, out: str, command: str) -> None:
-    for name in ("weights", "format"):
+    for name in ("weights", "format", "method", "gene"):
         if flags.FLAGS[name].present:
             raise JaxmergeError(
                 "the YAML says how to merge, and the result is a Hugging Face directory",
