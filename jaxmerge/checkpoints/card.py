@@ -31,6 +31,32 @@ tags:
 _LINEAR = """A linear combination of {count} checkpoints, made with jaxmerge: every parameter is
 theta = sum_k alpha_k theta_k."""
 
+_TOP_OF_YAML = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- merge
+- mergekit
+- jaxmerge
+---
+
+# A merged model
+
+A merge of {count} checkpoints by {methods}, made with jaxmerge from a YAML in the form of mergekit.
+
+## Checkpoints
+
+| checkpoint | source | fingerprint of what was read |
+|---|---|---|
+{rows}
+
+## Configuration
+
+{fence}yaml
+{text}
+{fence}
+"""
+
 _GROUPS = """
 Each of {count} groups of leaves has weights of its own; these are their means.
 """
@@ -98,6 +124,40 @@ def _of(records: Sequence[Mapping[str, Any]], said: Sequence[str], made: str, co
     ]
     top = _TOP.format(title="A merged model", made=made, weights="\n".join(rows))
     return top + (_COMMAND.format(command=command) if command else "")
+
+
+def of_yaml(
+    records: Sequence[Mapping[str, Any]],
+    methods: Sequence[str],
+    text: str,
+    warnings: Sequence[str],
+    command: str,
+) -> str:
+    """The card of a merge that mergekit's YAML asks for.
+
+    Args:
+        records: of the checkpoints, as in pool.json.
+        methods: of the merge, by name.
+        text: the YAML.
+        warnings: what should be known of the merge.
+        command: what made it; "" where it was made from Python.
+    """
+    rows = [f"| {each['name']} | {_source(each)} | {each['fingerprint']} |" for each in records]
+    fence = "````" if "```" in text else "```"
+    parts = [
+        _TOP_OF_YAML.format(
+            count=len(records),
+            methods=" and ".join(methods),
+            rows="\n".join(rows),
+            fence=fence,
+            text=text.strip("\n"),
+        )
+    ]
+    if warnings:
+        parts.append(_WARNINGS.format(warnings="\n".join(f"- {each}" for each in warnings)))
+    if command:
+        parts.append(_COMMAND.format(command=command))
+    return "".join(parts)
 
 
 def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any]) -> str:

@@ -100,6 +100,17 @@ def merge(config: Config, workdir: str, command: str, out: str = "") -> None:
         speech.of_merge(config, Path(workdir), written)
 
 
+def merge_yaml(config: Config, path: str, workdir: str, command: str, out: str) -> None:
+    """The merge that mergekit's YAML describes, and where it was written."""
+    from jaxmerge.experiment import mergekit as mode
+
+    entry.keep_traces_in(workdir)
+    jax.config.update("jax_platforms", "cpu")  # values come from files and go to files
+    for warning in mode.merge(config, path, workdir, command, out):
+        print(f"jaxmerge: {warning}", file=sys.stderr)
+    print(f"Merged: {out}")
+
+
 def _connect(workdir: str) -> None:
     entry.keep_traces_in(workdir)
     given = flags.FLAGS

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from jaxmerge import config as configs
 from jaxmerge.checkpoints.export import FORMATS
 from jaxmerge.checkpoints.survey import count, formats
 from jaxmerge.config import Config
@@ -18,6 +19,7 @@ from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.experiment import command_line
 from jaxmerge.experiment.methods import takes_weights
 from jaxmerge.merge.methods import METHODS
+from jaxmerge.mergekit import evolve
 from jaxmerge.tasks import BUILDERS, SUBJECTS, TASKS
 
 
@@ -41,6 +43,8 @@ def merge() -> None:
 
     Often wanted: --config.pool.base=DIR (what adapters are laid upon, and what methods take the
     differences from), --config.export.dtype=TYPE.
+
+        jaxmerge merge config.yml --out=merged     a YAML of mergekit's, see docs/mergekit.md
     """
     flags.DEFINE_string("weights", "", "One number for each checkpoint.")
     flags.DEFINE_enum("format", None, FORMATS, "The format of the merge.")
@@ -158,7 +162,29 @@ def _unindented(text: str) -> str:
     return re.sub(r"^    ", "", text, flags=re.MULTILINE)
 
 
+def _yaml(config: Config) -> str:
+    """The YAML in the form of mergekit that is named in place of checkpoints; "": there is none."""
+    named = config.pool.checkpoints
+    return named[0] if len(named) == 1 and named[0].endswith((".yml", ".yaml")) else ""
+
+
+def _merge_yaml(config: Config, path: str, out: str, command: str) -> None:
+    for name in ("weights", "format", "method", "gene"):
+        if flags.FLAGS[name].present:
+            raise JaxmergeError(
+                "the YAML says how to merge, and the result is a Hugging Face directory",
+                where=f"--{name}",
+                expected=f"{path} without it",
+            )
+    config.pool.checkpoints = ()
+    place = Path(out).absolute()
+    workdir = str(place.with_name(f".{place.name}.jaxmerge"))
+    command_line.merge_yaml(config, path, workdir, command, out)
+
+
 def _merge(config: Config, out: str, command: str) -> None:
+    if path := _yaml(config):
+        return _merge_yaml(config, path, out, command)
     found = formats(config.pool.checkpoints)
     own = "orbax" if found == {"orbax"} else "huggingface"
     config.export.formats = (flags.FLAGS.format or own,)
@@ -182,6 +208,7 @@ def _merge(config: Config, out: str, command: str) -> None:
         config.merge.weights = (1 / K,) * K
     path = Path(out).absolute()
     command_line.merge(config, str(path.with_name(f".{path.name}.jaxmerge")), command, out)
+    return None
 
 
 def _numbers(text: str, where: str) -> tuple[float, ...]:
@@ -207,10 +234,24 @@ def _evaluate(config: Config, out: str, command: str) -> None:
 
 
 def _search(config: Config, out: str, command: str) -> None:
+    if path := _yaml(config):
+        config.pool.checkpoints = ()
+        _set_fields(config, evolve.read(path))
     _set_tasks(config)
     if flags.FLAGS.budget:
         config.search.budget = flags.FLAGS.budget
     command_line.search(config, out, command)
+
+
+def _set_fields(config: Config, fields: Mapping[str, Any]) -> None:
+    """Sets fields, by their full names, that still are what they are by default."""
+    default = configs.default()
+    for name, value in fields.items():
+        section, _, field = name.rpartition(".")
+        if section == "tasks":
+            config.tasks[field] = config.tasks.get(field, value)
+        elif config[section][field] == default[section][field]:
+            config[section][field] = value
 
 
 def _set_tasks(config: Config) -> None:

@@ -42,7 +42,7 @@ def exponents(values: Float[Array, "*S"], axes: Sequence[int]) -> Int32[Array, "
 
     Zeros and subnormal values have -126; values that are not finite `NOT_FINITE`.
     """
-    # Both ends in one pass: of a single maximum CPUs copy what it is of, as `selection.counts` says.
+    # Both ends in one pass: for a single maximum CPUs copy what it is of; see `selection.counts`.
     ends = jax.lax.reduce(
         (values, -values),
         (np.float32(-np.inf),) * 2,
