@@ -224,7 +224,7 @@ def _gene(value: str, text: str) -> Any:
     """True, False, a number, or one for each checkpoint."""
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    numbers = _numbers(value, f"--gene={text}")
+    numbers: tuple[float, ...] = _numbers(value, f"--gene={text}")
     return numbers if len(numbers) > 1 else numbers[0]
 
 

@@ -105,9 +105,9 @@ def search(
             break
         started = time.perf_counter()
         z_PxD, state = strategy.ask(seed, generation, state)
-        asking = strategy.tokens(generation), time.perf_counter() - started
-        weights = enumerate(to_weights(z_PxD))
-        requests = [Request(origin, name, w, generation, *asking * (not p)) for p, w in weights]
+        requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
+        took = time.perf_counter() - started
+        requests[0] = requests[0]._replace(tokens=strategy.tokens(generation), seconds=took)
         fitness_P = _evaluated(archive, economy, requests, objective, seed)
         # A process that went astray must not go on: its collectives would match nobody's.
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())

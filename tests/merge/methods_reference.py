@@ -32,7 +32,7 @@ def arc(first: Values, second: Values, t: float) -> Values:
 
 
 def slerp(tensors: Sequence[Values], base: Any, genes: Genes, draw: Any) -> Values:
-    return arc(*tensors, genes["t"])
+    return arc(tensors[0], tensors[1], genes["t"])
 
 
 def nuslerp(tensors: Sequence[Values], base: Any, genes: Genes, draw: Any) -> Values:

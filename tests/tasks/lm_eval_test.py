@@ -135,24 +135,28 @@ def test_the_right_choice_is_found_by_the_judge(tmp_path, metric):
         assert soft.right == (document["answer"],)
         lengths = [len(option) if metric == "acc_norm" else 1 for option in document["options"]]
         assert soft.lengths == tuple(lengths)
-        assert soft.requests == tuple(task.requests(example))
+        assert [*soft.requests] == [*task.requests(example)]
 
 
 def test_what_stands_for_the_scores_of_other_kinds(tmp_path):
     """A continuation, a text; a target that the judge takes, and none that a stop cuts short."""
     task = build(task=write(tmp_path, "last_word"))
     example = examples(task)[0]
-    assert task.soft(example) == Soft("answer", tuple(task.requests(example)))
+    (request,) = task.requests(example)
+    assert isinstance(request, Likelihood)
+    assert task.soft(example) == Soft("answer", (request,))
     task = build(task=write(tmp_path, "text"))
-    (soft,) = {task.soft(example).kind for example in examples(task)}
-    assert soft == "text"
+    found = [task.soft(example) for example in examples(task)]
+    assert all(soft is not None and soft.kind == "text" for soft in found)
     task = build(task=write(tmp_path, "writing"), filter="word")
     for example in examples(task):
         target = example.data.document["options"][example.data.document["answer"]]
         found = task.soft(example)
         assert (found is None) == ("e" in target)
         if found:
-            assert found.requests[0].continuation == f" {target}"
+            (request,) = found.requests
+            assert isinstance(request, Likelihood)
+            assert request.continuation == f" {target}"
 
 
 def test_lower_is_better_is_negated_and_its_bounds_too(tmp_path):
