@@ -83,7 +83,7 @@ def check(granularity: str, patterns: Sequence[str]) -> None:
             raise JaxmergeError(
                 "this is no regular expression",
                 where="space.patterns",
-                expected="one that Python's re compiles; a bracket or dot that is meant has a backslash before it",
+                expected="what Python compiles; a dot that is meant has a backslash before it",
                 found=f"{pattern}: {error}",
             ) from error
 
