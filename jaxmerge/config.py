@@ -323,7 +323,11 @@ def check_pool(config: Config) -> None:
             found=", ".join(config.merge.genes),
         )
     if not config.pool.checkpoints:
-        raise JaxmergeError("no checkpoints are named", where="pool.checkpoints")
+        raise JaxmergeError(
+            "no checkpoints are named",
+            where="pool.checkpoints",
+            expected="directories of checkpoints, or patterns such as ('models/*',)",
+        )
 
 
 def objective(config: Config) -> Objective:

@@ -154,7 +154,9 @@ def save(
     """
     target = Path(path).absolute()
     if target.exists() or target.is_symlink():
-        raise JaxmergeError("there is something here already", where=str(path))
+        raise JaxmergeError(
+            "there is something here already", where=str(path), expected="a path that is free"
+        )
     dtypes = _tensor_dtypes(layout, abstract, dtype)
     tensors = {
         name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in layout.tensors.items()

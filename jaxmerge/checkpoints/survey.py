@@ -126,6 +126,8 @@ def survey(
         raise JaxmergeError(
             "a pool needs at least two checkpoints",
             where="pool.checkpoints",
+            expected="more paths, or a pattern that finds more; one alone is scored by "
+            "--mode=evaluate",
             found=f"{len(sources)} in {list(patterns)}",
         )
     _check_alike(sources, dtype)
@@ -260,7 +262,10 @@ def _names(paths: Sequence[epath.Path]) -> list[str]:
             return names
     twice = [str(path) for path, count in Counter(paths).items() if count > 1]
     raise JaxmergeError(
-        "a checkpoint is listed more than once", where="pool.checkpoints", found=", ".join(twice)
+        "a checkpoint is listed more than once",
+        where="pool.checkpoints",
+        expected="each checkpoint once; patterns may find one that is named too",
+        found=", ".join(twice),
     )
 
 

@@ -149,7 +149,11 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
             ) from error
         raise JaxmergeError(said, where="command line or config file", expected=FIELDS) from error
     if len(rest) > 1 and not members:
-        raise JaxmergeError("these arguments are no flags", found=" ".join(rest[1:]))
+        raise JaxmergeError(
+            "these arguments are no flags",
+            expected="--NAME=VALUE; checkpoints are --config.pool.checkpoints=\"('a', 'b')\"",
+            found=" ".join(rest[1:]),
+        )
     if not flags.FLAGS["verbosity"].present:
         _quiet()
     return rest

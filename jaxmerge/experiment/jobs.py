@@ -260,7 +260,12 @@ def _set_tasks(config: Config) -> None:
     names = [name for name, _ in named]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise JaxmergeError("two tasks have the same name", where="--task", found=twice[0])
+        raise JaxmergeError(
+            "two tasks have the same name",
+            where="--task",
+            expected="tasks of different names; a config file can name them",
+            found=twice[0],
+        )
     if not names and not config.objective.tasks:
         raise JaxmergeError("--task is missing; --help says which there are")
     for name, fields in named:

@@ -243,7 +243,12 @@ def _check_weights(row: Any, sources: Sequence[Source]) -> None:
             found=str(row),
         )
     if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in row):
-        raise JaxmergeError("weights are finite numbers", where="merge.weights", found=str(row))
+        raise JaxmergeError(
+            "weights are finite numbers",
+            where="merge.weights",
+            expected="a number for each checkpoint",
+            found=str(row),
+        )
 
 
 def _warning(merge: Merge) -> str:
