@@ -106,7 +106,7 @@ def merge_yaml(config: Config, path: str, workdir: str, command: str, out: str) 
     from jaxmerge.experiment import mergekit as mode
 
     entry.keep_traces_in(workdir)
-    jax.config.update("jax_platforms", "cpu")  # values come from files and go to files
+    mode.set_up_host()
     for warning in mode.merge(config, path, workdir, command, out):
         print(f"jaxmerge: {warning}", file=sys.stderr)
     print(f"Merged: {out}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from tqdm import tqdm
 
 from jaxmerge import config as configs
@@ -16,7 +18,7 @@ from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment.records import record_pool
+from jaxmerge.experiment.records import record_pool, say_unlocked
 from jaxmerge.experiment.sources import start_jax
 from jaxmerge.mergekit import document as documents
 from jaxmerge.mergekit.document import Document
@@ -47,6 +49,7 @@ def merge(config: Config, path: str, workdir: str, command: str, out: str) -> li
     Raises:
         JaxmergeError: anything that the user can mend.
     """
+    workdir, out = os.path.expanduser(workdir), os.path.expanduser(out)
     documents.check_kind(path, "merge_method")
     _check(config)
     found = documents.read(path)
@@ -66,6 +69,7 @@ def merge(config: Config, path: str, workdir: str, command: str, out: str) -> li
     warnings: list[str] = []
     identity = {"mode": "mergekit", "yaml": text, **configs.plain(config)}
     with closing(RunDirectory(workdir, identity)) as directory:
+        say_unlocked(directory)
         for each in found:
             prepared = ready.get(each.name) or _prepared(each, made)
             warnings += prepared.warnings
@@ -94,6 +98,14 @@ def _prepared(document: Document, made: Mapping[str, Path]) -> _Prepared:
     unlike = [each for each in members.values() if each is not planned.first]
     warnings = (*planned.warnings, *config_differences(planned.first, unlike))
     return _Prepared(document, tuple(members.values()), planned, warnings)
+
+
+def set_up_host() -> None:
+    """Has JAX run on the host alone: values come from files and go to files.
+
+    To be called before JAX starts.
+    """
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _check(config: Config) -> None:
