@@ -10,6 +10,9 @@ import functools
 from jaxmerge.checkpoints.tables import Known, Leaf, Table, rows
 
 _FAMILIES = ("gemma2", "gemma3_text")
+_WIDTH_OF_2B = (
+    2304  # of Gemma 2: it alone has `transpose_gating_einsum=False`, gate and up [in, out]
+)
 
 
 def leaves(
@@ -77,8 +80,9 @@ def _layer(known: Known, below: str, transposed: bool) -> dict[str, Leaf]:
 
 
 def written(known: Known) -> dict[str, Leaf] | None:
-    """What the package writes: gate and up lie as its configurations of the family say."""
-    return leaves(known, transposed=known.model_type == "gemma2")
+    """What the package writes: gate and up lie as its configuration of the model says."""
+    of_2b = known.model_type == "gemma2" and known.config.width == _WIDTH_OF_2B
+    return leaves(known, transposed=of_2b)
 
 
 def tables() -> dict[str, Table]:

@@ -21,6 +21,9 @@ from jaxmerge.models.decoder import decoder
 from jaxmerge.trees import named_leaves
 from tests.checkpoints.orbax_others_test import assert_same, merged
 
+# Where these read a checkpoint as it is stored they do not say where, which Orbax warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+
 # Sizes that are all different, so that no two axes can be taken for each other, but for the width
 # of Gemma: its root is exact, and that of bfloat16 with it.
 SIZES = {
