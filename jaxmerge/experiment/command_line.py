@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 

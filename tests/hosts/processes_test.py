@@ -82,7 +82,8 @@ def test_two_processes_find_what_one_finds(pool, tmp_path, shape):
     assert not _said(other, two.command)
 
 
-GRADIENT = """; config.search.strategy, config.space.granularity, config.baselines = "gradient", "leaf", ()
+GRADIENT = """; config.search.strategy, config.space.granularity = "gradient", "leaf"
+; config.baselines = ()
 ; config.search.steps, config.search.score_every, config.search.minibatch = 4, 2, 4
 ; config.objective.tasks, config.heldout = ("choice",), ()
 ; config.analyses.leave_one_out = config.analyses.transfer = False
