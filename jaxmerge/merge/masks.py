@@ -162,7 +162,7 @@ def arcee_fusion(
     return jnp.where(importance(stored) >= least, tensor.astype(base.dtype), base)
 
 
-def _divergence(tensor: Array, base: Array) -> Float[Array, "... 1"]:
+def _divergence(tensor: Array, base: Array) -> Float[Array, "*T"]:
     """sum_p P log(P / Q) of each row; see `arcee_fusion`.
 
     With r = P / Q - 1 it is sum_p Q ((1 + r) log(1 + r) - r), whose terms are all positive: of

@@ -42,14 +42,7 @@ def exponents(values: Float[Array, "*S"], axes: Sequence[int]) -> Int32[Array, "
 
     Zeros and subnormal values have -126; values that are not finite `NOT_FINITE`.
     """
-    # Both ends in one pass: for a single maximum CPUs copy what it is of; see `selection.counts`.
-    ends = jax.lax.reduce(
-        (values, -values),
-        (np.float32(-np.inf),) * 2,
-        lambda one, two: tuple(jnp.maximum(a, b) for a, b in zip(one, two)),
-        tuple(axes),
-    )
-    most = jnp.expand_dims(jnp.maximum(*ends), tuple(axes))
+    most = jnp.max(jnp.abs(values), axis=tuple(axes), keepdims=True)
     bits = jax.lax.bitcast_convert_type(most, jnp.int32)
     return jnp.clip((bits >> 23) - 126, -126, NOT_FINITE)
 
