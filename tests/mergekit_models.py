@@ -184,6 +184,7 @@ def _tokenizer(path: Path, name: str) -> int:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": "<unk>",
         "bos_token": "<s>",
+        "pad_token": "</s>",  # else the class of Qwen2 adds its own
         "eos_token": "<|im_end|>" if name == "llama/b" else "</s>",
         "model_max_length": 64,
         "clean_up_tokenization_spaces": False,
