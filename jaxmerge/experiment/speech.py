@@ -107,7 +107,10 @@ def _asked(config: Config, path: Path, weights: Sequence[float]) -> Verdict | st
     """What was found; or why nothing was."""
     pool, where = config.pool, where_of(config)
     found = find(pool.checkpoints, **where)
-    made = where | {"item": "", "subtree": ""}  # a merge says itself where its parameters are
+    made: dict[str, Any] = where | {
+        "item": "",
+        "subtree": "",
+    }  # a merge says itself where its parameters are
     sources = [*(found[k] for k in _heaviest(np.array(weights))), *find([str(path)], **made)]
     need, room = byte_count(sources[0].abstract) * (len(sources) + 1), _room(config)
     if need > room:

@@ -43,7 +43,7 @@ def moments() -> dict[str, Any]:
 def save_step(path: Path, custom: Mapping[str, Any] | None = None, **items: Any) -> Path:
     """A step as a `CheckpointManager` of Orbax writes it."""
     with v0.CheckpointManager(path.parent) as manager:
-        args = {name: v0.args.PyTreeSave(tree) for name, tree in items.items()}
+        args: dict[str, Any] = {name: v0.args.PyTreeSave(tree) for name, tree in items.items()}
         args["iter"] = v0.args.JsonSave({"at": 1})
         manager.save(int(path.name), args=v0.args.Composite(**args), custom_metadata=custom)
         manager.wait_until_finished()
