@@ -18,7 +18,7 @@ from jaxmerge import tasks
 from jaxmerge.checkpoints import export, pool
 from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
-from jaxmerge.merge import groups
+from jaxmerge.merge import groups, methods
 from jaxmerge.report import tensorboard
 from jaxmerge.scores.objective import Objective, define
 from jaxmerge.search import baselines, gradient, racing, space
@@ -115,6 +115,13 @@ def default() -> Config:
     # or several such tuples, for as many merges in one pass over the checkpoints. They are never
     # scaled: if they do not sum to 1, the merge is no average, and a warning says so.
     config.merge.weights = ()
+    # For --mode=merge: a name of jaxmerge.merge.methods.METHODS, such as "ties"; what is merged are
+    # differences from pool.base where it takes a base.
+    config.merge.method = "linear"
+    # Its numbers but the weights, such as merge.genes = {"density": 0.5}: one, or where checkpoints
+    # may differ a tuple; what is missing has the default of the table. Draws depend on `seed`.
+    config.merge.genes = ml_collections.ConfigDict()
+    config.merge.variant = "paper"  # where papers and mergekit differ; or "mergekit"
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
     config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time
     # For a search whose pool leaves no room for one merged model: a layer's weights are merged when
@@ -200,7 +207,10 @@ def default() -> Config:
     config.compilation_cache = "~/.cache/jaxmerge/xla"
 
     config.lock()
-    for free in (config.pool.model_args, config.tasks, config.search.params):
+    for free in (
+        *(config.pool.model_args, config.tasks, config.search.params),
+        config.merge.genes,
+    ):
         free.unlock()
     return config
 
@@ -227,6 +237,13 @@ def check(config: Config) -> None:
         JaxmergeError: names the field.
     """
     check_pool(config)
+    if config.merge.method != "linear":
+        raise JaxmergeError(
+            "searches are over weighted sums so far",
+            where="merge.method",
+            expected='"linear"; or --mode=merge, which takes every method with given numbers',
+            found=config.merge.method,
+        )
     check_evaluation(config)
     if config.tensorboard:
         tensorboard.package()
@@ -296,8 +313,21 @@ def check_evaluation(config: Config) -> None:
 def check_pool(config: Config) -> None:
     """The part of `check` that a merge with given weights needs too."""
     export.check(config.export.formats, config.export.dtype)
+    check_choice("merge.method", config.merge.method, tuple(methods.METHODS))
+    check_choice("merge.variant", config.merge.variant, methods.VARIANTS)
+    if config.merge.method == "linear" and config.merge.genes:
+        raise JaxmergeError(
+            "a linear merge takes the weights as they are",
+            where="merge.genes",
+            expected="merge.weights alone; or another merge.method",
+            found=", ".join(config.merge.genes),
+        )
     if not config.pool.checkpoints:
-        raise JaxmergeError("no checkpoints are named", where="pool.checkpoints")
+        raise JaxmergeError(
+            "no checkpoints are named",
+            where="pool.checkpoints",
+            expected="directories of checkpoints, or patterns such as ('models/*',)",
+        )
 
 
 def objective(config: Config) -> Objective:

@@ -117,7 +117,11 @@ class Lock:
             if error.errno not in _NO_LOCKS:
                 raise
             self.missing = error.strerror or str(error)
-            self._hold()
+            try:
+                self._hold()
+            except BaseException:
+                self._stream.close()
+                raise
 
     def _hold(self) -> None:
         own = f"{socket.gethostname()} {os.getpid()}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import sys
 from types import TracebackType
 
@@ -91,11 +92,10 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 
 def _unread() -> bool:
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        return True
-    return False
+    """Whether the other end of what is printed into is closed."""
+    printed = select.poll()
+    printed.register(1, 0)
+    return any(event & select.POLLERR for _, event in printed.poll(0))
 
 
 def unforeseen(error: BaseException) -> str:

@@ -152,7 +152,11 @@ class JaxmergeLM(LM):
 
     def _pretrained(self) -> Pretrained:
         if not isinstance(self._tokenizer, Pretrained):
-            raise JaxmergeError("the tokenizer has no chat template", where=self._directory)
+            raise JaxmergeError(
+                "the tokenizer has no chat template",
+                where=self._directory,
+                expected="tokenizer=DIR of one that has; or lm_eval without --apply_chat_template",
+            )
         return self._tokenizer
 
     def _answers(

@@ -125,6 +125,7 @@ def plan(config: Config, topology: str = THIS) -> Answer:
             raise JaxmergeError(
                 "the compiler ended its process",
                 where=f"--topology={topology}",
+                expected="another topology or mesh; if it ends for all of them, please report it",
                 found=said.read()[-2000:].strip(),
             ) from broken
 

@@ -35,7 +35,11 @@ def main(_: Sequence[str]) -> None:
     """Does what --mode says with the config."""
     given, command = flags.FLAGS, command_line.typed("python -m jaxmerge.run")
     if given.mode == "merge" and given.coordinator:
-        raise JaxmergeError("a merge runs in one process", where="--coordinator")
+        raise JaxmergeError(
+            "a merge runs in one process",
+            where="--coordinator",
+            expected="the same command without --coordinator, on one machine",
+        )
     mode = {
         "search": command_line.search,
         "merge": command_line.merge,

@@ -61,7 +61,10 @@ def make_mesh(
     shape = dict(zip(AXES, sizes))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise JaxmergeError(
-            "axis sizes are at least 1, and at most one is -1", where="mesh", found=str(shape)
+            "axis sizes are at least 1, and at most one is -1",
+            where="mesh",
+            expected="sizes such as pop = -1 and the rest 1",
+            found=str(shape),
         )
     fixed = math.prod(size for size in sizes if size != -1)
     sizes = [max(len(devices) // fixed, 1) if size == -1 else size for size in sizes]

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxmerge"
 # Highest first, as in BUILD.md. A room may import rooms that stand below it, and itself.
 ROOMS = (
     *("run", "plan", "sweep", "lm_eval_model"),
-    *("experiment", "config", "search", "planning", "streaming"),
+    *("experiment", "config", "mergekit", "search", "planning", "streaming"),
     *("evaluation", "checkpoints", "merge", "tasks", "report"),
     *("models", "sandbox", "scores", "entry", "hosts"),
     *("rundir", "durable", "sharding", "textfiles", "trees", "errors"),

@@ -97,6 +97,19 @@ def test_a_plan_has_all_figures(made):
     )
 
 
+def test_a_step_along_the_gradient_is_planned(config, job, made):
+    """It is compiled, counted for the memory, and about three passes of work over its examples."""
+    climbing = job._replace(minibatch=4, evaluations={**job.evaluations, "step": 10})
+    plan = draw_up(climbing, _layout(config, pop=2, fsdp=2, tensor=2), _machine())
+    steps = [each for each in plan.measured.programs if each.name.startswith("gradient")]
+    assert steps
+    assert plan.measured.need.working >= max(each.outputs + each.temporaries for each in steps)
+    assert plan.seconds["step"].decoding == 0
+    assert all(part > 0 for part in (plan.seconds["step"].merge, plan.seconds["step"].reading))
+    assert plan.run_seconds > made.run_seconds
+    assert "gradient step" in page(plan)
+
+
 def test_work_does_not_depend_on_the_mesh(config, job, made):
     """One candidate is as much work however it is spread; only padding of rows may differ."""
     alone = draw_up(job, _layout(config, pop=1), _machine(devices=1))

@@ -1,13 +1,17 @@
 """The run directory: what survives, and what is refused."""
 
 import contextlib
+import errno
 import json
+import os
+import socket
 
 import numpy as np
 import pytest
 
+from jaxmerge.durable import replacing
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.rundir import Candidate, RunDirectory, check, replacing
+from jaxmerge.rundir import Candidate, RunDirectory, check
 
 CONFIG = {"seed": 0, "search": {"budget": 10, "params": {}}, "heldout": ["a", "b"]}
 
@@ -165,3 +169,94 @@ def test_a_run_that_was_killed_at_once_can_be_started_again(tmp_path, left):
     directory = RunDirectory(tmp_path, {"seed": 1})
     assert directory.read_json("config.json") == {"seed": 1}
     directory.close()
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+@pytest.mark.parametrize(
+    "holder", ["", "elsewhere 1", "half a l", f"{socket.gethostname()} 4194305"]
+)
+def test_without_locks_of_the_system(tmp_path, no_locks, holder):
+    """It runs and says that other machines are not kept out; stale holders are no obstacle."""
+    tmp_path.mkdir(exist_ok=True)
+    if holder:
+        (tmp_path / ".lock-holder").write_text(holder)
+    directory = RunDirectory(tmp_path, {"a": 1})
+    assert directory.unlocked == "Function not implemented"
+    assert (tmp_path / ".lock-holder").read_text() == f"{socket.gethostname()} {os.getpid()}"
+    directory.close()
+    assert not (tmp_path / ".lock-holder").exists()
+
+
+def test_without_locks_a_process_of_this_machine_is_kept_out(tmp_path, no_locks):
+    (tmp_path / ".lock-holder").write_text(f"{socket.gethostname()} {os.getppid()}")
+    with pytest.raises(JaxmergeError, match=f"process {os.getppid()} of this machine") as raised:
+        RunDirectory(tmp_path, {"a": 1})
+    assert ".lock-holder" in raised.value.expected
+
+
+def test_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(JaxmergeError, match="file") as raised:
+            RunDirectory(path, {})
+        assert raised.value.expected
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_takes_nothing_more(tmp_path, monkeypatch, code):
+    """What was recorded stays, and the next start goes on from it."""
+    candidate = Candidate(0, 0, "individual", "a", "search", 0, (1.0,), {"t": 1.0}, {"t": 2}, 0.0)
+    directory = RunDirectory(tmp_path, {})
+    directory.append([candidate], {"t": np.ones((1, 2), np.float32)})
+
+    def fsync(_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", fsync)
+        for write in (
+            lambda: directory.append([candidate], {"t": np.ones((1, 2), np.float32)}),
+            lambda: directory.write_json("pool.json", {}),
+            lambda: directory.cut(0),
+        ):
+            with pytest.raises(JaxmergeError, match=os.strerror(code)) as raised:
+                write()
+            assert str(tmp_path) in raised.value.where
+            assert raised.value.expected
+    directory.close()
+    again = RunDirectory(tmp_path, {})
+    assert again.candidates[0].scores == {"t": 1.0}
+    again.close()
+
+
+def test_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    RunDirectory("~/run", {"a": 1}).close()
+    assert check("~/run", {"a": 1}) == ()
+    assert (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "~").exists()
+
+
+def test_names_that_are_no_text(tmp_path):
+    """A file name that is not UTF-8, and half of a surrogate pair."""
+    directory = RunDirectory(tmp_path, {})
+    odd = {"path": os.fsdecode(b"\xff\xfe"), "text": "\ud83d", "plain": "é"}
+    directory.write_json("odd.json", odd)
+    assert directory.read_json("odd.json") == odd
+    directory.close()
+
+
+def test_the_trace_of_a_run_that_was_not_begun_is_no_obstacle(tmp_path):
+    (tmp_path / "error-20260101T000000-1.log").write_text("")
+    assert check(tmp_path, {}) == ()
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(JaxmergeError, match=r"notes\.txt"):
+        check(tmp_path, {})

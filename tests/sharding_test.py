@@ -109,3 +109,16 @@ def test_a_rule_with_too_many_axes_is_refused():
     assert "('fsdp', 'tensor')" in str(caught.value)
     assert "(4,)" in str(caught.value)
     assert shardings(_leaf(4, 4), ((".*", ("fsdp",)),), mesh).spec == PartitionSpec("fsdp")
+
+
+@pytest.mark.parametrize("named", ["tpu", ""])
+def test_no_device_of_what_jax_is_told_to_run_on(monkeypatch, named):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'tpu': not found")
+
+    monkeypatch.setattr("jax.devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", named)
+    with pytest.raises(JaxmergeError, match="no device to run on") as raised:
+        make_mesh()
+    assert "JAX_PLATFORMS" in raised.value.expected
+    assert named in raised.value.where

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxmerge import trees
+from jaxmerge.errors import JaxmergeError
 
 TREE = {
     "layers": {"up": np.ones((2, 3), np.float32), "down": jnp.ones((3, 2), jnp.bfloat16)},
@@ -58,3 +60,11 @@ def test_every_difference_is_listed_at_once():
         "second: leaf shape is float32[3,2], in first float32[2,3]",
         "third: leaf dtype is float32[], in first float32[4]",
     ]
+
+
+@pytest.mark.parametrize(
+    "tree", [{"a/b": 1, "a": {"b": 2}}, {"a": {"b/c": 1}, "a/b": {"c": 2}}], ids=str
+)
+def test_names_that_are_the_same(tree):
+    with pytest.raises(JaxmergeError, match="the same name"):
+        trees.named_leaves(tree)

@@ -31,14 +31,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats as scipy_stats
 
-from jaxmerge.scores import stats
+from jaxmerge.scores import pareto, stats
 from jaxmerge.scores.objective import Objective, from_plain
 
 ROOT = Path(__file__).parents[1]
 PLAIN = "CMA-ES"  # what all others are compared with: the paper's method
 
-# Of each way the fields of the config in which it differs. One more is one line more, such as
-# "CMA-ES by leaf, warm": {"search.warm_start": "gradient", ...}.
+_WARM = {"search.warm_start": "gradient", "search.steps": 24}  # leaves a good half of the tokens
+
+# Of each way the fields of the config in which it differs. One more is one line more.
 WAYS: dict[str, dict[str, Any]] = {
     PLAIN: {"search.strategy": "CMA_ES", "space.granularity": "model"},
     "gradient by model": {"search.strategy": "gradient", "space.granularity": "model"},
@@ -47,6 +48,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "gradient by leaf": {"search.strategy": "gradient", "space.granularity": "leaf"},
     "Sep-CMA-ES by leaf": {"search.strategy": "Sep_CMA_ES", "space.granularity": "leaf"},
     "SNES by leaf": {"search.strategy": "SNES", "space.granularity": "leaf"},
+    "CMA-ES, warm": {"search.strategy": "CMA_ES", "space.granularity": "model", **_WARM},
+    "SNES by leaf, warm": {"search.strategy": "SNES", "space.granularity": "leaf", **_WARM},
 }
 BASELINES = ("uniform", "best-per-task", "greedy", "random")  # rows too, from the runs of PLAIN
 
@@ -69,8 +72,10 @@ class Found(NamedTuple):
     heldout: Mapping[str, float]  # {}: it was not scored there
     tokens: int
     seconds: float | None  # of the search; None: not told apart from others
-    front: bool  # whether no candidate of the run beats it on all tasks of the search split
-    hypervolume: float | None  # of all that the run scored on the search split
+    # Of the way's own candidates and the checkpoints, on all examples of the search split: whether
+    # none dominates it, and the volume below them.
+    front: bool
+    hypervolume: float
     nonzero: float  # share of the checkpoints
 
 
@@ -99,7 +104,7 @@ def command(args: argparse.Namespace, way: str, seed: int) -> list[str]:
 
 def directory(out: Path, way: str, seed: int) -> Path:
     """Where a run is."""
-    return out / f"{way.replace(' ', '-')}-{seed}"
+    return out / f"{way.replace(',', '').replace(' ', '-')}-{seed}"
 
 
 def run(args: argparse.Namespace, way: str, seed: int) -> None:
@@ -130,24 +135,37 @@ def found(workdir: Path, name: str) -> Found:
     results = json.loads((workdir / "results.json").read_text())
     entries = [results["best"], *results["baselines"]]
     entry = next(one for one in entries if one["name"] == name)
+    lines = [json.loads(line) for line in (workdir / "candidates.jsonl").read_text().splitlines()]
     searched = name == "search"
+    origins = ("individual", *(("search", "warm-start") if searched else (f"baseline:{name}",)))
+    scores_PxM = np.array(
+        [
+            [one["scores"][task] for task in results["tasks"]]
+            for one in lines
+            if (one["split"], one.get("out_of")) == ("search", None) and one["origin"] in origins
+        ]
+    )
+    own_M = np.array([entry["search"][task] for task in results["tasks"]])
+    corner_M = np.array([results["hypervolume_reference"][task] for task in results["tasks"]])
+    dominated = (scores_PxM >= own_M).all(axis=1) & (scores_PxM > own_M).any(axis=1)
     weights = np.array([*entry["weights"].values()])
     threshold = results["analyses"]["nonzero"]["threshold"]
     return Found(
         test=entry["test_objective"],
-        samples=_samples(workdir, name, results["tasks"]),
+        samples=_samples(workdir, name, results["tasks"], lines),
         heldout=entry["heldout"],
         tokens=entry["tokens"],
         seconds=results["seconds"]["search"] if searched else None,
-        front=entry["id"] in results["pareto"],
-        hypervolume=results["hypervolume"] if searched else None,
+        front=not dominated.any(),
+        hypervolume=pareto.hypervolume(scores_PxM[pareto.front(scores_PxM)], corner_M),
         nonzero=float(np.mean(np.abs(weights) > threshold)),
     )
 
 
-def _samples(workdir: Path, name: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def _samples(
+    workdir: Path, name: str, tasks: Sequence[str], lines: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
     """Scores of a method's choice on each test example, by task."""
-    lines = map(json.loads, (workdir / "candidates.jsonl").read_text().splitlines())
     sought = ("final", name, "test")
     final = next(one for one in lines if (one["origin"], one["name"], one["split"]) == sought)
     rows = {}
@@ -195,7 +213,7 @@ def summary(runs: Runs, objective: Objective) -> dict[str, Any]:
             "tokens": round(float(np.mean([one.tokens for one in each]))),
             "seconds": _mean([one.seconds for one in each]),
             "front": float(np.mean([one.front for one in each])),
-            "hypervolume": _mean([one.hypervolume for one in each]),
+            "hypervolume": float(np.mean([one.hypervolume for one in each])),
             "nonzero": float(np.mean([one.nonzero for one in each])),
         }
         if way != PLAIN and PLAIN in runs:
@@ -215,16 +233,24 @@ def _paired(
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None
-    means = [
+    mine, other = (
         {task: np.mean([of[s].samples[task] for s in seeds], axis=0) for task in objective.tasks}
         for of in (ours, theirs)
-    ]
-    compared = stats.paired(means[0], means[1], objective)
+    )
+    compared = stats.paired(mine, other, objective)
     return {
         "delta": compared.delta,
         "ci95_examples": (compared.low, compared.high),
         "ci95_seeds": interval([ours[s].test - theirs[s].test for s in seeds]),
     }
+
+
+def _cpu() -> str:
+    """The model of the processor, where Linux says it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -259,7 +285,7 @@ def tables(said: Mapping[str, Any], single: Mapping[str, float]) -> str:
         [
             way,
             f"{told['front']:.0%}",
-            "" if told["hypervolume"] is None else f"{told['hypervolume']:.4f}",
+            f"{told['hypervolume']:.3f}",
             f"{told['nonzero']:.0%}",
             *(
                 f"{100 * (told['heldout'][task] - single[task]):+.1f}" if told["heldout"] else ""
@@ -296,7 +322,7 @@ def report(args: argparse.Namespace, seeds: Sequence[int]) -> None:
     single = next((one["heldout"] for one in results["individuals"] if one["heldout"]), {})
     loads = [json.loads(path.read_text())["load"] for path in args.out.glob("*/bench.json")]
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "devices": results["devices"],
         "load_before_runs": [min(loads, default=None), max(loads, default=None)],

@@ -50,7 +50,7 @@ def write(directory: Path) -> None:
         for form in FORMS:
             for name, leaf in (trainers.table(model, form) or {}).items():
                 found[f"{form}:{name}"] = np.asarray(from_decoder(leaves, leaf))
-        np.savez(base / "arrays.npz", **found)
+        np.savez(base / "arrays.npz", allow_pickle=False, **found)
 
 
 def compare(directory: Path) -> bool:

@@ -19,14 +19,42 @@ tags:
 
 # {title}
 
-A linear combination of {count} checkpoints, made with jaxmerge: every parameter is
-theta = sum_k alpha_k theta_k.
+{made}
 
 ## Weights
 
 | checkpoint | weight | source | fingerprint |
 |---|---|---|---|
 {weights}
+"""
+
+_LINEAR = """A linear combination of {count} checkpoints, made with jaxmerge: every parameter is
+theta = sum_k alpha_k theta_k."""
+
+_TOP_OF_YAML = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- merge
+- mergekit
+- jaxmerge
+---
+
+# A merged model
+
+A merge of {count} checkpoints by {methods}, made with jaxmerge from a YAML in the form of mergekit.
+
+## Checkpoints
+
+| checkpoint | source | fingerprint of what was read |
+|---|---|---|
+{rows}
+
+## Configuration
+
+{fence}yaml
+{text}
+{fence}
 """
 
 _GROUPS = """
@@ -69,12 +97,67 @@ def of_weights(records: Sequence[Mapping[str, Any]], weights: Sequence[float], c
         weights: alpha_k, in the same order.
         command: what made it; "" where it was made from Python.
     """
+    said = [f"{weight:.6g}" for weight in weights]
+    return _of(records, said, _LINEAR.format(count=len(records)), command)
+
+
+def of_method(
+    records: Sequence[Mapping[str, Any]], said: Sequence[str], method: str, command: str
+) -> str:
+    """The card of a merge by another method.
+
+    Args:
+        records: of the checkpoints, and of the base where there is one, as in pool.json.
+        said: what stands for the weight of each.
+        method: its name and its numbers.
+        command: see `of_weights`.
+    """
+    return _of(
+        records, said, f"A merge of {len(records)} checkpoints with jaxmerge, {method}.", command
+    )
+
+
+def _of(records: Sequence[Mapping[str, Any]], said: Sequence[str], made: str, command: str) -> str:
     rows = [
-        f"| {record['name']} | {weight:.6g} | {_source(record)} | {record['fingerprint']} |"
-        for record, weight in zip(records, weights)
+        f"| {record['name']} | {weight} | {_source(record)} | {record['fingerprint']} |"
+        for record, weight in zip(records, said)
     ]
-    top = _TOP.format(title="A merged model", count=len(records), weights="\n".join(rows))
+    top = _TOP.format(title="A merged model", made=made, weights="\n".join(rows))
     return top + (_COMMAND.format(command=command) if command else "")
+
+
+def of_yaml(
+    records: Sequence[Mapping[str, Any]],
+    methods: Sequence[str],
+    text: str,
+    warnings: Sequence[str],
+    command: str,
+) -> str:
+    """The card of a merge that mergekit's YAML asks for.
+
+    Args:
+        records: of the checkpoints, as in pool.json.
+        methods: of the merge, by name.
+        text: the YAML.
+        warnings: what should be known of the merge.
+        command: what made it; "" where it was made from Python.
+    """
+    rows = [f"| {each['name']} | {_source(each)} | {each['fingerprint']} |" for each in records]
+    fence = "````" if "```" in text else "```"
+    parts = [
+        _TOP_OF_YAML.format(
+            count=len(records),
+            methods=" and ".join(methods),
+            rows="\n".join(rows),
+            fence=fence,
+            text=text.strip("\n"),
+        )
+    ]
+    if warnings:
+        parts.append(_WARNINGS.format(warnings="\n".join(f"- {each}" for each in warnings)))
+    if command:
+        parts.append(_COMMAND.format(command=command))
+    return "".join(parts)
 
 
 def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any]) -> str:

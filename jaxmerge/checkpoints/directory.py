@@ -163,8 +163,8 @@ def read_values(
     return None
 
 
-def check_filled(tensors: Mapping[str, Tensor], where: epath.PathLike) -> None:
-    """Raises `JaxmergeError` where tensors are of shape [0]: their values are elsewhere."""
+def check_filled(tensors: Mapping[str, Any], where: epath.PathLike) -> None:
+    """Raises `JaxmergeError` where tensors or leaves have shape [0]: they are kept elsewhere."""
     empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
     if empty:
         raise JaxmergeError(
@@ -227,7 +227,12 @@ def _weight_map(index: epath.Path) -> dict[str, str]:
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
-        raise JaxmergeError("the index has no weight_map", where=str(index))
+        raise JaxmergeError(
+            "the index has no weight_map",
+            where=str(index),
+            expected="an index as transformers writes it; beside a single model.safetensors "
+            "it can be removed",
+        )
     for tensor, file in names.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
             raise JaxmergeError(

@@ -154,7 +154,9 @@ def save(
     """
     target = Path(path).absolute()
     if target.exists() or target.is_symlink():
-        raise JaxmergeError("there is something here already", where=str(path))
+        raise JaxmergeError(
+            "there is something here already", where=str(path), expected="a path that is free"
+        )
     dtypes = _tensor_dtypes(layout, abstract, dtype)
     tensors = {
         name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in layout.tensors.items()
@@ -237,6 +239,7 @@ def publish(
     like: str,
     card: Callable[[], str] | None = None,
     tokenizer: str = "",
+    rest: Callable[[Path], None] = lambda new: None,
 ) -> None:
     """Adds to a directory of written weights what else a model needs, and gives it its name.
 
@@ -247,9 +250,11 @@ def publish(
         like: see `save`.
         card: see `save`.
         tokenizer: see `save`.
+        rest: called with the directory after that, to change it and to add to it.
     """
     _write_index(new, files)
     _copy(Path(like), new, _most_common(files), Path(tokenizer or like))
+    rest(new)
     if card:
         (new / "README.md").write_text(card(), "utf-8", errors="backslashreplace")
     _make_durable(new)

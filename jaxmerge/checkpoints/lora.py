@@ -23,7 +23,7 @@ from etils import epath
 from jaxmerge.checkpoints import adapter_config, directory
 from jaxmerge.checkpoints.adapter_config import CONFIG, AdapterConfig
 from jaxmerge.checkpoints.directory import read_values
-from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
+from jaxmerge.checkpoints.leaves import Keep, Values, as_read, restore_leaves
 from jaxmerge.checkpoints.safetensors import Tensor, read_header
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
@@ -57,6 +57,14 @@ class Adapter(NamedTuple):
 
     base: directory.Checkpoint
     changes: Mapping[str, Change]  # by the base's tensor
+
+
+class Laid(NamedTuple):
+    """A base with an adapter added, tensor by tensor."""
+
+    tensors: frozenset[str]
+    values: Values
+    files: Mapping[str, Tensor]  # where base and adapter lie
 
 
 def recognises(path: epath.Path) -> bool:
@@ -109,6 +117,23 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     """
     adapter = _read(epath.Path(source.path), source.base)
     return restore_leaves(abstract, adapter.base.layout, _Reader(adapter), keep)
+
+
+def laid(path: epath.Path, base: str) -> Laid:
+    """The model that an adapter makes of its base, by the tensors of the base.
+
+    Args:
+        path: the adapter's directory.
+        base: directory of the base.
+
+    Raises:
+        JaxmergeError: see `describe`.
+    """
+    adapter = _read(path, base)
+    changes = read_header(path / WEIGHTS)
+    files = {f"adapter {name}": tensor for name, tensor in changes.items()}
+    names = frozenset(adapter.base.layout.tensors)
+    return Laid(names, _Reader(adapter), {**adapter.base.tensors, **files})
 
 
 class _Reader:

@@ -215,6 +215,7 @@ def check_values(
         raise JaxmergeError(
             f"the checkpoint holds NaN or infinite values, in leaf {', '.join(not_finite)}",
             where=source.path,
+            expected="finite values; take an earlier checkpoint, or leave this one out",
         )
     for name, leaf in named_leaves(tree).items():
         same = found[name].checksum == first[name].checksum

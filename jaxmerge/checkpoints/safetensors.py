@@ -65,7 +65,11 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
         header = _header(file, size)
     except OSError as error:
         raise JaxmergeError(
-            "the file can't be read", where=str(file), found=error.strerror or str(error)
+            "the file can't be read",
+            where=str(file),
+            expected="a whole file of safetensors that this user may read; download or copy "
+            "it anew",
+            found=error.strerror or str(error),
         ) from error
     first, path = size - header.size, str(file)
     tensors = {
@@ -164,7 +168,11 @@ def _header(file: epath.Path, size: int) -> _Header:
         text = stream.read(length)
     entries = parse_json(text, f"{file}, header")
     if not isinstance(entries, dict):
-        raise JaxmergeError("the header is no JSON object", where=str(file))
+        raise JaxmergeError(
+            "the header is no JSON object",
+            where=str(file),
+            expected="a whole file of safetensors; download or copy it anew",
+        )
     return _Header(entries, size - 8 - length)
 
 
@@ -229,7 +237,11 @@ def _read(
         done = read(file, start, view)
     except OSError as error:
         raise JaxmergeError(
-            "the file can't be read", where=file, found=error.strerror or str(error)
+            "the file can't be read",
+            where=file,
+            expected="a whole file of safetensors that this user may read; download or copy "
+            "it anew",
+            found=error.strerror or str(error),
         ) from error
     if done < len(view):
         raise JaxmergeError(

@@ -15,7 +15,7 @@ from jaxmerge.checkpoints import directory, huggingface, lora, orbax, trainers
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.layout import COMPUTED
-from jaxmerge.trees import differences
+from jaxmerge.trees import differences, named_leaves
 
 # By the name in `Source.format`; the first that recognises a path reads it.
 FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
@@ -67,7 +67,7 @@ def find(
             checkpoints must all be such directories.
 
     Raises:
-        JaxmergeError: a path has no checkpoint, or is named twice.
+        JaxmergeError: a path has no checkpoint, or is named twice; a leaf is of shape [0].
     """
     paths = [path for pattern in patterns for path in _find(pattern)]
     found = [
@@ -76,6 +76,8 @@ def find(
         else FORMATS[_format(path)].describe(name, path, subtree, base, item)
         for name, path in zip(_names(paths), paths)
     ]
+    for source in found:
+        directory.check_filled(named_leaves(source.abstract), source.path)
     if as_stored or all(source.format != "orbax" for source in found):
         return tuple(found)
     of_model = base or next((each.directory for each in found if each.directory), "")
@@ -96,7 +98,9 @@ def survey(
     by_tensor: bool = False,
     as_stored: bool = False,
 ) -> tuple[Source, ...]:
-    """Finds the checkpoints of a pool and compares their metadata; reads no data.
+    """Finds the checkpoints of a pool and compares their metadata.
+
+    No data are read, but for a head that not all members of a tied model have.
 
     Args:
         patterns: see `find`; `subtree` and all others but `dtype` alike.
@@ -122,6 +126,8 @@ def survey(
         raise JaxmergeError(
             "a pool needs at least two checkpoints",
             where="pool.checkpoints",
+            expected="more paths, or a pattern that finds more; one alone is scored by "
+            "--mode=evaluate",
             found=f"{len(sources)} in {list(patterns)}",
         )
     _check_alike(sources, dtype)
@@ -256,7 +262,10 @@ def _names(paths: Sequence[epath.Path]) -> list[str]:
             return names
     twice = [str(path) for path, count in Counter(paths).items() if count > 1]
     raise JaxmergeError(
-        "a checkpoint is listed more than once", where="pool.checkpoints", found=", ".join(twice)
+        "a checkpoint is listed more than once",
+        where="pool.checkpoints",
+        expected="each checkpoint once; patterns may find one that is named too",
+        found=", ".join(twice),
     )
 
 

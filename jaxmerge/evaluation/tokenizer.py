@@ -351,7 +351,11 @@ def _load(directory: str) -> Any:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise JaxmergeError(
-            "the tokenizer can't be read", where=directory, found=str(error).split("\n")[0]
+            "the tokenizer can't be read",
+            where=directory,
+            expected="the files that AutoTokenizer reads, whole; or pool.tokenizer: another "
+            "directory, or bytes",
+            found=str(error).split("\n")[0],
         ) from error
 
 

@@ -139,7 +139,12 @@ def economy(
 
 
 def evaluations(
-    config: Config, checkpoints: int, groups: int = 1, draws: int | None = None
+    config: Config,
+    checkpoints: int,
+    groups: int = 1,
+    *,
+    searched: int | None = None,
+    draws: int | None = None,
 ) -> dict[str, int]:
     """Candidates that a run of K checkpoints will have scored at its end, by split, about.
 
@@ -147,11 +152,12 @@ def evaluations(
         config: of the run.
         checkpoints: K.
         groups: G.
+        searched: of the search; None: as many as its budget has.
         draws: that the search's tokens are enough for; None: as many as `search.budget` has.
     """
     wanted, K = config.analyses, checkpoints
     strategy = build_strategy(config, K, groups=groups)
-    searched = of_search(config, strategy)
+    searched = of_search(config, strategy) if searched is None else searched
     over = [
         spent(pool_size_budget(config), build_strategy(config, K, range(m), groups))
         for m in wanted.pool_sizes

@@ -59,7 +59,10 @@ def build_model(config: Config, source: Source) -> Model:
         built = configs.imported(named, "pool.model")(**arguments)
     except TypeError as error:
         raise JaxmergeError(
-            "these are not the model's arguments", where="pool.model_args", found=str(error)
+            "these are not the model's arguments",
+            where="pool.model_args",
+            expected="the arguments of what pool.model names, by their names",
+            found=str(error),
         ) from error
     return built if isinstance(built, Model) else from_apply(built)
 
@@ -109,7 +112,12 @@ def build_tokenizer(
             models=models,
         )
     if ":" not in named:
-        raise JaxmergeError("there is no such directory", where="pool.tokenizer", found=named)
+        raise JaxmergeError(
+            "there is no such directory",
+            where="pool.tokenizer",
+            expected='a directory here, "bytes", or "module:function"; nothing is downloaded',
+            found=named,
+        )
     return configs.imported(named, "pool.tokenizer")()
 
 
@@ -126,7 +134,10 @@ def build_task(config: Config, name: str) -> Task:
         task = build(**{**sizes, **arguments})
     except TypeError as error:
         raise JaxmergeError(
-            "these are not the task's arguments", where=f"tasks.{name}", found=str(error)
+            "these are not the task's arguments",
+            where=f"tasks.{name}",
+            expected="the arguments of its builder, by their names; see docs/tasks.md",
+            found=str(error),
         ) from error
     return dataclasses.replace(task, name=name)
 

@@ -100,6 +100,17 @@ def merge(config: Config, workdir: str, command: str, out: str = "") -> None:
         speech.of_merge(config, Path(workdir), written)
 
 
+def merge_yaml(config: Config, path: str, workdir: str, command: str, out: str) -> None:
+    """The merge that mergekit's YAML describes, and where it was written."""
+    from jaxmerge.experiment import mergekit as mode
+
+    entry.keep_traces_in(workdir)
+    mode.set_up_host()
+    for warning in mode.merge(config, path, workdir, command, out):
+        print(f"jaxmerge: {warning}", file=sys.stderr)
+    print(f"Merged: {out}")
+
+
 def _connect(workdir: str) -> None:
     entry.keep_traces_in(workdir)
     given = flags.FLAGS
@@ -137,7 +148,11 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
             ) from error
         raise JaxmergeError(said, where="command line or config file", expected=FIELDS) from error
     if len(rest) > 1 and not members:
-        raise JaxmergeError("these arguments are no flags", found=" ".join(rest[1:]))
+        raise JaxmergeError(
+            "these arguments are no flags",
+            expected="--NAME=VALUE; checkpoints are --config.pool.checkpoints=\"('a', 'b')\"",
+            found=" ".join(rest[1:]),
+        )
     if not flags.FLAGS["verbosity"].present:
         _quiet()
     return rest

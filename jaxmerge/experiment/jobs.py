@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from jaxmerge import config as configs
 from jaxmerge.checkpoints.export import FORMATS
 from jaxmerge.checkpoints.survey import count, formats
 from jaxmerge.config import Config
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.experiment import command_line
+from jaxmerge.experiment.methods import takes_weights
+from jaxmerge.merge.methods import METHODS
+from jaxmerge.mergekit import evolve
 from jaxmerge.tasks import BUILDERS, SUBJECTS, TASKS
 
 
@@ -27,17 +32,26 @@ def merge() -> None:
     --weights=A,B    one number for each checkpoint, in their order; without it, the plain average
     --format=NAME    huggingface, orbax, maxtext, maxtext_unscanned, gemma or tunix, where it should
                      not be that of the checkpoints
+    --method=NAME    {methods}
+    --gene=NAME=X    a number of the method, such as --gene=density=0.5, or one for each checkpoint,
+                     --gene=density=0.5,0.3; may be given several times
 
     Checkpoints are Hugging Face directories, PEFT adapters or Orbax checkpoints, or patterns such
     as 'models/*', and must be alike. Between Hugging Face directories the merge goes from file to
     file in a fixed amount of memory, and any architecture will do. The checksums of all tensors
     that were read and written are kept in .DIR.jaxmerge, beside DIR.
 
-    Often wanted: --config.pool.base=DIR (what adapters are laid upon), --config.export.dtype=TYPE.
+    Often wanted: --config.pool.base=DIR (what adapters are laid upon, and what methods take the
+    differences from), --config.export.dtype=TYPE.
+
+        jaxmerge merge config.yml --out=merged     a YAML of mergekit's, see docs/mergekit.md
     """
     flags.DEFINE_string("weights", "", "One number for each checkpoint.")
     flags.DEFINE_enum("format", None, FORMATS, "The format of the merge.")
-    _start(_merge, merge.__doc__)
+    flags.DEFINE_string("method", None, "The method of the merge.")
+    flags.DEFINE_multi_string("gene", [], "NAME=X: a number of the method.")
+    names = textwrap.wrap(f"linear unless you say otherwise; {', '.join(METHODS)}", 79)
+    _start(_merge, (merge.__doc__ or "").replace("{methods}", ("\n" + " " * 21).join(names)))
 
 
 def evaluate() -> None:
@@ -148,7 +162,29 @@ def _unindented(text: str) -> str:
     return re.sub(r"^    ", "", text, flags=re.MULTILINE)
 
 
+def _yaml(config: Config) -> str:
+    """The YAML in the form of mergekit that is named in place of checkpoints; "": there is none."""
+    named = config.pool.checkpoints
+    return named[0] if len(named) == 1 and named[0].endswith((".yml", ".yaml")) else ""
+
+
+def _merge_yaml(config: Config, path: str, out: str, command: str) -> None:
+    for name in ("weights", "format", "method", "gene"):
+        if flags.FLAGS[name].present:
+            raise JaxmergeError(
+                "the YAML says how to merge, and the result is a Hugging Face directory",
+                where=f"--{name}",
+                expected=f"{path} without it",
+            )
+    config.pool.checkpoints = ()
+    place = Path(out).absolute()
+    workdir = str(place.with_name(f".{place.name}.jaxmerge"))
+    command_line.merge_yaml(config, path, workdir, command, out)
+
+
 def _merge(config: Config, out: str, command: str) -> None:
+    if path := _yaml(config):
+        return _merge_yaml(config, path, out, command)
     found = formats(config.pool.checkpoints)
     own = "orbax" if found == {"orbax"} else "huggingface"
     config.export.formats = (flags.FLAGS.format or own,)
@@ -159,22 +195,37 @@ def _merge(config: Config, out: str, command: str) -> None:
             expected="orbax, or --config.pool.base=DIR of such a model",
             found="huggingface",
         )
+    if flags.FLAGS.method:
+        config.merge.method = flags.FLAGS.method
+    for text in flags.FLAGS.gene:
+        name, _, value = text.partition("=")
+        config.merge.genes[name] = _gene(value, text)
+    check_choice("--method", config.merge.method, tuple(METHODS))
     if flags.FLAGS.weights:
-        config.merge.weights = _weights(flags.FLAGS.weights)
-    elif not config.merge.weights:
+        config.merge.weights = _numbers(flags.FLAGS.weights, "--weights")
+    elif not config.merge.weights and takes_weights(config.merge.method):
         K = count(config.pool.checkpoints)
         config.merge.weights = (1 / K,) * K
     path = Path(out).absolute()
     command_line.merge(config, str(path.with_name(f".{path.name}.jaxmerge")), command, out)
+    return None
 
 
-def _weights(text: str) -> tuple[float, ...]:
+def _numbers(text: str, where: str) -> tuple[float, ...]:
     try:
         return tuple(float(each) for each in text.split(","))
     except ValueError as error:
         raise JaxmergeError(
-            "these are no numbers", where="--weights", expected="0.3,0.7", found=text
+            "these are no numbers", where=where, expected="0.3,0.7", found=text
         ) from error
+
+
+def _gene(value: str, text: str) -> Any:
+    """True, False, a number, or one for each checkpoint."""
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    numbers: tuple[float, ...] = _numbers(value, f"--gene={text}")
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _evaluate(config: Config, out: str, command: str) -> None:
@@ -183,10 +234,24 @@ def _evaluate(config: Config, out: str, command: str) -> None:
 
 
 def _search(config: Config, out: str, command: str) -> None:
+    if path := _yaml(config):
+        config.pool.checkpoints = ()
+        _set_fields(config, evolve.read(path))
     _set_tasks(config)
     if flags.FLAGS.budget:
         config.search.budget = flags.FLAGS.budget
     command_line.search(config, out, command)
+
+
+def _set_fields(config: Config, fields: Mapping[str, Any]) -> None:
+    """Sets fields, by their full names, that still are what they are by default."""
+    default = configs.default()
+    for name, value in fields.items():
+        section, _, field = name.rpartition(".")
+        if section == "tasks":
+            config.tasks[field] = config.tasks.get(field, value)
+        elif config[section][field] == default[section][field]:
+            config[section][field] = value
 
 
 def _set_tasks(config: Config) -> None:
@@ -195,7 +260,12 @@ def _set_tasks(config: Config) -> None:
     names = [name for name, _ in named]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise JaxmergeError("two tasks have the same name", where="--task", found=twice[0])
+        raise JaxmergeError(
+            "two tasks have the same name",
+            where="--task",
+            expected="tasks of different names; a config file can name them",
+            found=twice[0],
+        )
     if not names and not config.objective.tasks:
         raise JaxmergeError("--task is missing; --help says which there are")
     for name, fields in named:

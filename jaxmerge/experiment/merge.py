@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxmerge import config as configs
-from jaxmerge.checkpoints import card
+from jaxmerge.checkpoints import card, survey
 from jaxmerge.checkpoints.export import export
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.source import Source
@@ -26,6 +26,7 @@ from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment import methods
 from jaxmerge.experiment.records import record_pool, say_unlocked
 from jaxmerge.experiment.sources import (
     find_checkpoints,
@@ -72,6 +73,8 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     workdir, out = os.path.expanduser(workdir), os.path.expanduser(out)
     configs.check_pool(config)
     start_jax(config)
+    if config.merge.method != "linear":
+        return _by_method(config, workdir, command, out)
     in_blocks, by_leaf = _paths(config)
     as_stored = formats(config.pool.checkpoints) == {"orbax"}
     sources = find_checkpoints(config, by_tensor=bool(in_blocks), as_stored=as_stored)
@@ -109,13 +112,53 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     return sorted(written, key=lambda path: config.export.formats.index(path.name))
 
 
+def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Path]:
+    """The merges by another method than the weighted sum, a tensor at a time."""
+    with_base = methods.takes_base(config)
+    count = survey.count(config.pool.checkpoints)
+    methods.check_inputs(config.merge.method, count, with_base=bool(with_base and config.pool.base))
+    by_tensor = _paths(config) == (("huggingface",), ())
+    sources = find_checkpoints(config, by_tensor=by_tensor, with_base=with_base)
+    merges = _merges(config, sources[:count])
+    for each in merges:
+        methods.check(config, each.weights, count)
+    if out:
+        _check_place(Path(out), Path(workdir), merges, config.export.formats)
+    like, written, records = huggingface_directory(config, sources), [], ()
+    with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
+        for each in merges:
+            if out and Path(out).exists():
+                return [Path(out)]
+            text = functools.partial(_method_card, config, each.weights, command)
+            path = directory.path / each.path
+            paths, records = methods.merge(
+                config, path, sources, each.weights, by_tensor=by_tensor, like=like, card=text
+            )
+            written += paths
+        record_pool(directory, records)
+    if out:
+        written[0].rename(out)
+        return [Path(out)]
+    return sorted(written, key=lambda path: config.export.formats.index(path.name))
+
+
+def _method_card(
+    config: Config, weights: Sequence[float], command: str, records: Sequence[Record]
+) -> str:
+    plain = [dataclasses.asdict(record) for record in records]
+    said = [f"{weight:.6g}" for weight in weights] or ["-"] * len(plain)
+    if methods.takes_base(config):
+        said = [*said[: len(plain) - 1], "base"]
+    return card.of_method(plain, said, methods.described(config), command)
+
+
 def set_up_host(config: Config) -> None:
     """Has JAX run on the host alone, each program in the thread that calls it.
 
     For processes in which there is nothing but a merge in blocks: its workers keep the cores busy,
     and programs of a millisecond gain nothing from being cut up. To be called before JAX starts.
     """
-    if _paths(config)[1]:
+    if _paths(config)[1] or config.merge.method != "linear":
         return
     os.environ["NPROC"] = "1"  # threads of XLA on the CPU
     jax.config.update("jax_platforms", "cpu")
@@ -150,8 +193,16 @@ def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
     weights, names = tuple(config.merge.weights), tuple(config.merge.names)
     several = any(isinstance(each, tuple | list) for each in weights)
     rows = weights if several else (weights,)
-    for row in rows:
-        _check_weights(row, sources)
+    if methods.takes_weights(config.merge.method):
+        for row in rows:
+            _check_weights(row, sources)
+    elif weights:
+        raise JaxmergeError(
+            f"checkpoints have no weights in {config.merge.method}",
+            where="merge.weights",
+            expected="()",
+            found=str(weights),
+        )
     if not several and not names:
         return [Merge("merged", tuple(map(float, weights)))]
     names = names or tuple(map(str, range(len(rows))))
@@ -192,7 +243,12 @@ def _check_weights(row: Any, sources: Sequence[Source]) -> None:
             found=str(row),
         )
     if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in row):
-        raise JaxmergeError("weights are finite numbers", where="merge.weights", found=str(row))
+        raise JaxmergeError(
+            "weights are finite numbers",
+            where="merge.weights",
+            expected="a number for each checkpoint",
+            found=str(row),
+        )
 
 
 def _warning(merge: Merge) -> str:

@@ -48,17 +48,22 @@ def live(config: Config, prepared: Prepared) -> Live:
 def plan(config: Config, prepared: Prepared) -> Plan:
     """How many candidates the run will have scored at its end, about."""
     evaluator, search = prepared.evaluators["search"], config.search
-    read, searched = evaluator.read, of_search(config, prepared.strategy)
-    tokens = searched * read
+    read, population = max(1, evaluator.read), prepared.strategy.population
+    searched, asking = of_search(config, prepared.strategy), 0
     if climb.wanted(config):
         share = len(evaluator.examples) * search.minibatch / sum(evaluator.examples.values())
-        tokens += cost({"differentiated": round(search.steps * min(share, 1) * read)})
-    if search.budget_tokens:
-        tokens = min(tokens, search.budget_tokens)
+        asking = cost({"differentiated": round(search.steps * min(share, 1) * read)})
+    tokens = asking + searched * max(1, round(read * search.subset))
+    if 0 < search.budget_tokens < tokens:  # the same share of all that is searched
+        generations = searched // population
+        searched = max(1, generations * search.budget_tokens // tokens) * population
+        tokens = search.budget_tokens
+    pool = prepared.pool
+    counts = {"searched": searched, "draws": tokens // read}
     return Plan(
-        evaluations(config, len(prepared.pool.names), prepared.pool.count, tokens // max(1, read)),
+        evaluations(config, len(pool.names), pool.count, **counts),
         {split: sum(each.examples.values()) for split, each in prepared.evaluators.items()},
-        searched // prepared.strategy.population,
+        searched // population,
     )
 
 

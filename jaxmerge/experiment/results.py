@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxmerge.experiment.budget import WARM
 from jaxmerge.rundir import ANALYSIS, Candidate, RunDirectory
 from jaxmerge.scores import formatting, pareto, stats
 from jaxmerge.scores.curves import rises
@@ -135,7 +136,7 @@ def collect(
             name: _curve(searched, objective, origins)
             for name, origins in {
                 **{found.name: (f"baseline:{found.name}",) for found in baselines},
-                best.name: (best.name, decision(best.name)),
+                best.name: (WARM, best.name, decision(best.name)),
             }.items()
         },
     }

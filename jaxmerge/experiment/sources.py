@@ -43,7 +43,11 @@ def start_jax(config: Config) -> None:
 
 
 def find_checkpoints(
-    config: Config, *, by_tensor: bool = False, as_stored: bool = False
+    config: Config,
+    *,
+    by_tensor: bool = False,
+    as_stored: bool = False,
+    with_base: bool = False,
 ) -> tuple[Source, ...]:
     """The pool's checkpoints, compared with each other; no data are read.
 
@@ -51,6 +55,7 @@ def find_checkpoints(
         config: of the run.
         by_tensor: see `survey.survey`.
         as_stored: see `survey.find`; only Orbax checkpoints can be written then.
+        with_base: the base comes last, as one more.
 
     Raises:
         JaxmergeError: they can't be merged, having other leaves, shapes or vocabularies; or the
@@ -59,7 +64,8 @@ def find_checkpoints(
     pool = config.pool
     where = where_of(config)
     where["as_stored"] |= as_stored
-    sources = survey(pool.checkpoints, **where, dtype=pool.dtype, by_tensor=by_tensor)
+    patterns = (*pool.checkpoints, pool.base) if with_base else pool.checkpoints
+    sources = survey(patterns, **where, dtype=pool.dtype, by_tensor=by_tensor)
     tokenizer_directory(config, sources)
     like = huggingface_directory(config, sources)
     formats = ("orbax",) if as_stored else config.export.formats
@@ -109,9 +115,15 @@ def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
     return vocabularies.choose(
         members,
         [os.path.realpath(os.path.expanduser(each)) for each in bases if each],
-        rows=min((int(source.architecture.get("vocab") or 0) for source in sources), default=0),
+        rows=min((_rows(source) for source in sources), default=0),
         chat=pool.chat,
     )
+
+
+def _rows(source: Source) -> int:
+    """Of the embedding; 0 where there is no decoder, which would say it."""
+    known = source.architecture.get("model") == "decoder"
+    return int(source.architecture["vocab"]) if known else 0
 
 
 def model_directories(config: Config, sources: Sequence[Source]) -> list[str]:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import threading
 from collections.abc import Callable
 
@@ -24,16 +23,15 @@ def end_on_signals(last: Callable[[str], None] = lambda why: None) -> None:
     Args:
         last: called before with the signal's name; must not wait.
     """
-    read, write = socket.socketpair()
-    write.setblocking(False)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
     # The C handler of Python writes the number of a signal here, whatever the main thread does.
-    signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
 
     def wait() -> None:
-        assert write  # kept open
-        number = signal.Signals(read.recv(1)[0])
+        number = signal.Signals(os.read(read, 1)[0])
         last(number.name)
         # Not through sys.stderr, which the main thread may hold; and whoever reads it may be gone.
         with contextlib.suppress(OSError):

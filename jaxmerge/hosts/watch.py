@@ -126,6 +126,7 @@ class Watch:
             raise JaxmergeError(
                 "process 0 can't be reached; the processes must reach each other on any port",
                 where=f"{host}:{port}",
+                expected="its machine up, and no firewall between the machines",
                 found=str(error),
             ) from error
         connection.settimeout(SILENCE)

@@ -81,7 +81,10 @@ def check(granularity: str, patterns: Sequence[str]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise JaxmergeError(
-                "this is no regular expression", where="space.patterns", found=f"{pattern}: {error}"
+                "this is no regular expression",
+                where="space.patterns",
+                expected="what Python compiles; a dot that is meant has a backslash before it",
+                found=f"{pattern}: {error}",
             ) from error
 
 

@@ -51,7 +51,9 @@ def compare(directories: Sequence[Path], out: Path) -> Path:
     resolved = [directory.resolve() for directory in directories]
     if len(set(resolved)) < max(2, len(resolved)):
         raise JaxmergeError(
-            "a comparison needs several directories, each once", found=", ".join(map(str, resolved))
+            "a comparison needs several directories, each once",
+            expected="the directories of two runs or more",
+            found=", ".join(map(str, resolved)),
         )
     cells = [
         Cell(name, _link(directory, out), read(directory))
@@ -312,7 +314,9 @@ def _samples(run: Run) -> dict[str, np.ndarray]:
     finals = [one for one in run.candidates if (one["origin"], one["name"], one["split"]) == sought]
     if not finals:
         raise JaxmergeError(
-            "the winner's scores on test are missing", where=str(run.directory / "candidates.jsonl")
+            "the winner's scores on test are missing",
+            where=str(run.directory / "candidates.jsonl"),
+            expected="the directory as its run left it, examples/ too",
         )
     final = finals[0]
     samples = {}
@@ -323,7 +327,11 @@ def _samples(run: Run) -> dict[str, np.ndarray]:
         except OSError as error:
             raise JaxmergeError("cannot be read", where=str(file), found=str(error)) from None
         if len(samples[task]) != count:
-            raise JaxmergeError("the winner's scores on test are missing", where=str(file))
+            raise JaxmergeError(
+                "the winner's scores on test are missing",
+                where=str(file),
+                expected="the directory as its run left it, examples/ too",
+            )
     return samples
 
 

@@ -18,6 +18,7 @@ from jaxmerge.rundir import cost
 from jaxmerge.scores.curves import rises
 from jaxmerge.scores.formatting import Format
 
+WARM = "warm-start"  # the origin of what a search along gradients scored before another search
 _SPREAD = (0.1, 0.5, 0.9)  # quantiles of a generation
 
 
@@ -102,16 +103,18 @@ def curve(run: Run, origin: str) -> Json:
     dropped_P = np.array([bool(line.get("dropped")) for line in lines])
     standing_P = np.where(dropped_P, objective_P.min(), objective_P)
     best = [scaled(form, value) for value in np.maximum.accumulate(standing_P)]
-    took = list(accumulate(cost(line.get("tokens")) for line in lines))
-    tokens = [took[end - 1] for end in ends]
+    before = run.of_origin(WARM) if origin == "search" else []
+    took = list(accumulate(cost(line.get("tokens")) for line in [*before, *lines]))
+    tokens = [took[len(before) + end - 1] for end in ends]
     return {"best": best, "at": ends, "tokens": tokens, "low": low, "median": median, "high": high}
 
 
 def ways(run: Run) -> list[Json]:
     """Of the search and each baseline the best so far by the tokens it had taken, where it rises.
 
-    Only what was scored on all search examples counts. The last point is where it ends. There are
-    none where the log is of before tokens were counted.
+    Only what was scored on all search examples counts. The last point is where it ends. Of the
+    search are also a warm start and the final decision. There are none where the log is of before
+    tokens were counted.
     """
     lines = [one for one in run.searched if one["origin"] != "individual"]
     if not all(one.get("tokens") for one in lines):
@@ -119,7 +122,7 @@ def ways(run: Run) -> list[Json]:
     by_way: dict[str, list[Json]] = {}
     for one in lines:
         kind, _, name = one["origin"].partition(":")
-        by_way.setdefault(name if kind == "baseline" else kind, []).append(one)
+        by_way.setdefault(name if kind == "baseline" else "search", []).append(one)
     return [_way(run, name, of_way) for name, of_way in by_way.items()]
 
 

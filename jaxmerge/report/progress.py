@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     """What a run will evaluate.
 
     Attributes:
-        evaluations: on each split, at most.
+        evaluations: on each split, about: what tokens are enough for is known afterwards.
         examples: of one evaluation on each split.
         generations: of the search.
     """
@@ -81,13 +81,13 @@ class Progress:
                 self._best = self._format.score(self._best_value)
         self._recent.extend(one for one in candidates if one.seconds)  # the others are copies
         line = self._line(candidates[-1])
+        total = self._bar.total = max(sum(self._plan.evaluations.values()), self._done.total())
         self._bar.set_description_str(line, refresh=False)
         self._bar.update(len(candidates))
         now = time.monotonic()
         if self._bar.disable and not self._silent and now - self._said >= _LINE_SECONDS:
             self._said = now
-            count, total = self._done.total(), sum(self._plan.evaluations.values())
-            self.say(f"jaxmerge: {line}, {count}/{total} evaluations")
+            self.say(f"jaxmerge: {line}, {self._done.total()}/{total} evaluations")
 
     def say(self, text: str) -> None:
         """Writes a line of its own."""
@@ -102,7 +102,7 @@ class Progress:
             parts.append(f"best {self._best} ({single})" if self._best else f"best {single}")
         seconds = sum(one.seconds for one in self._recent)
         if seconds:
-            tokens = sum(sum((one.tokens or {}).values()) for one in self._recent)
+            tokens = sum(one.cost for one in self._recent)
             parts.append(f"{tqdm.format_sizeof(tokens / seconds)} tok/s")
             parts.append(f"{tqdm.format_interval(self._left())} left")
         return ", ".join(parts)
@@ -114,7 +114,7 @@ class Progress:
         """
         plan = self._plan
         examples = sum(
-            (count - self._done[split]) * plan.examples[split]
+            max(0, count - self._done[split]) * plan.examples[split]
             for split, count in plan.evaluations.items()
         )
         return examples * median(one.seconds / sum(one.n.values()) for one in self._recent)

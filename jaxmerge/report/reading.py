@@ -210,7 +210,12 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise JaxmergeError("no such file", where=str(path), expected="a run directory") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise JaxmergeError("cannot be read", where=str(path), found=str(error)) from None
+        raise JaxmergeError(
+            "cannot be read",
+            where=str(path),
+            expected="a file that this user may read, as the run wrote it",
+            found=str(error),
+        ) from None
 
 
 def _parsed(text: str, where: str, *, finite: bool = True) -> Json:
@@ -224,7 +229,9 @@ def _parsed(text: str, where: str, *, finite: bool = True) -> Json:
     try:
         parsed = json.loads(text, parse_constant=constant)
     except ValueError as error:
-        raise JaxmergeError("not valid JSON", where=where, found=str(error)) from None
+        raise JaxmergeError(
+            "not valid JSON", where=where, expected="the file as the run wrote it", found=str(error)
+        ) from None
     if not isinstance(parsed, dict):
         raise JaxmergeError("not a JSON object", where=where, found=type(parsed).__name__)
     return parsed

@@ -55,7 +55,7 @@ class Board:
         self._population = population
         self._time = time.time() - sum(candidate.seconds for candidate in recorded)
         self._objective: Objective | None = None
-        self._single = 0.0
+        self._single, self._tokens = 0.0, 0
         self._generation: list[Candidate] = []
         self._best: dict[str, float] = {}
 
@@ -92,10 +92,11 @@ class Board:
             "objective/mean": float(np.mean(values_P)),
             "objective/best_single": self._single,
         }
+        self._tokens += sum(one.cost for one in self._generation)
+        points["tokens"] = self._tokens
         seconds = sum(one.seconds for one in self._generation)
         if seconds:
-            tokens = sum(sum((one.tokens or {}).values()) for one in self._generation)
-            points["tokens_per_second"] = tokens / seconds
+            points["tokens_per_second"] = sum(one.cost for one in self._generation) / seconds
         step = (generation + 1) * self._population
         for name, value in points.items():
             self._writer.add_scalar(name, value, step, walltime=self._time)

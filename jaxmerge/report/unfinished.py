@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxmerge.report import markup
+from jaxmerge.report import markup, plots
 from jaxmerge.report.markup import text
 from jaxmerge.report.reading import Json, Run
+from jaxmerge.rundir import cost
 from jaxmerge.scores import formatting, pareto
 
 CAUTION = (
@@ -33,13 +34,15 @@ def models(run: Run) -> list[tuple[str, Json]]:
 def headline(run: Run) -> tuple[str, str]:
     """That the run is not finished, and the best so far."""
     form, objective = run.formats["objective"], run.objective
-    generation, done, budget = _search(run)
-    lead = (
-        f"Generation <strong>{generation}</strong> of the search, {done:,} of at most {budget:,} "
-        "evaluations. "
-        if done
-        else "The search has not begun. "
-    )
+    lines = run.of_origin("search")
+    done, budget, unit = _search(run)
+    lead = "The search has not begun. "
+    if lines:
+        generation = lines[-1]["generation"] + 1
+        lead = (
+            f"Generation <strong>{generation}</strong> of the search, {done:,} of at most "
+            f"{budget:,} {unit}. "
+        )
     best = {
         origin: max((objective.of(one["scores"]) for one in run.standing(origin)), default=None)
         for origin in ("search", "individual")
@@ -56,13 +59,13 @@ def headline(run: Run) -> tuple[str, str]:
 
 def progress_section(run: Run) -> str:
     """Evaluations so far, by what they are for."""
-    _, done, budget = _search(run)
+    done, budget, unit = _search(run)
     K = len(run.pool)
     rows = [("single checkpoints", _of(len(run.of_origin("individual")), K))]
     for name in run.config["baselines"]:
         count = len(run.of_origin(f"baseline:{name}"))
         rows.append((text(name), f"{count:,}" if count else "not yet"))
-    rows.append(("search", _of(done, budget)))
+    rows.append(("search", _of(done, budget) + (f" {unit}" if done and unit == "tokens" else "")))
     tested = sum(candidate["split"] == "test" for candidate in run.candidates)
     rows.append(("final test", f"{tested:,}" if tested else "not yet"))
     extra = sum(candidate["origin"].startswith("analysis:") for candidate in run.candidates)
@@ -107,10 +110,15 @@ def front(run: Run) -> list[int]:
     return [whole[i]["id"] for i in pareto.front(scores_PxM)]
 
 
-def _search(run: Run) -> tuple[int, int, int]:
-    """The newest generation, counted from 1; evaluations; and how many there may be."""
-    lines = run.of_origin("search")
-    return (lines[-1]["generation"] + 1 if lines else 0), len(lines), run.config["search"]["budget"]
+def _search(run: Run) -> tuple[int, int, str]:
+    """How far the search is, how far it may come, and in which unit: tokens or evaluations."""
+    lines, search = run.of_origin("search"), run.config["search"]
+    if search.get("budget_tokens"):
+        lines = [*run.of_origin(plots.WARM), *lines]
+        return sum(cost(line.get("tokens")) for line in lines), search["budget_tokens"], "tokens"
+    if search.get("strategy") == "gradient":  # the iterate and the mean of iterates
+        return len(lines), 2 * -(-search["steps"] // search["score_every"]), "evaluations"
+    return len(lines), search["budget"], "evaluations"
 
 
 def _best_of(run: Run, origin: str, name: str) -> Json:

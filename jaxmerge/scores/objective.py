@@ -182,11 +182,18 @@ def define(
             weights that the aggregate does not take, or none where it needs them.
     """
     if not tasks:
-        raise JaxmergeError("no tasks are named", where="objective.tasks")
+        raise JaxmergeError(
+            "no tasks are named",
+            where="objective.tasks",
+            expected='objective.tasks: names of tasks, such as ("arithmetic",)',
+        )
     twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
     if twice:
         raise JaxmergeError(
-            "a task is named more than once", where="objective.tasks", found=", ".join(twice)
+            "a task is named more than once",
+            where="objective.tasks",
+            expected="each task once",
+            found=", ".join(twice),
         )
     if aggregate not in AGGREGATES:
         raise JaxmergeError(

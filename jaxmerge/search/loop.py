@@ -66,8 +66,8 @@ def search(
     """Runs `budget // population` generations at most; returns the best candidate of them.
 
     The log has every candidate. Started again, the search asks the log before it evaluates: the
-    result is the same wherever it was stopped. The strategy's state is saved every `save_seconds`,
-    which spares a run of a single process the asking.
+    result is the same wherever it was stopped. The strategy's state, saved every `save_seconds`,
+    spares a run of a single process the asking.
 
     Args:
         archive: evaluates on the split `search`.
@@ -75,8 +75,7 @@ def search(
         to_weights: genotypes to merge weights; see `jaxmerge.search.space`.
         objective: what is maximised.
         budget: evaluations at most.
-        budget_tokens: tokens at most, in the unit of `rundir.cost`; 0: there is no such limit. See
-            `_needed` for when a generation is no more begun.
+        budget_tokens: tokens at most, as `rundir.cost` counts them; 0: any number. See `_fits`.
         seed: of the strategy.
         states: directory for the strategy's state; None: it is not saved.
         save_seconds: least time between two saves; 0 saves every generation.
@@ -101,17 +100,13 @@ def search(
     archive.skip(origin, name, first * population)
     saved = time.monotonic()
     for generation in range(first, generations):
-        if budget_tokens:
-            mine = [one for one in archive.past if (one.origin, one.name) == (origin, name)]
-            needed = _needed(archive, strategy, economy, mine, generation)
-            if needed > budget_tokens and not generation:
-                _refuse("search.budget_tokens", f"{needed} tokens", budget_tokens)
-            if needed > budget_tokens:
-                break
-        asked = time.perf_counter()
+        mine = (one for one in archive.past if (one.origin, one.name) == (origin, name))
+        if budget_tokens and not _fits(archive, strategy, economy, [*mine], budget_tokens):
+            break
+        started = time.perf_counter()
         z_PxD, state = strategy.ask(seed, generation, state)
         requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
-        took = time.perf_counter() - asked
+        took = time.perf_counter() - started
         requests[0] = requests[0]._replace(tokens=strategy.tokens(generation), seconds=took)
         fitness_P = _evaluated(archive, economy, requests, objective, seed)
         # A process that went astray must not go on: its collectives would match nobody's.
@@ -134,24 +129,29 @@ def _refuse(where: str, expected: str, found: int) -> NoReturn:
     )
 
 
-def _needed(
+def _fits(
     archive: Archive,
     strategy: Strategy,
     economy: Economy | None,
     mine: Sequence[Candidate],
-    generation: int,
-) -> int:
-    """What a search will have taken after one generation more, in the unit of `rundir.cost`.
+    budget: int,
+) -> bool:
+    """Whether one generation more is within a budget in tokens, in the unit of `rundir.cost`.
 
-    What it has taken so far, what asking takes, what the dearest of its generations so far took to
-    score, and what the final decision takes: it is made within the budget too. Before the first
-    generation, candidates are as dear as the dearest single checkpoint. All but what candidates
-    will write is known before; only a generation that writes more than each before can pass this.
+    Counted are what the search has taken so far, what asking takes, what the dearest of its
+    generations took to score, and what the final decision takes: it is made within the budget too.
+    Before the first generation, candidates are as dear as the dearest single checkpoint. All but
+    what candidates will write is known before; only a generation that writes more than each before
+    it can pass this.
 
     Args:
         mine: the candidates of the search so far.
-        generation: the next.
+        budget: tokens.
+
+    Raises:
+        JaxmergeError: not even the first generation is.
     """
+    generation = mine[-1].generation + 1 if mine else 0
     dearest = max((one.cost for one in archive.past if one.origin == "individual"), default=0)
     took = Counter[int]()
     for one in mine:
@@ -162,7 +162,10 @@ def _needed(
         scoring = -(-scoring // economy.slices.parts)
         deciding = economy.finalists * dearest if economy.slices.parts > 1 else 0
     asking = cost(strategy.tokens(generation))
-    return took.total() + asking + max(scored, default=scoring) + deciding
+    needed = took.total() + asking + max(scored, default=scoring) + deciding
+    if needed > budget and not generation:
+        _refuse("search.budget_tokens", f"{needed} tokens", budget)
+    return needed <= budget
 
 
 def decision(origin: str) -> str:

@@ -137,5 +137,6 @@ def check(constraint: str, bounds: tuple[float, float], shrink: float = 0.0) -> 
         raise JaxmergeError(
             "the bounds must have 0, the uniform merge, between them",
             where="space.bounds",
+            expected="a negative and a positive number, such as (-8, 8)",
             found=str(bounds),
         )

@@ -164,6 +164,7 @@ class Pipeline:
             raise JaxmergeError(
                 f"the checkpoint holds NaN or infinite values, in leaf {part.name}",
                 where=self._names[row],
+                expected="finite values; take an earlier checkpoint, or leave this one out",
             )
         raise JaxmergeError(
             f"leaf {part.name} has values that are too large for {part.kind.written}",

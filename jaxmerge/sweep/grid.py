@@ -54,7 +54,11 @@ def cells(config: Config, axes: Sequence[str]) -> list[Cell]:
                 "has no values", where=f"--sweep={axis}", expected="FIELD=VALUE,..."
             )
         if field in grid:
-            raise JaxmergeError("the field is swept twice", where=f"--sweep={axis}")
+            raise JaxmergeError(
+                "the field is swept twice",
+                where=f"--sweep={axis}",
+                expected="one --sweep of each field, with all its values",
+            )
         grid[field] = _values(config, field, text)
     if not grid:
         raise JaxmergeError("there is nothing to sweep", expected="--sweep=FIELD=VALUE,VALUE,...")
@@ -115,7 +119,9 @@ def _values(config: Config, field: str, text: str) -> list[str]:
         changed = _changed(config, {field: each})
         value = as_text(functools.reduce(getattr, field.split("."), changed))
         if value in values:
-            raise JaxmergeError("a value is there twice", where=where, found=value)
+            raise JaxmergeError(
+                "a value is there twice", where=where, expected="values that differ", found=value
+            )
         values.append(value)
     return values
 

@@ -58,11 +58,16 @@ def check(
     both = {*searched} & {*heldout}
     if both:
         raise JaxmergeError(
-            "a held-out task must not steer the search", where="heldout", found=", ".join(both)
+            "a held-out task must not steer the search",
+            where="heldout",
+            expected="each task in objective.tasks or in heldout, not in both",
+            found=", ".join(both),
         )
     for name in (*searched, *heldout):
         if name == "objective":  # the key of their aggregate in results.json
-            raise JaxmergeError("a task can't have this name", where="tasks", found=name)
+            raise JaxmergeError(
+                "a task can't have this name", where="tasks", expected="another name", found=name
+            )
         if name not in TASKS and not builders.get(name):
             raise JaxmergeError(
                 "unknown task",

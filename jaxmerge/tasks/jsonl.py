@@ -89,7 +89,12 @@ def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             raise JaxmergeError("this is no JSON", where=where, found=str(error)) from error
         if not isinstance(content, dict):
-            raise JaxmergeError("this is no JSON object", where=where, found=line[:80])
+            raise JaxmergeError(
+                "this is no JSON object",
+                where=where,
+                expected='an object a line, such as {"prompt": "1+1=", "target": "2"}',
+                found=line[:80],
+            )
         lines.append((where, content))
     return lines
 
@@ -122,7 +127,11 @@ def _filled(template: str, line: dict[str, Any], where: str) -> list[str]:
     value = _field(line, single[1], where, object) if single else None
     if isinstance(value, list):
         if not value:
-            raise JaxmergeError("the list of answers is empty", where=f"{where}, {template}")
+            raise JaxmergeError(
+                "the list of answers is empty",
+                where=f"{where}, {template}",
+                expected="at least one answer; lines without any must be left out",
+            )
         return [_text(each) for each in value]
 
     def placed(match: re.Match[str]) -> str:

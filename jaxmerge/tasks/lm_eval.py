@@ -130,7 +130,11 @@ def _load(task: str, where: str) -> Any:
     _check_package(where)
     is_path = Path(task).suffix in (".yaml", ".yml")
     if is_path and not Path(task).is_file():
-        raise JaxmergeError("there is no such file", where=where)
+        raise JaxmergeError(
+            "there is no such file",
+            where=where,
+            expected="a YAML file of a task, or the name of one that lm_eval knows",
+        )
     if is_path:
         _check_folder(Path(task).resolve().as_posix(), where)
     manager = _manager(with_names=not is_path)

@@ -15,11 +15,12 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxmerge.checkpoints import orbax, pool
+from jaxmerge.checkpoints.pool import read_leaf
 from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.decoder import SHARDING_RULES
 from jaxmerge.sharding import make_mesh, shardings
-from jaxmerge.trees import PyTree
+from jaxmerge.trees import PyTree, named_leaves
 
 
 def make_tree(seed: int, **changes: Any) -> PyTree:
@@ -349,3 +350,20 @@ def test_peak_host_memory(tmp_path):
         f"a checkpoint being {one / 2**20:.0f}; {found['seconds']:.1f} s"
     )
     assert above < one
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a/b": jnp.ones((2, 2)), "c": {"d/e": jnp.zeros(3)}},
+        {"a": {"x": jnp.ones(2)}, "a/b": jnp.zeros(3), "a/b/c": jnp.ones(4)},
+    ],
+    ids=("deep", "one begins with another"),
+)
+def test_keys_with_slashes(tmp_path, tree):
+    """A leaf is found whichever of the slashes are parts of keys."""
+    orbax.save(tmp_path / "m", tree)
+    source = orbax.describe("m", orbax.absolute(tmp_path / "m"))
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for name, leaf in named_leaves(tree).items():
+        np.testing.assert_array_equal(read_leaf(source, name, where), leaf)

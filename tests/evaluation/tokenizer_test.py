@@ -1,6 +1,8 @@
 """Tokenizers: bytes, those of Hugging Face directories, and their comparison."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Fast
@@ -152,3 +154,49 @@ def test_vocabularies_that_differ(directory, tmp_path):
 def test_bytes():
     assert isinstance(Bytes(), Tokenizer)
     assert Bytes().decode(Bytes().prompt(Prompt("né"))) == "né"
+
+
+def _with_templates(made: str, templates) -> str:
+    path = Path(made, "tokenizer_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    Path(made, "chat_template.jinja").unlink(missing_ok=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "said"),
+    [
+        ("{{ raise_exception('after user comes assistant') }}", "", "after user comes assistant"),
+        ("{{ messages[0].content.no.such }}", "", "UndefinedError"),
+        ("{% for m in messages %}{{ m.content }}", "", "TemplateSyntaxError, line 1"),
+        ("{{ messages[0].content + 1 }}", "a", "TypeError"),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('No!') }}{% endif %}a",
+            "a",
+            "refuses a system message",
+        ),
+    ],
+)
+def test_chat_templates_that_can_not_be_filled_in(tmp_path, template, system, said):
+    made = _with_templates(make(tmp_path), template)
+    with pytest.raises(JaxmergeError, match=re.escape(said)) as raised:
+        Pretrained(made, chat=True, system=system)
+    assert "pool." in raised.value.expected
+
+
+def test_one_of_several_chat_templates(tmp_path):
+    directory = make(tmp_path)
+    several = [{"name": "rag", "template": "a"}, {"name": "tools", "template": "b"}]
+    made = _with_templates(directory, several)
+    with pytest.raises(JaxmergeError, match="none is the default") as raised:
+        Pretrained(made, chat=True)
+    assert raised.value.expected == "pool.chat_template: one of rag, tools"
+    named = Pretrained(made, chat=True, template="tools")
+    assert (named.template, named.decode(named.prompt(Prompt("x")))) == ("b", "b")
+    with pytest.raises(JaxmergeError, match="none is called chat"):
+        Pretrained(made, chat=True, template="chat")
+    default = _with_templates(directory, [*several, {"name": "default", "template": "ab"}])
+    assert Pretrained(default, chat=True).template == "ab"
+    refusing = Pretrained(_with_templates(directory, "{{ raise_exception('none') }}"))
+    with pytest.raises(JaxmergeError, match="filled in"):
+        refusing.render([{"role": "user", "content": "x"}])

@@ -113,6 +113,16 @@ def test_what_compiles_does_not_move_the_time_left(clock, capsys):
     assert "1:24:31 left" in line
 
 
+def test_more_than_was_planned(clock, capsys):
+    """Random draws go on for as long as the search's tokens are enough."""
+    shown = Progress(PLAN)
+    clock.now = 31
+    shown.candidates([_candidate(i, "baseline:random", 0.4) for i in range(10_050)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("10050/10050 evaluations")
+    assert "01:15 left" in line  # 25 x 600 examples of the test at 0.005 seconds
+
+
 def test_analyses_do_not_count_as_the_best(clock, capsys):
     shown = _followed(1)
     clock.now = 31

@@ -134,6 +134,12 @@ def test_any_two_axes_and_both_splits(browser: Browser, reports: dict[str, Path]
     assert axes() == ["programs & <b>tests</b>, test, %", "objective (mean), test, %"]
     assert marks.count() == len(CHECKPOINTS) + 2 + 1
     assert page.locator("#tradeoff .errorbar path").count() == 2  # the winner's, across and up
+    curve = page.locator("#curve .xtitle")
+    assert curve.text_content() == "tokens"
+    named = page.locator("#curve .legendtext").all_text_contents()
+    assert named[:3] == ["search, best so far", "random, best so far", "uniform"]
+    page.select_option("#over", "evaluations")
+    assert curve.text_content() == "evaluations"
     assert len(complaints) == 1
 
 

@@ -74,6 +74,7 @@ def test_a_point_for_each_generation(tmp_path):
         "objective/best_single": np.full(3, SCORES[:3].mean(axis=1).max()),
         "best/sums": np.maximum.accumulate(SCORES[:, 0].reshape(3, 4).max(axis=1)),
         "best/words": np.maximum.accumulate(SCORES[:, 1].reshape(3, 4).max(axis=1)),
+        "tokens": np.cumsum([120 + 6, 120 + 22, 120 + 38]),
         "tokens_per_second": [(120 + 6) / 2, (120 + 22) / 2, (120 + 38) / 2],
     }
     assert points.keys() == expected.keys()

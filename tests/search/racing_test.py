@@ -15,7 +15,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator, Step
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.search import search as run
-from jaxmerge.rundir import RunDirectory
+from jaxmerge.rundir import RunDirectory, cost
 from jaxmerge.scores.objective import define
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive, Request
@@ -83,7 +83,7 @@ def _softmax(z_PxD):
 STRATEGY = evosax("CMA_ES", 4, 8)
 
 
-def _run(path, lives=float("inf"), *, subset=0.5, confidence=0.9, saved=0.0):
+def _run(path, lives=float("inf"), *, subset=0.5, confidence=0.9, saved=0.0, budget_tokens=0):
     """A search; its log without seconds, the winner, and what was asked of the evaluator."""
     directory, formula = RunDirectory(path, {}), Formula(lives)
     try:
@@ -98,6 +98,7 @@ def _run(path, lives=float("inf"), *, subset=0.5, confidence=0.9, saved=0.0):
             _softmax,
             objective=OBJECTIVE,
             budget=48,
+            budget_tokens=budget_tokens,
             seed=1,
             states=path / "state",
             save_seconds=saved,
@@ -157,6 +158,19 @@ def test_what_is_scored_and_who_can_win(tmp_path, subset, confidence):
         )
     read = sum(line["tokens"]["read"] for line in lines)
     assert read == 10 * len(asked)
+
+
+def test_the_decision_is_within_a_budget_in_tokens(tmp_path):
+    """With room left for less than a generation on a part, and for finalists scored in full."""
+    whole = 10 * sum(N.values()) + 5  # tokens of a candidate
+    reserved, generation = 3 * whole, 8 * whole // 2
+    for tokens in (reserved + generation, reserved + 3 * generation):
+        lines, best, *_ = _run(tmp_path / str(tokens), budget_tokens=tokens)
+        own = [line for line in lines if line["origin"].startswith("search")]
+        assert best.id in [line["id"] for line in own if line["origin"] == "search:decision"]
+        assert 0 <= tokens - sum(cost(line["tokens"]) for line in own) < generation + reserved
+    with pytest.raises(JaxmergeError, match=r"search\.budget_tokens"):
+        _run(tmp_path / "none", budget_tokens=reserved + generation - 1)
 
 
 def _average_of_selected(lines, first):

@@ -323,3 +323,22 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + " ".join(map(str, range(200))).encode())
     chunks = [example.prompt for example in all_of(text(path=str(path), chunk_bytes=8))]
     assert any(chunk.startswith("0 1 2") for chunk in chunks)
+
+
+@pytest.mark.parametrize("field", ["prompt", "target"])
+def test_half_of_a_surrogate_pair(tmp_path, field):
+    lines = [{"prompt": f"q{i}", "target": "a"} for i in range(9)]
+    lines[4][field] = "x\ud83d"
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(JaxmergeError, match="half of a surrogate pair") as raised:
+        jsonl(path=str(path))
+    assert raised.value.where.endswith("line 5")
+
+
+def test_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    questions = [{"prompt": f"q{i}", "target": "a"} for i in range(30)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    assert jsonl(path="~/q.jsonl").splits["search"]
+    assert text(path="~/q.jsonl", search=1, test=1, chunk_bytes=20).splits["test"]

@@ -15,6 +15,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.tasks.common import Soft
 from jaxmerge.tasks.lm_eval import REFUSED
 from jaxmerge.tasks.lm_eval import lm_eval as build
 from jaxmerge.tasks.lm_eval_instances import generate
@@ -123,6 +124,39 @@ def test_scores_are_those_of_lm_eval_document_by_document(tmp_path, kind, metric
     assert sum(found.values()) / 60 == pytest.approx(sign * mean, abs=1e-12)
     if (kind, filter) != ("writing", "whole"):
         assert len(set(found.values())) > 1
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_the_right_choice_is_found_by_the_judge(tmp_path, metric):
+    task = build(task=write(tmp_path, "choice"), metric=metric)
+    for example in examples(task):
+        soft, document = task.soft(example), example.data.document
+        assert soft is not None
+        assert soft.right == (document["answer"],)
+        lengths = [len(option) if metric == "acc_norm" else 1 for option in document["options"]]
+        assert soft.lengths == tuple(lengths)
+        assert [*soft.requests] == [*task.requests(example)]
+
+
+def test_what_stands_for_the_scores_of_other_kinds(tmp_path):
+    """A continuation, a text; a target that the judge takes, and none that a stop cuts short."""
+    task = build(task=write(tmp_path, "last_word"))
+    example = examples(task)[0]
+    (request,) = task.requests(example)
+    assert isinstance(request, Likelihood)
+    assert task.soft(example) == Soft("answer", (request,))
+    task = build(task=write(tmp_path, "text"))
+    found = [task.soft(example) for example in examples(task)]
+    assert all(soft is not None and soft.kind == "text" for soft in found)
+    task = build(task=write(tmp_path, "writing"), filter="word")
+    for example in examples(task):
+        target = example.data.document["options"][example.data.document["answer"]]
+        found = task.soft(example)
+        assert (found is None) == ("e" in target)
+        if found:
+            (request,) = found.requests
+            assert isinstance(request, Likelihood)
+            assert request.continuation == f" {target}"
 
 
 def test_lower_is_better_is_negated_and_its_bounds_too(tmp_path):

@@ -1,0 +1,122 @@
+"""Merges by other methods than the weighted sum, from checkpoints to a checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmerge import config as configs
+from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints.stream import LeafStream
+from jaxmerge.checkpoints.survey import find
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment.merge import merge
+from jaxmerge.merge.methods import merge_tensor
+from tests.streaming.streaming_test import BF16, config_of, save, tensors_of
+
+
+def make(directory, count=3):
+    """Fine-tunes of one base, in bfloat16."""
+    rng = np.random.default_rng(0)
+    base = {"w": rng.normal(size=(12, 16)), "v": rng.normal(size=(12, 16))}
+    save(directory / "base", {name: x.astype(BF16) for name, x in base.items()} | COUNTS)
+    for k in range(count):
+        tuned = {name: x + 0.1 * rng.normal(size=x.shape) for name, x in base.items()}
+        save(directory / "pool" / f"m{k}", {n: x.astype(BF16) for n, x in tuned.items()} | COUNTS)
+    return directory
+
+
+COUNTS = {"counts": np.arange(5, dtype=np.int32)}
+
+
+def config_by(directory, method, weights=(), **genes):
+    config = config_of(directory / "pool", weights)
+    config.pool.base = str(directory / "base")
+    config.merge.method = method
+    config.merge.genes.update(genes)
+    return config
+
+
+@pytest.mark.parametrize("variant", ["paper", "mergekit"])
+def test_streamed_is_what_is_merged_in_memory(tmp_path, variant):
+    """By names and seed: draws too. Integers are copied."""
+    make(tmp_path)
+    config = config_by(tmp_path, "dare_ties", (0.5, 0.3, 0.4), density=(0.5, 0.6, 0.7))
+    config.merge.variant, config.seed = variant, 3
+    (written,) = merge(config, str(tmp_path / "run"), "the command")
+    checkpoints = [tensors_of(tmp_path / "pool" / f"m{k}") for k in range(3)]
+    base, found = tensors_of(tmp_path / "base"), tensors_of(written)
+    for name in ("v", "w"):
+        genes = {"weight": (0.5, 0.3, 0.4), "density": (0.5, 0.6, 0.7)}
+        expected = merge_tensor(
+            "dare_ties",
+            [each[name] for each in checkpoints],
+            base[name],
+            genes,
+            name=name,
+            seed=3,
+            variant=variant,
+        )
+        np.testing.assert_array_equal(found[name], expected)
+    np.testing.assert_array_equal(found["counts"], base["counts"])
+    card = (written / "README.md").read_text()
+    assert "dare_ties" in card
+    assert "| base | base |" in card
+    assert "density (0.5, 0.6, 0.7)" in card
+
+
+def test_layers_of_a_stacked_leaf_are_merged_by_themselves(tmp_path):
+    """From Orbax to Orbax, each with its own angle."""
+    rng = np.random.default_rng(0)
+    trees = [
+        {"layers": {"w": jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)}} for _ in range(2)
+    ]
+    for k, tree in enumerate(trees):
+        orbax.save(tmp_path / "pool" / f"m{k}", tree, architecture={"layers": 2})
+    config = configs.default()
+    config.pool.checkpoints = (f"{tmp_path}/pool/*",)
+    config.merge.method, config.merge.genes.t = "slerp", 0.3
+    config.export.formats, config.compilation_cache = ("orbax",), ""
+    (written,) = merge(config, str(tmp_path / "run"))
+    stream = LeafStream(find([str(written)]), jax.devices()[0])
+    (found,) = stream("layers/w")
+    for layer in range(2):
+        two = [tree["layers"]["w"][layer] for tree in trees]
+        expected = merge_tensor("slerp", two, None, {"t": 0.3}, name="any")
+        np.testing.assert_array_equal(found[layer], expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "genes", "where"),
+    [
+        ("karcher", (1, 1, 1), {}, "merge.weights"),
+        ("ties", (1, 1), {}, "merge.weights"),
+        ("ties", (1, 1, 1), {"densty": 1}, "merge.genes"),
+        ("ties", (1, 1, 1), {"density": (1, 1)}, "merge.genes.density"),
+        ("ties", (1, 1, 1), {"density": float("nan")}, "merge.genes.density"),
+        ("ties", (1, 1, 1), {"weight": 1}, "merge.genes.weight"),
+        ("slerp", (), {"t": 0.5}, "merge.method"),
+        ("no such", (), {}, "merge.method"),
+        ("linear", (1, 1, 1), {"normalize": True}, "merge.genes"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused(tmp_path, method, weights, genes, where):
+    make(tmp_path)
+    with pytest.raises(JaxmergeError) as caught:
+        merge(config_by(tmp_path, method, weights, **genes), str(tmp_path / "run"))
+    assert caught.value.where == where
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_is_needed(tmp_path):
+    make(tmp_path)
+    config = config_by(tmp_path, "ties", (1, 1, 1))
+    config.pool.base = ""
+    with pytest.raises(JaxmergeError, match=r"pool\.base"):
+        merge(config, str(tmp_path / "run"))
+
+
+def test_a_search_says_which_methods_it_takes(tmp_path):
+    config = config_by(make(tmp_path), "ties")
+    with pytest.raises(JaxmergeError, match="weighted sums so far"):
+        configs.check(config)
