@@ -39,7 +39,7 @@ def write(directory: Path) -> None:
         base = trainers_test.directory(directory / family, family, **untied)
         leaves = named_leaves(trainers_test.params(base))
         layout = huggingface.layout(str(base))
-        found = {f"hf:{name}": np.zeros(shape) for name, shape in layout.tensors.items()}
+        found: Any = {f"hf:{name}": np.zeros(shape) for name, shape in layout.tensors.items()}
         for name, parts in layout.leaves.items():
             values, at = np.asarray(leaves[name]).reshape(-1), 0
             for part in parts:
