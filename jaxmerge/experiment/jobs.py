@@ -224,8 +224,8 @@ def _gene(value: str, text: str) -> Any:
     """True, False, a number, or one for each checkpoint."""
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    numbers: tuple[float, ...] = _numbers(value, f"--gene={text}")
-    return numbers if len(numbers) > 1 else numbers[0]
+    first, *others = _numbers(value, f"--gene={text}")
+    return (first, *others) if others else first
 
 
 def _evaluate(config: Config, out: str, command: str) -> None:

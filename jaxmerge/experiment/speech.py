@@ -92,9 +92,9 @@ def _name(path: Path) -> str:
 
 
 def _weights(config: Config, name: str) -> Sequence[float]:
-    """The weights of a merge."""
+    """The weights of a merge; (): its method takes none."""
     weights, names = tuple(config.merge.weights), tuple(config.merge.names)
-    if not isinstance(weights[0], tuple | list):
+    if not weights or not isinstance(weights[0], tuple | list):
         return weights
     return weights[(names or tuple(map(str, range(len(weights))))).index(name)]
 
@@ -107,10 +107,9 @@ def _asked(config: Config, path: Path, weights: Sequence[float]) -> Verdict | st
     """What was found; or why nothing was."""
     pool, where = config.pool, where_of(config)
     found = find(pool.checkpoints, **where)
-    made: dict[str, Any] = where | {
-        "item": "",
-        "subtree": "",
-    }  # a merge says itself where its parameters are
+    # A merge says itself where its parameters are.
+    made: dict[str, Any] = where | {"item": "", "subtree": ""}
+    weights = weights or (1.0,) * len(found)
     sources = [*(found[k] for k in _heaviest(np.array(weights))), *find([str(path)], **made)]
     need, room = byte_count(sources[0].abstract) * (len(sources) + 1), _room(config)
     if need > room:

@@ -32,6 +32,7 @@ def _asked(nats):
 def test_members_are_measured_by_each_other_and_the_merge_by_both():
     verdict = listen(_asked([[-0.1, -2.0], [-1.0, -0.1], [-1.0, -3.0]]), [Prompt("a"), Prompt("b")])
     assert verdict == Verdict(-2.0, (-2.0, -1.0), "text 2", "a")
+    assert verdict is not None
     assert verdict.speaks
 
 
