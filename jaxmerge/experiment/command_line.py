@@ -147,6 +147,14 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
                 found=said,
             ) from error
         raise JaxmergeError(said, where="command line or config file", expected=FIELDS) from error
+    except JaxmergeError:
+        raise
+    except Exception as error:  # a config file is a program of the user's: it can raise anything
+        raise JaxmergeError(
+            f"the config file fails with {type(error).__name__}: {error}",
+            where=next((each for each in argv if each.startswith("--config=")), "--config"),
+            expected="a file of Python whose get_config() returns a config",
+        ) from error
     if len(rest) > 1 and not members:
         raise JaxmergeError(
             "these arguments are no flags",
