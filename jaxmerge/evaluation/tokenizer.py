@@ -277,13 +277,11 @@ class Pretrained:
         """
         if not self._tokenizer.chat_template:
             return []
-        import jinja2  # late: a merge of files starts sooner without it
-
         answer = "jaxmerge"
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
-        except (jinja2.TemplateError, TypeError, ValueError):
+            text = self._rendered(turns, tokenize=False)
+        except (_Refused, JaxmergeError):
             return []
         _, found, rest = text.rpartition(answer)
         first = self.encode(rest.strip())[:1] if found else []

@@ -103,7 +103,7 @@ def test_an_end_that_is_no_token_is_refused(tmp_path):
         ("<end>", (1, 2)),
         (" \n<system>\n<user>", (1, 3)),
         ("abc <end>", (1,)),  # letters come first: no special token ends the answer
-        ("{{ raise_exception('no answers') }}", (1,)),
+        ("{% if m['role'] == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}", (1,)),
     ],
 )
 def test_the_template_says_what_ends_an_answer(tmp_path, after, stops):
