@@ -102,6 +102,7 @@ def run_config(config, pool: Path):
     config.search.population, config.search.init = 4, ()
     config.search.budget = 14
     config.search.save_seconds = 0.0
+    config.export.speech_bytes = 0  # two programs more
     config.compilation_cache = ""
     return config
 

@@ -1,5 +1,7 @@
 """Whether a merge still speaks: what is asked, and what is said of one that does not."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from jaxmerge import config as configs
 from jaxmerge.checkpoints import orbax
 from jaxmerge.evaluation.speech import MARGIN, Verdict, listen
 from jaxmerge.experiment import merge, speech
+from jaxmerge.experiment.prepare import prepare
+from jaxmerge.rundir import Candidate
 from jaxmerge.tasks.requests import Generate, Likely, Prompt
 from tests import tiny
 
@@ -65,6 +69,7 @@ def pool(tmp_path_factory):
 def test_of_merges_with_given_weights(pool, tmp_path, capsys, weights, speaks):
     config = tiny.run_config(configs.default(), pool)
     config.merge.weights, config.export.formats = weights, ("orbax",)
+    config.export.speech_bytes = 2**30
     written = merge.merge(config, str(tmp_path))
     speech.of_merge(config, tmp_path, written)
     found = np.array([each["speaks"] for each in _kept(tmp_path).values()])
@@ -90,6 +95,18 @@ def test_what_is_not_asked(pool, tmp_path, capsys):
     speech.of_merge(config, tmp_path, written)
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "speech.json").exists()
+
+
+def test_of_a_search(pool, tmp_path):
+    config = tiny.run_config(configs.default(), pool)
+    config.objective.tasks, config.heldout, config.export.speech_bytes = ("generation",), (), 2**30
+    prepared = prepare(config, str(tmp_path))
+    with contextlib.closing(prepared.directory):
+        for weights, warning in (((0.5, 0.5), ""), ((-3.0, 1.0), "no language model any more")):
+            winner = Candidate(0, 0, "final", "search", "test", 0, weights, {}, {}, 0.0)
+            said = speech.of_search(config, prepared, winner)
+            assert warning in said
+            assert bool(said) == bool(warning)
 
 
 def test_a_finished_merge_is_done(pool, tmp_path):
