@@ -123,7 +123,7 @@ def test_through_results_and_back():
     ("tasks", "weights", "aggregate", "named"),
     [
         ((), (), "mean", r"objective\.tasks"),
-        (("sums", "sums"), (), "mean", r"objective\.tasks.*\n.*sums"),
+        (("sums", "sums"), (), "mean", r"objective\.tasks.*\n.*each task once\n.*sums"),
         (TASKS, (), "median", r"objective\.aggregate.*\n.*chebyshev.*\n.*median"),
         (TASKS, (), "weighted", r"objective\.weights.*\n.*3 numbers"),
         (TASKS, (1.0, 2.0), "weighted", r"objective\.weights.*\n.*3 numbers"),
