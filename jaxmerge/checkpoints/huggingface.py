@@ -116,9 +116,11 @@ def layout(path: str, *, by_tensor: bool = False) -> Layout:
     Raises:
         JaxmergeError: see `directory.read`.
     """
-    # Of a model that is known, the config is enough: a base need not have weights.
-    known = None if by_tensor else directory.known(epath.Path(path))
-    return known or directory.read(epath.Path(path), by_tensor=by_tensor).layout
+    where = epath.Path(path)
+    # A base need not have weights: of a model that is known, the config is enough.
+    alone = not by_tensor and not any(where.glob("*.safetensors"))
+    known = directory.known(where) if alone else None
+    return known or directory.read(where, by_tensor=by_tensor).layout
 
 
 def save(

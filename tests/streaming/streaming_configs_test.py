@@ -81,10 +81,10 @@ def test_what_leaves_refuse_is_refused_before_blocks_are_written(tmp_path, monke
     """As a config that transformers refuses, when Orbax is wanted besides."""
     find = merging.find_checkpoints
 
-    def refuse(config: Any, *, by_tensor: bool = False) -> Any:
+    def refuse(config: Any, *, by_tensor: bool = False, **more: Any) -> Any:
         if not by_tensor:
             raise JaxmergeError("refused by leaf")
-        return find(config, by_tensor=True)
+        return find(config, by_tensor=True, **more)
 
     monkeypatch.setattr(merging, "find_checkpoints", refuse)
     config = config_of(make(tmp_path / "models"), formats=("orbax", "huggingface"))
