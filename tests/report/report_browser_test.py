@@ -218,7 +218,7 @@ def test_on_paper(browser: Browser, reports: dict[str, Path]) -> None:
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert page.locator(".controls").is_hidden()
+    assert all(each.is_hidden() for each in page.locator(".controls").all())
     assert page.locator("figcaption .screen").is_hidden()
     assert page.locator("h2").last.is_visible()
     ink = page.locator("#tradeoff .xtitle").evaluate("(title) => getComputedStyle(title).fill")
