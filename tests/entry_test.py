@@ -152,7 +152,9 @@ def test_nobody_reads(tmp_path):
         assert process.wait(60) == 141
 
 
-@pytest.mark.parametrize("mistake", ["def get_config(:", "1 / 0", "import no_such_module"])
+@pytest.mark.parametrize(
+    "mistake", ["def get_config(:", "1 / 0", "import no_such_module", "int('x')"]
+)
 def test_a_config_file_with_a_mistake_is_named(tmp_path, mistake):
     """It is a program of the user's, and can fail in any way."""
     (tmp_path / "mine.py").write_text(f"from jaxmerge.config import default\n{mistake}\n")
@@ -160,5 +162,6 @@ def test_a_config_file_with_a_mistake_is_named(tmp_path, mistake):
     started = f"import sys; sys.argv[1:] = {flags}; from jaxmerge import run; run.console()"
     code, _, err = python(started)
     assert code == entry.WRONG, err
-    assert "mine.py" in err
+    assert "mine.py, line 2: the config file fails with" in err
+    assert "Traceback" not in err
     assert "should not have happened" not in err

@@ -9,6 +9,7 @@ import logging as python_logging
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from jaxmerge import entry
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes, watch
+
+# What absl and ml_collections raise for what was typed, or set in a config file.
+_OF_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
 
 FIELDS = "--help=fields lists the fields of a config, with their units and defaults."
 
@@ -135,26 +139,10 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
             if not flags.FLAGS[name].present:
                 raise JaxmergeError(f"--{name} is missing; --help says how to use it")
         flags.FLAGS.config.to_dict()  # a config file that can't be loaded says so when it is used
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        said = str(error.args[0] if error.args else error)
-        with contextlib.suppress(SyntaxError, ValueError):
-            said = str(ast.literal_eval(said))  # a KeyError has its message in quotation marks
-        if isinstance(error, KeyError) and " " not in said:  # the name alone
-            raise JaxmergeError(
-                "there is no such field to set",
-                where="command line or config file",
-                expected=f"a field that the config file sets; {FIELDS}",
-                found=said,
-            ) from error
-        raise JaxmergeError(said, where="command line or config file", expected=FIELDS) from error
     except JaxmergeError:
         raise
     except Exception as error:  # a config file is a program of the user's: it can raise anything
-        raise JaxmergeError(
-            f"the config file fails with {type(error).__name__}: {error}",
-            where=next((each for each in argv if each.startswith("--config=")), "--config"),
-            expected="a file of Python whose get_config() returns a config",
-        ) from error
+        raise _of_config(error, argv) from error
     if len(rest) > 1 and not members:
         raise JaxmergeError(
             "these arguments are no flags",
@@ -164,6 +152,48 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
     if not flags.FLAGS["verbosity"].present:
         _quiet()
     return rest
+
+
+def _of_config(error: Exception, argv: Sequence[str]) -> JaxmergeError:
+    """What is wrong in the flags or the config file; raises an error again that is of neither."""
+    said = str(error.args[0] if error.args else error)
+    file = next((each.partition("=")[2] for each in argv if each.startswith("--config=")), "")
+    line, raised = _raised_in(file.partition(":")[0], error)
+    # ml_collections has the whole trace in the message of some, and has no name for others.
+    nameless = not isinstance(error, _OF_FLAGS) or "Error whilst parsing config" in said
+    if line and nameless:
+        return JaxmergeError(
+            f"the config file fails with {type(raised).__name__}: {raised}",
+            where=f"{file}, line {line}",
+            expected="a file of Python whose get_config() returns a config",
+        )
+    if not isinstance(error, _OF_FLAGS):
+        raise error
+    with contextlib.suppress(SyntaxError, ValueError):
+        said = str(ast.literal_eval(said))  # a KeyError has its message in quotation marks
+    if isinstance(error, KeyError) and " " not in said:  # the name alone
+        return JaxmergeError(
+            "there is no such field to set",
+            where="command line or config file",
+            expected=f"a field that the config file sets; {FIELDS}",
+            found=said,
+        )
+    return JaxmergeError(said, where="command line or config file", expected=FIELDS)
+
+
+def _raised_in(file: str, error: BaseException) -> tuple[int, BaseException]:
+    """The line of a file that an error, or what led to it, comes from; 0: it is not of there."""
+    if not file:
+        return 0, error
+    path = os.path.realpath(file)
+    if isinstance(error, SyntaxError) and os.path.realpath(error.filename or "") == path:
+        return error.lineno or 0, error
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [each.lineno or 0 for each in frames if os.path.realpath(each.filename) == path]
+    led = error.__cause__ or error.__context__
+    if lines or led is None:
+        return (lines or [0])[-1], error
+    return _raised_in(file, led)
 
 
 def _at_home(argument: str) -> str:

@@ -85,7 +85,10 @@ def merge(
     leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
     layers = 0 if by_tensor else int(sources[0].architecture.get("layers") or 0)
     leaf = functools.partial(_leaf, config, weights, leaves, layers)
-    text = lambda: card(leaves.records())  # noqa: E731
+
+    def text() -> str:
+        return card(leaves.records())
+
     options = {name: config.export[name] for name in ("dtype", "shard_bytes")}
     if not by_tensor:
         written = export(

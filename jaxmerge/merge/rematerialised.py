@@ -111,7 +111,7 @@ def _derivative(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Ar
     leaves, weights_K = primals
     of_leaves, of_weights_K = tangents
     if not all(map(_zero, jax.tree.leaves(of_leaves, is_leaf=_zero))):
-        raise NotImplementedError("derivatives by the checkpoints of a pool")
+        raise TypeError("a merge has derivatives by its weights alone, not by its checkpoints")
     made = _layer(leaves, weights_K)
     if _zero(of_weights_K) or not jnp.issubdtype(made.dtype, jnp.floating):
         return made, SymbolicZero(jax.typeof(made).to_tangent_aval())
