@@ -99,7 +99,9 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     Raises:
         JaxmergeError: a file can't be read or is cut short.
     """
-    checkpoint = directory.read(epath.Path(source.path))
+    # As `describe` read it: a decoder's leaves, or tensors by their names.
+    by_tensor = source.architecture.get("model") != "decoder"
+    checkpoint = directory.read(epath.Path(source.path), by_tensor=by_tensor)
     if "embedding" in named_leaves(abstract):
         directory.check_twins(checkpoint)
     values = functools.partial(directory.read_values, checkpoint.tensors)

@@ -118,21 +118,28 @@ def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Pat
     count = survey.count(config.pool.checkpoints)
     methods.check_inputs(config.merge.method, count, with_base=bool(with_base and config.pool.base))
     by_tensor = _paths(config) == (("huggingface",), ())
-    sources = find_checkpoints(config, by_tensor=by_tensor, with_base=with_base)
+    only_orbax = {*formats(config.pool.checkpoints), *config.export.formats} == {"orbax"}
+    sources = find_checkpoints(
+        config,
+        by_tensor=by_tensor,
+        as_stored=only_orbax and not with_base,  # a base has the decoder's leaves
+        with_base=with_base,
+    )
     merges = _merges(config, sources[:count])
     for each in merges:
         methods.check(config, each.weights, count)
     if out:
         _check_place(Path(out), Path(workdir), merges, config.export.formats)
-    like, written, records = huggingface_directory(config, sources), [], ()
+    written, records = [], ()
     with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
+        say_unlocked(directory)
         for each in merges:
             if out and Path(out).exists():
                 return [Path(out)]
             text = functools.partial(_method_card, config, each.weights, command)
             path = directory.path / each.path
             paths, records = methods.merge(
-                config, path, sources, each.weights, by_tensor=by_tensor, like=like, card=text
+                config, path, sources, each.weights, by_tensor=by_tensor, card=text
             )
             written += paths
         record_pool(directory, records)

@@ -23,7 +23,9 @@ from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.merge.methods import METHODS, check_inputs, complete, merge_tensor
+from jaxmerge.trees import named_leaves
 
 
 def takes_weights(method: str) -> bool:
@@ -65,7 +67,6 @@ def merge(
     weights: Sequence[float],
     *,
     by_tensor: bool,
-    like: str,
     card: Callable[[Sequence[Record]], str],
 ) -> tuple[list[Path], tuple[Record, ...]]:
     """Writes one merge.
@@ -76,7 +77,6 @@ def merge(
         sources: the checkpoints, and after them the base where the method takes one.
         weights: of the checkpoints; (): the method has none.
         by_tensor: whether leaves are the tensors of Hugging Face directories.
-        like: see `export`.
         card: text of the README.md, from what `pool.json` says of the sources.
 
     Returns:
@@ -89,25 +89,28 @@ def merge(
     def text() -> str:
         return card(leaves.records())
 
+    like = huggingface_directory(config, sources)
     options = {name: config.export[name] for name in ("dtype", "shard_bytes")}
+    options |= {"like": like, "tokenizer": tokenizer_directory(config, sources), "card": text}
+    written = [path / "huggingface"]
     if not by_tensor:
         written = export(
             path,
             leaves.abstract,
             leaf,
+            source=sources[0],
             formats=tuple(config.export.formats),
             architecture=sources[0].architecture,
-            like=like,
-            card=text,
+            rope_type=config.pool.rope_type,
             **options,
         )
-        return written, leaves.records()
-    target = path / "huggingface"
-    if not target.exists():
+    elif not written[0].exists():
         layout = huggingface.layout(like, by_tensor=True)
-        abstract = leaves.abstract
-        huggingface.save(target, layout, leaf, abstract=abstract, like=like, card=text, **options)
-    return [target], leaves.records()
+        huggingface.save(written[0], layout, leaf, abstract=leaves.abstract, **options)
+    if not leaves.read:  # the merge was there: the checkpoints are compared with what it says
+        for name in named_leaves(leaves.abstract):
+            leaves(name)
+    return written, leaves.records()
 
 
 def described(config: Config) -> str:

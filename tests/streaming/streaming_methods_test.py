@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints import orbax
@@ -26,6 +28,14 @@ def make(directory, count=3):
     return directory
 
 
+LLAMA = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 COUNTS = {"counts": np.arange(5, dtype=np.int32)}
 
 
@@ -63,6 +73,27 @@ def test_streamed_is_what_is_merged_in_memory(tmp_path, variant):
     assert "dare_ties" in card
     assert "| base | base |" in card
     assert "density (0.5, 0.6, 0.7)" in card
+
+
+@pytest.mark.parametrize("wanted", [("huggingface",), ("orbax", "huggingface")])
+def test_models_that_have_a_decoder(tmp_path, wanted):
+    """Tensor by tensor, or leaf by leaf where Orbax is wanted too; and again, when it is there."""
+    shape = transformers.LlamaConfig.from_dict(LLAMA)
+    for k, path in enumerate(("base", "pool/a", "pool/b")):
+        torch.manual_seed(k)
+        transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / path)
+    config = config_by(tmp_path, "ties", (1.0, 0.5), density=0.5)
+    config.export.formats = wanted
+    written = merge(config, str(tmp_path / "run"))
+    base, *tuned = (tensors_of(tmp_path / path) for path in ("base", "pool/a", "pool/b"))
+    found, name = tensors_of(written[-1]), "model.layers.1.mlp.up_proj.weight"
+    assert found.keys() == base.keys()
+    genes = {"weight": (1.0, 0.5), "density": 0.5}
+    expected = merge_tensor("ties", [each[name] for each in tuned], base[name], genes, name=name)
+    np.testing.assert_array_equal(found[name], expected)
+    before = (tmp_path / "run" / "pool.json").read_bytes()
+    assert merge(config, str(tmp_path / "run")) == written
+    assert (tmp_path / "run" / "pool.json").read_bytes() == before
 
 
 def test_layers_of_a_stacked_leaf_are_merged_by_themselves(tmp_path):
