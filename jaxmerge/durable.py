@@ -77,7 +77,7 @@ def as_json(value: Any, indent: int | None = None) -> bytes:
 def parsed(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JaxmergeError(
             "can't be read as JSON",
             where=where,

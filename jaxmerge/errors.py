@@ -39,7 +39,9 @@ def check_choice(where: str, value: str, choices: Sequence[str]) -> None:
 def check_least(where: str, value: int, least: int) -> None:
     """Raises `JaxmergeError`, which names the field, for a value below the least there can be."""
     if value < least:
-        raise JaxmergeError(f"must be at least {least}", where=where, found=str(value))
+        raise JaxmergeError(
+            "the number is too small", where=where, expected=f"at least {least}", found=str(value)
+        )
 
 
 def check_text(where: str, *texts: str) -> None:
@@ -84,6 +86,11 @@ _WAYS_OUT = {
 }
 
 
+def way_out(error: OSError) -> str:
+    """What helps where the system says no; "" where nothing does that is known."""
+    return _WAYS_OUT.get(error.errno or 0, "")
+
+
 def of_system(error: OSError, where: str = "") -> JaxmergeError:
     """What the system refused, as a mistake that can be mended.
 
@@ -95,7 +102,7 @@ def of_system(error: OSError, where: str = "") -> JaxmergeError:
     return JaxmergeError(
         "the system refuses to read or write this",
         where=os.fsdecode(path),
-        expected=_WAYS_OUT.get(error.errno or 0, ""),
+        expected=way_out(error),
         found=error.strerror or str(error),
     )
 

@@ -46,7 +46,8 @@ try:
     from lm_eval.api.registry import register_model
 except ImportError as error:
     raise JaxmergeError(
-        "needs a package: pip install 'jaxmerge[lm-eval]'",
+        "a package is missing",
+        expected="pip install 'jaxmerge[lm-eval]'",
         where="jaxmerge.lm_eval_model",
         found=str(error),
     ) from error

@@ -299,9 +299,10 @@ def check_same_config(
     moved = tuple(line for line in lines if line.startswith(_WHERE))
     if len(lines) > len(moved):
         raise JaxmergeError(
-            "the directory was made with another config; take another --workdir, or the same "
-            "config:\n  " + "\n  ".join(line for line in lines if line not in moved),
+            "the directory was made with another config:\n  "
+            + "\n  ".join(line for line in lines if line not in moved),
             where=str(path),
+            expected="the same config, or another --workdir",
         )
     return moved
 
@@ -338,7 +339,8 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
         try:
             fields = json.loads(line)
             candidate = Candidate(**{**fields, "weights": as_weights(fields["weights"])})
-        except (ValueError, TypeError, KeyError) as error:
+            _check_kinds(candidate)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise JaxmergeError(
                 f"line {number + 1} can't be read",
                 where=where,
@@ -354,6 +356,29 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
             )
         candidates.append(candidate)
     return candidates
+
+
+def _check_kinds(candidate: Candidate) -> None:
+    """Raises `ValueError` where a field is of another kind than what a run writes."""
+    counts = [candidate.n, candidate.out_of or {}, candidate.tokens or {}]
+    kinds = {
+        "numbers that count": all(
+            type(each) is int and each >= 0
+            for each in (candidate.id, candidate.generation, candidate.row)
+        ),
+        "names": all(
+            type(each) is str for each in (candidate.origin, candidate.name, candidate.split)
+        ),
+        "counts": all(type(of) is dict for of in counts)
+        and all(type(each) is int and each >= 0 for of in counts for each in of.values()),
+        "scores": type(candidate.scores) is dict
+        and all(type(each) in (int, float) for each in candidate.scores.values()),
+        "weights": np.ndim(candidate.weights) in (1, 2) and np.size(candidate.weights) > 0,
+        "seconds": type(candidate.seconds) in (int, float),
+    }
+    wrong = [what for what, holds in kinds.items() if not holds]
+    if wrong:
+        raise ValueError(f"its {', '.join(wrong)} are not what a run writes")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -107,6 +107,7 @@ def shardings(abstract: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
             raise JaxmergeError(
                 "the sharding rule names more dimensions than the leaf has",
                 where=name,
+                expected=f"at most {len(leaf.shape)}",
                 found=f"axes {tuple(axes)}, shape {leaf.shape}",
             )
         return NamedSharding(mesh, _spec(axes, leaf.shape, mesh))

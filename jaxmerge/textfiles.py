@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, way_out
 
 
 def decode(data: bytes, where: str) -> str:
@@ -48,7 +48,10 @@ def read_bytes(path: epath.PathLike) -> bytes:
         return epath.Path(path).expanduser().read_bytes()
     except OSError as error:
         raise JaxmergeError(
-            "the file can't be read", where=str(path), found=error.strerror or str(error)
+            "the file can't be read",
+            where=str(path),
+            expected=way_out(error),
+            found=error.strerror or str(error),
         ) from error
 
 
@@ -73,10 +76,12 @@ def parse_json(text: bytes, where: str) -> Any:
         if len(made) < len(pairs):
             count = Counter(key for key, _ in pairs)
             twice = ", ".join(key for key in made if count[key] > 1)
-            raise JaxmergeError(f"{twice} is there twice", where=where)
+            raise JaxmergeError(f"{twice} is there twice", where=where, expected="each key once")
         return made
 
     try:
         return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise JaxmergeError("this is no JSON", where=where, found=str(error)) from error
+        raise JaxmergeError(
+            "this is no JSON", where=where, expected="JSON", found=str(error)
+        ) from error

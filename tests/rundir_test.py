@@ -103,6 +103,9 @@ def test_a_garbled_log_is_refused(opened, tmp_path):
         ("{}\n" + lines[1], "line 1"),
         (lines[0] + "no json\n" + lines[1], "line 2"),
         (lines[1] + lines[0], "out of order"),
+        (lines[0].replace('"row": 0', '"row": "0"'), "line 1"),
+        (lines[0] + lines[1].replace('"scores": {', '"scores": {"more": null, '), "line 2"),
+        ("[" * 100_000 + "\n", "line 1"),
     ):
         log.write_text(garbled)
         with pytest.raises(JaxmergeError, match=named):

@@ -169,7 +169,10 @@ def _check_switches(config: Mapping[str, Any], file: epath.Path) -> None:
     for key in ("use_rslora", "use_dora", "fan_in_fan_out"):
         if not isinstance(config.get(key), bool | None):
             raise JaxmergeError(
-                f"{key} is neither true nor false", where=str(file), found=str(config[key])[:80]
+                f"{key} is neither true nor false",
+                where=str(file),
+                expected="true or false",
+                found=str(config[key])[:80],
             )
 
 
@@ -183,7 +186,12 @@ def _check_numbers(config: Mapping[str, Any], file: epath.Path) -> None:
         all(type(rank) is int and rank > 0 for rank in (found["r"], *ranks.values()))
         and all(_is_number(alpha) for alpha in (found["lora_alpha"], *alphas.values()))
     ):
-        raise JaxmergeError("ranks or alphas are no numbers", where=str(file), found=str(found))
+        raise JaxmergeError(
+            "ranks or alphas are no numbers",
+            where=str(file),
+            expected="ranks that are whole numbers above 0, and finite alphas",
+            found=str(found),
+        )
     for pattern in (*ranks, *alphas):
         try:
             re.compile(pattern)
@@ -191,6 +199,7 @@ def _check_numbers(config: Mapping[str, Any], file: epath.Path) -> None:
             raise JaxmergeError(
                 "a key of rank_pattern or alpha_pattern is no regular expression",
                 where=str(file),
+                expected="a module's name or its end, or a regular expression of such",
                 found=f"{pattern!r}: {error}",
             ) from error
 

@@ -261,7 +261,9 @@ def _sharded(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
     ]
     if problems:
         raise JaxmergeError(
-            "index and files do not agree:\n  " + "\n  ".join(problems), where=str(index)
+            "index and files do not agree:\n  " + "\n  ".join(problems),
+            where=str(index),
+            expected="index and files of one save: fetch those anew that are not",
         )
     return {tensor: headers[file][tensor] for tensor, file in names.items()}
 
@@ -280,7 +282,11 @@ def _config(directory: epath.Path) -> dict[str, Any]:
         return {}
     config = read_json(path)
     if not isinstance(config, dict):
-        raise JaxmergeError("the config is no JSON object", where=str(path))
+        raise JaxmergeError(
+            "the config is no JSON object",
+            where=str(path),
+            expected="config.json as transformers writes it",
+        )
     if config.get("quantization_config"):
         raise JaxmergeError(
             "the checkpoint is quantised: its tensors are no weights that could be averaged",
@@ -328,6 +334,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         raise JaxmergeError(
             "the weights are not those of the config:\n  " + "\n  ".join(problems),
             where=str(checkpoint.directory),
+            expected="config.json and weights of one model: fetch those anew that are not",
         )
 
 
@@ -379,6 +386,7 @@ def _leaf_dtype(checkpoint: Checkpoint, name: str) -> np.dtype:
         raise JaxmergeError(
             f"the tensors of leaf {name} have dtypes that can't be reconciled",
             where=str(checkpoint.directory),
+            expected="floating point in all of them, or integers of one size",
             found=", ".join(sorted(map(str, stored))),
         )
     if not floating:

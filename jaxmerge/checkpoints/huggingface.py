@@ -28,7 +28,7 @@ from jaxmerge.checkpoints import directory
 from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
 from jaxmerge.checkpoints.safetensors import in_file_order, make_header, write_at
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, way_out
 from jaxmerge.models.layout import Layout
 from jaxmerge.textfiles import parse_json, read_text
 from jaxmerge.trees import PyTree, named_leaves
@@ -173,7 +173,10 @@ def save(
         publish(new, target, files, like, card, tokenizer)
     except OSError as error:
         raise JaxmergeError(
-            "the model can't be written", where=str(path), found=error.strerror or str(error)
+            "the model can't be written",
+            where=str(path),
+            expected=way_out(error),
+            found=error.strerror or str(error),
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -280,7 +283,10 @@ def _tensor_dtypes(layout: Layout, abstract: PyTree, dtype: str) -> dict[str, np
     ]
     wrong += [f"{name} is not known" for name in leaves if name not in layout.shapes]
     if wrong:
-        raise JaxmergeError("the leaves are not those of the layout:\n  " + "\n  ".join(wrong))
+        raise JaxmergeError(
+            "the leaves are not those of the layout:\n  " + "\n  ".join(wrong),
+            expected="a tree as the model's pool has it, each leaf of its name and shape",
+        )
     dtypes: dict[str, np.dtype] = {}
     for name, parts in layout.leaves.items():
         stored = jnp.dtype(leaves[name].dtype)

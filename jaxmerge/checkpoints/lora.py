@@ -290,7 +290,11 @@ def _read(path: epath.Path, base: str) -> Adapter:
             ".save_pretrained(NEW)",
         )
     if (path / directory.WEIGHTS).exists() or (path / directory.INDEX).exists():
-        raise JaxmergeError("there are both an adapter and a whole model", where=str(path))
+        raise JaxmergeError(
+            "there are both an adapter and a whole model",
+            where=str(path),
+            expected="the adapter in a directory of its own",
+        )
     model = directory.read(epath.Path(base))
     stored = read_header(path / WEIGHTS)
     directory.check_filled(stored, path / WEIGHTS)

@@ -28,6 +28,7 @@ _METADATA = "_CHECKPOINT_METADATA"  # of a checkpoint; older versions of Orbax w
 _TREE = "_METADATA"  # of a pytree, in its directory
 _MARKERS = (_METADATA, _TREE, "orbax.checkpoint")
 _ITEM = "state"  # of our own checkpoints
+_ANEW = "the checkpoint as it was saved: copy it anew, or take another step"
 
 
 def save(
@@ -134,7 +135,9 @@ def describe(
     )
     if len(named_leaves(whole)) != len(jax.tree.leaves(whole)):
         raise JaxmergeError(
-            "two leaves of the checkpoint have the same name, with / between the keys", where=where
+            "two leaves of the checkpoint have the same name, with / between the keys",
+            where=where,
+            expected="keys that have no / in them, or tell leaves apart all the same",
         )
     checksums = ours.get("checksums", {}) if found == ours.get("subtree", "") else {}
     abstract, carried = parameters.split(whole, checksums)
@@ -190,6 +193,7 @@ def _load(source: Source, abstract: PyTree) -> PyTree:
         raise JaxmergeError(
             "the checkpoint's data can't be read: a file is missing or cut short",
             where=source.path,
+            expected=_ANEW,
             found=_first_line(cause),
         ) from error
     return parameters.at(source.path, tree, source.subtree)
@@ -267,12 +271,15 @@ def _metadata(directory: epath.Path, item: str) -> Any:
         raise JaxmergeError(
             "the checkpoint's metadata can't be read",
             where=str(directory),
+            expected=_ANEW,
             found=_first_line(error),
         ) from error
     if metadata.init_timestamp_nsecs is None and (directory / _METADATA).exists():
         # Orbax logs this and goes on; the checksums would be lost.
         raise JaxmergeError(
-            "the checkpoint's metadata can't be read", where=str(directory / _METADATA)
+            "the checkpoint's metadata can't be read",
+            where=str(directory / _METADATA),
+            expected=_ANEW,
         )
     return metadata
 

@@ -23,6 +23,7 @@ from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import READERS
+from jaxmerge.checkpoints.unchanged import Unchanged, below
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.merge import linear
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
@@ -262,8 +263,11 @@ def _restore(
         cast, _ = jax.block_until_ready((leaf.astype(dtype), computing[name]))
         return keep(name, cast)
 
+    unchanged = Unchanged([*below(source.path), *below(source.base)], source.path)
     tree = READERS[source.format].restore(source, placed, digested)
-    return tree, digest.finish(computing)
+    found = digest.finish(computing)
+    unchanged.check()
+    return tree, found
 
 
 def _to_host(_: str, leaf: jax.Array) -> jax.Array:

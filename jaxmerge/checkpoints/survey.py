@@ -269,12 +269,15 @@ def _names(paths: Sequence[epath.Path]) -> list[str]:
     )
 
 
+_ALIKE = "checkpoints of one model, with the same leaves, shapes and dtypes"
+
+
 def _check_alike(sources: Sequence[Source], dtype: str) -> None:
     """Raises unless leaves and architectures are the same, but for what casting mends."""
     lines = _differences(sources, dtype)
     if lines:
         castable = not _differences(sources, "float32")
-        expected = "the same dtypes, or pool.dtype: it casts all to one" if castable else ""
+        expected = "the same dtypes, or pool.dtype: it casts all to one" if castable else _ALIKE
         if all(": architecture " in line for line in lines):
             expected = "the same in each config.json; delete there what says nothing of the "
             expected += "computation"

@@ -285,7 +285,11 @@ class _Asked:
         self.task = task
         self.examples: Sequence[Example] = task.splits.get(split, ())
         if not self.examples:
-            raise JaxmergeError(f"the {split} split has no examples", where=f"task {task.name}")
+            raise JaxmergeError(
+                f"the {split} split has no examples",
+                where=f"task {task.name}",
+                expected="some in its builder's data, or another task",
+            )
         requests = [task.requests(example) for example in self.examples]
         self._ends = np.cumsum([len(each) for each in requests])
         flat = [request for each in requests for request in each]

@@ -370,7 +370,12 @@ def _ends_of_model(directory: str) -> list[int]:
         file = Path(directory, name)
         said = read_json(file) if file.exists() else {}
         if not isinstance(said, dict):
-            raise JaxmergeError("this is no JSON object", where=str(file), found=str(said)[:80])
+            raise JaxmergeError(
+                "this is no JSON object",
+                where=str(file),
+                expected="the file as transformers writes it",
+                found=str(said)[:80],
+            )
         inner = said.get("text_config")
         for each in (said, inner if isinstance(inner, dict) else {}):
             ends = each.get("eos_token_id")
@@ -380,6 +385,7 @@ def _ends_of_model(directory: str) -> list[int]:
                 raise JaxmergeError(
                     "eos_token_id is neither a number nor a list of some",
                     where=str(file),
+                    expected="a token's number, such as 2, or a list of them, such as [2, 7]",
                     found=str(ends)[:80],
                 )
             return _ids(ends)

@@ -137,7 +137,9 @@ def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[
         rest = flags.FLAGS([_at_home(each) for each in argv])
         for name in required:
             if not flags.FLAGS[name].present:
-                raise JaxmergeError(f"--{name} is missing; --help says how to use it")
+                raise JaxmergeError(
+                    f"--{name} is missing", expected=f"--{name}=...; --help says more"
+                )
         flags.FLAGS.config.to_dict()  # a config file that can't be loaded says so when it is used
     except JaxmergeError:
         raise

@@ -156,7 +156,11 @@ def _tokenizer(config: Config, subject: _Subject) -> Tokenizer:
 def _check_examples(tasks: Sequence[Task]) -> None:
     for task in tasks:
         if not task.splits.get("test"):
-            raise JaxmergeError("the test split has no examples", where=f"task {task.name}")
+            raise JaxmergeError(
+                "the test split has no examples",
+                where=f"task {task.name}",
+                expected="some in its builder's data, or another task",
+            )
 
 
 def _mesh(config: Config) -> Mesh:

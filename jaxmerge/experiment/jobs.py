@@ -145,9 +145,9 @@ def _start(main: Callable[[Config, str, str], None], about: str | None) -> None:
         if arguments[1:]:
             config.pool.checkpoints = tuple(arguments[1:])
         if not flags.FLAGS.out:
-            raise JaxmergeError("--out is empty; --help says how to use it")
+            raise JaxmergeError("--out is empty", expected="--out=DIRECTORY; --help says more")
         if not config.pool.checkpoints:
-            raise JaxmergeError("no checkpoints are named; --help says how")
+            raise JaxmergeError("no checkpoints are named", expected="their paths; --help says how")
         main(config, flags.FLAGS.out, command_line.typed(arguments[0]))
 
     command_line.start(run, _unindented(about or ""), required=("out",), members=True)
@@ -267,7 +267,9 @@ def _set_tasks(config: Config) -> None:
             found=twice[0],
         )
     if not names and not config.objective.tasks:
-        raise JaxmergeError("--task is missing; --help says which there are")
+        raise JaxmergeError(
+            "--task is missing", expected="--task=NAME; --help says which there are"
+        )
     for name, fields in named:
         if fields != {"builder": name} or name not in TASKS:
             config.tasks[name] = fields

@@ -56,7 +56,10 @@ def check(config: Config, weights: Sequence[float], checkpoints: int) -> None:
     for name, values in numbers.items():
         if not all(map(math.isfinite, values.ravel().tolist())):
             raise JaxmergeError(
-                "this is not finite", where=f"merge.genes.{name}", found=str(values.tolist())
+                "this is not finite",
+                where=f"merge.genes.{name}",
+                expected="finite numbers",
+                found=str(values.tolist()),
             )
 
 

@@ -108,7 +108,9 @@ class Watch:
             except TimeoutError:
                 missing = sorted({*range(1, self._count)} - {*self._connections})
                 raise JaxmergeError(
-                    f"did not come within {_PATIENCE:g} seconds", where=f"processes {missing}"
+                    f"did not come within {_PATIENCE:g} seconds",
+                    where=f"processes {missing}",
+                    expected="all processes of the run, started together with the same --processes",
                 ) from None
             connection.settimeout(_HANDSHAKE)
             with contextlib.suppress(OSError):  # whoever says nothing is no process of ours

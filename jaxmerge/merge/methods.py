@@ -288,7 +288,10 @@ def _check_tensors(name: str, tensors: Sequence[Any]) -> None:
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise JaxmergeError(
-            "tensors of different shapes can't be merged", where=name, found=str(sorted(shapes))
+            "tensors of different shapes can't be merged",
+            where=name,
+            expected="checkpoints of one model, or of models of one size",
+            found=str(sorted(shapes)),
         )
     for tensor in tensors:
         if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize > 4:

@@ -199,11 +199,11 @@ def locate(path: str, revision: str = "", made: Mapping[str, Path] = MappingProx
         return here.absolute()
     if _HUB.fullmatch(path):
         from huggingface_hub import snapshot_download  # half a second
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(path, revision=revision or None, local_files_only=True))
-        except LocalEntryNotFoundError:
+        except (LocalEntryNotFoundError, HFValidationError):
             pass
     at = f" --revision {revision}" if revision else ""
     raise JaxmergeError(
@@ -222,5 +222,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     found = textfiles.read_json(path)
     if not isinstance(found, dict):
-        raise JaxmergeError("this is no JSON object", where=str(path))
+        raise JaxmergeError(
+            "this is no JSON object", where=str(path), expected="the file as transformers writes it"
+        )
     return found

@@ -163,11 +163,16 @@ def documents(path: str) -> list[Node]:
         raise JaxmergeError(
             "this is no YAML",
             where=f"{path}{line}",
+            expected="YAML, as mergekit's examples: spaces, no tabs, and a space after each colon",
             found=str(getattr(error, "problem", None) or error),
         ) from error
     found = [node for node in found if node.value is not None]
     if not found:
-        raise JaxmergeError("there is nothing in this file", where=path)
+        raise JaxmergeError(
+            "there is nothing in this file",
+            where=path,
+            expected="a merge: merge_method, and the models or slices that it is of",
+        )
     return found
 
 
@@ -184,6 +189,7 @@ def _node(loader: yaml.SafeLoader, node: Any, file: str, key: str) -> Node:
             raise JaxmergeError(
                 f"the key {name.value} is there twice",
                 where=f"{file}, line {name.start_mark.line + 1}",
+                expected="one of the two",
             )
         seen.add(str(name.value))
     loader.flatten_mapping(node)  # `<<: *anchor`; what stands in the mapping itself comes last

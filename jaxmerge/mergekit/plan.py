@@ -168,7 +168,11 @@ class _Maker:
     def _rows(self, member: Member, name: str) -> str:
         of_model = member.tensor(name)
         if of_model not in member.tensors:
-            raise JaxmergeError(f"there is no tensor {name}", where=str(member.directory))
+            raise JaxmergeError(
+                f"there is no tensor {name}",
+                where=str(member.directory),
+                expected="a model that has it, as the others do",
+            )
         return of_model
 
     def _check_shapes(

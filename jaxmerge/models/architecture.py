@@ -109,4 +109,6 @@ class DecoderConfig:
 
     def _require(self, holds: bool, message: str) -> None:
         if not holds:
-            raise JaxmergeError(message, where="DecoderConfig", found=str(self))
+            raise JaxmergeError(
+                message, where="DecoderConfig", expected="fields that go together", found=str(self)
+            )

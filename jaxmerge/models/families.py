@@ -88,13 +88,23 @@ def completed(written: Mapping[str, Any], where: str) -> Any:
             StrictDataclassError,
         ) as error:
             found = str(error).replace(copy, os.path.dirname(where))
-    raise JaxmergeError("transformers refuses the config", where=where, found=found)
+    raise JaxmergeError(
+        "transformers refuses the config",
+        where=where,
+        expected="a config that this version of transformers loads",
+        found=found,
+    )
 
 
 def _written(path: str) -> dict[str, Any]:
     written = read_json(path)
     if not isinstance(written, dict):
-        raise JaxmergeError("the config is no JSON object", where=path, found=str(written)[:80])
+        raise JaxmergeError(
+            "the config is no JSON object",
+            where=path,
+            expected="config.json as transformers writes it",
+            found=str(written)[:80],
+        )
     return written
 
 

@@ -45,6 +45,8 @@ class Rope:
             raise JaxmergeError(
                 f"parameters that the scaling {self.scaling!r} does not take: {error}",
                 where="rope",
+                expected=", ".join(list(inspect.signature(SCALINGS[self.scaling]).parameters)[2:])
+                or "none",
                 found=str(dict(self.parameters)),
             ) from None
 

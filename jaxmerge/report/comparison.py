@@ -12,10 +12,10 @@ from urllib.parse import quote
 import numpy as np
 
 from jaxmerge import rundir
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, way_out
 from jaxmerge.report import markup, page, plots
 from jaxmerge.report.markup import DASH, text
-from jaxmerge.report.reading import Json, Run, read
+from jaxmerge.report.reading import Json, Run, as_written, read
 from jaxmerge.report.tables import best_single
 from jaxmerge.scores import formatting, stats
 
@@ -55,11 +55,13 @@ def compare(directories: Sequence[Path], out: Path) -> Path:
             expected="the directories of two runs or more",
             found=", ".join(map(str, resolved)),
         )
-    cells = [
-        Cell(name, _link(directory, out), read(directory))
-        for name, directory in zip(_names(resolved), directories)
-    ]
-    return page.save(_page(cells), out)
+    cells = []
+    for name, directory in zip(_names(resolved), directories):
+        with as_written(directory):
+            cells.append(Cell(name, _link(directory, out), read(directory)))
+    with as_written(out):
+        rendered = _page(cells)
+    return page.save(rendered, out)
 
 
 def _page(cells: Sequence[Cell]) -> str:
@@ -325,7 +327,12 @@ def _samples(run: Run) -> dict[str, np.ndarray]:
         try:
             samples[task] = np.fromfile(file, "<f4", count=count, offset=4 * final["row"] * count)
         except OSError as error:
-            raise JaxmergeError("cannot be read", where=str(file), found=str(error)) from None
+            raise JaxmergeError(
+                "cannot be read",
+                where=str(file),
+                expected=way_out(error) or "the file as the run wrote it",
+                found=str(error),
+            ) from None
         if len(samples[task]) != count:
             raise JaxmergeError(
                 "the winner's scores on test are missing",

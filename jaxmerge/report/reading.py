@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,16 @@ from jaxmerge.scores.formatting import Format
 from jaxmerge.scores.objective import Objective, define, from_plain
 
 Json = dict[str, Any]
+
+# What code raises that is given a text for a number, a list for an object, and so on.
+_OF_OTHER_KIND = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 _CANDIDATE_FIELDS = ("id", "generation", "origin", "name", "split", "weights", "scores")
 _UNKNOWN = (None, None)  # the bounds of scores where tasks.json does not have them
@@ -109,6 +121,27 @@ def read(directory: Path) -> Run:
         formatting.of_results(results) if results else formatting.of_bounds(objective, bounds),
         _read_outputs(directory / "outputs.json"),
     )
+
+
+@contextlib.contextmanager
+def as_written(directory: Path) -> Iterator[None]:
+    """Within it, values of another kind than a run writes are told as a `JaxmergeError`.
+
+    Args:
+        directory: of the run whose files a page is made of.
+    """
+    try:
+        yield
+    except _OF_OTHER_KIND as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        raise JaxmergeError(
+            "the page can't be made: a value in these files is not of the kind that a run writes",
+            where=str(directory),
+            expected="the files as their run wrote them; if nobody has changed them, please report "
+            "it",
+            found=f"{type(error).__name__} ({Path(last.filename).name}, line {last.lineno}): "
+            f"{str(error)[:200]}",
+        ) from error
 
 
 def models(results: Json) -> list[tuple[str, Json]]:
@@ -228,12 +261,17 @@ def _parsed(text: str, where: str, *, finite: bool = True) -> Json:
 
     try:
         parsed = json.loads(text, parse_constant=constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JaxmergeError(
             "not valid JSON", where=where, expected="the file as the run wrote it", found=str(error)
         ) from None
     if not isinstance(parsed, dict):
-        raise JaxmergeError("not a JSON object", where=where, found=type(parsed).__name__)
+        raise JaxmergeError(
+            "not a JSON object",
+            where=where,
+            expected="the file as the run wrote it",
+            found=type(parsed).__name__,
+        )
     return parsed
 
 

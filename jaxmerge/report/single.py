@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 
 from jaxmerge.report import analyses, answers, markup, page, plots, tables, unfinished
-from jaxmerge.report.reading import Json, Run, models, read
+from jaxmerge.report.reading import Json, Run, as_written, models, read
 
 _INTERVALS = (
     "Brackets are 95% bootstrap intervals over test examples. Models are chosen on the search "
@@ -40,11 +40,12 @@ def write(directory: Path) -> Path:
     Raises:
         JaxmergeError: a file is missing, is not what a run leaves, or cannot be written.
     """
-    run = read(directory)
-    if run.results is None:
-        rendered = _unfinished(run, datetime.datetime.now(datetime.UTC))
-    else:
-        rendered = _finished(run, run.results)
+    with as_written(directory):
+        run = read(directory)
+        if run.results is None:
+            rendered = _unfinished(run, datetime.datetime.now(datetime.UTC))
+        else:
+            rendered = _finished(run, run.results)
     return page.save(rendered, directory / "report.html")
 
 

@@ -27,7 +27,8 @@ def package() -> ModuleType:
         return importlib.import_module("tensorboardX")
     except ImportError as error:
         raise JaxmergeError(
-            "needs a package: pip install 'jaxmerge[tensorboard]'",
+            "a package is missing",
+            expected="pip install 'jaxmerge[tensorboard]'",
             where="tensorboard",
             found=str(error),
         ) from error

@@ -114,7 +114,10 @@ def check_program(
         if _line(verdict, _START_SECONDS) != b"\n":
             said.seek(0)
             raise JaxmergeError(
-                "the sandbox does not start", where="bubblewrap", found=_printable(said.read())
+                "the sandbox does not start",
+                where="bubblewrap",
+                expected="a machine or container that lets this user make namespaces",
+                found=_printable(said.read()),
             )
         return _verdict(_line(verdict, limits.wall_seconds), limits)
 
@@ -143,7 +146,10 @@ def _works() -> None:
     wrong = check_program("def one():\n    return 2", "assert candidate() == 1", "one")
     if not right.passed or wrong.passed:
         raise JaxmergeError(
-            "the sandbox judges wrongly", where="bubblewrap", found=f"{right}, {wrong}"
+            "the sandbox judges wrongly",
+            where="bubblewrap",
+            expected="bubblewrap that starts Python as it is here; please report it",
+            found=f"{right}, {wrong}",
         )
 
 

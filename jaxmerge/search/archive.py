@@ -159,6 +159,7 @@ class Archive:
             raise JaxmergeError(
                 f"the log holds fewer than {count} candidates of origin {origin} ({name}) here",
                 where=str(self._directory.path / "candidates.jsonl"),
+                expected="the log as the run wrote it, or another directory for a new run",
             )
         passed = self._directory.candidates[self._next : self._next + count]
         self._next += count

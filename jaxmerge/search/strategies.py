@@ -164,6 +164,7 @@ def _algorithm(algorithms: Mapping[str, Any], name: str, dimension: int, populat
             raise JaxmergeError(
                 f"{name} needs a population that is a multiple of {_SV_POPULATIONS}",
                 where="search.population",
+                expected=f"{max(population // _SV_POPULATIONS, 1) * _SV_POPULATIONS}, for example",
                 found=str(population),
             )
     if name == "RandomSearch":
@@ -177,6 +178,7 @@ def _algorithm(algorithms: Mapping[str, Any], name: str, dimension: int, populat
         raise JaxmergeError(
             f"{name} can't have this population: {error}",
             where="search.population",
+            expected="another search.population, or another search.strategy",
             found=str(population),
         ) from error
 

@@ -111,8 +111,15 @@ class Finished:
 def _identity(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
     """Name, size and time of the files that tensors are in."""
     files = sorted({tensor.file for tensor in tensors.values()})
-    stats = [epath.Path(file).stat() for file in files]
-    return [[file, stat.length, stat.mtime] for file, stat in zip(files, stats)]
+    return [[file, *_size_and_time(file)] for file in files]
+
+
+def _size_and_time(file: str) -> tuple[int, float]:
+    if "://" in file:  # of which whole seconds are known
+        found = epath.Path(file).stat()
+        return found.length, float(found.mtime)
+    stat = os.stat(file)
+    return stat.st_size, stat.st_mtime
 
 
 def _say(file: Sequence[Any]) -> str:

@@ -20,7 +20,8 @@ from jaxmerge.checkpoints.huggingface import WeightsFile
 from jaxmerge.checkpoints.pool import Record, check_values, record
 from jaxmerge.checkpoints.safetensors import OpenFiles
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.checkpoints.unchanged import Unchanged
+from jaxmerge.errors import JaxmergeError, way_out
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming.block import Kind, kinds
 from jaxmerge.streaming.files import Writing
@@ -120,15 +121,17 @@ def merge(
     for output in outputs:
         if output.path.exists():
             finished.check_inputs(output.path)
+    paths = [source.path for source in plan.sources]
+    unchanged = Unchanged((each.file for of in tensors for each in of.values()), ", ".join(paths))
     files = OpenFiles()
     reads = [
         functools.partial(directory.read_values, each, read=files.read_into) for each in tensors
     ]
-    paths = [source.path for source in plan.sources]
     pipeline = Pipeline(reads, paths, memory_bytes=memory_bytes, progress=progress)
     try:
         for file in plan.files:
             _merge_file(plan, file, outputs, pipeline, finished)
+        unchanged.check()
         records = _records(plan, finished)
         for output in outputs:
             if not output.path.exists():
@@ -138,6 +141,7 @@ def merge(
         raise JaxmergeError(
             "the merge can't be written",
             where=str(outputs[0].path.parent),
+            expected=way_out(error),
             found=error.strerror or str(error),
         ) from error
     finally:

@@ -21,7 +21,8 @@ from jaxmerge.checkpoints.huggingface import WeightsFile
 from jaxmerge.checkpoints.leaves import Values
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.safetensors import Tensor
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.checkpoints.unchanged import Unchanged
+from jaxmerge.errors import JaxmergeError, way_out
 from jaxmerge.merge.methods import merge_tensor
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming.files import Writing
@@ -143,6 +144,8 @@ def write(
     finished = Finished(run, [model.files for model in models], [output.path])
     if output.path.exists():
         finished.check_inputs(output.path)
+    read_from = (each.file for model in models for each in model.files.values())
+    unchanged = Unchanged(read_from, ", ".join(model.source for model in models))
     place = output.path.with_name(f".{output.path.name}.partial")
     try:
         for file in files:
@@ -153,6 +156,7 @@ def write(
                 raise damaged(output.path / file.name)
             else:
                 _write_file(file, place, recipes, models, finished, seed, progress)
+        unchanged.check()
         records = _records(files, models, finished)
         if not output.path.exists():
             text = functools.partial(output.card, records)
@@ -161,6 +165,7 @@ def write(
         raise JaxmergeError(
             "the merge can't be written",
             where=str(output.path),
+            expected=way_out(error),
             found=error.strerror or str(error),
         ) from error
     return records
@@ -214,6 +219,7 @@ def _made(models: Sequence[Model], seed: int, name: str, recipe: Recipe) -> _Mad
             raise JaxmergeError(
                 f"the checkpoint holds NaN or infinite values, in tensor {read.tensor}",
                 where=models[read.model].source,
+                expected="a checkpoint whose values are finite",
             )
     if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         return _Made(_the_same(name, recipe, digests, models, leaves), digests)

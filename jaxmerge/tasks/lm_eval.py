@@ -107,7 +107,10 @@ def lm_eval(
         value: Any = _values(found, pipeline, example.data, responses).get(metric)
         if not hasattr(value, "__float__"):
             raise JaxmergeError(
-                f"metric {metric} is no number for one document", where=where, found=repr(value)
+                f"metric {metric} is no number for one document",
+                where=where,
+                expected="a metric of single documents",
+                found=repr(value),
             )
         return sign * float(value)
 
@@ -153,7 +156,10 @@ def _check_package(where: str) -> None:
         importlib.import_module("lm_eval.tasks")
     except ImportError as error:
         raise JaxmergeError(
-            "needs a package: pip install 'jaxmerge[lm-eval]'", where=where, found=str(error)
+            "a package is missing",
+            expected="pip install 'jaxmerge[lm-eval]'",
+            where=where,
+            found=str(error),
         ) from error
 
 
@@ -201,7 +207,9 @@ def _several(members: Sequence[str], where: str) -> JaxmergeError:
 
 def _unsafe(where: str) -> JaxmergeError:
     return JaxmergeError(
-        "the judge of this task would run what the model writes, or send it elsewhere", where=where
+        "the judge of this task would run what the model writes, or send it elsewhere",
+        where=where,
+        expected="another task; human_eval runs programs in a sandbox",
     )
 
 
@@ -219,14 +227,18 @@ def _readable(where: str, what: str) -> Iterator[None]:
         yield
     except raised as error:
         found = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise JaxmergeError(what, where=where, found=found) from error
+        raise JaxmergeError(
+            what, where=where, expected="a task that lm_eval itself runs here", found=found
+        ) from error
 
 
 def _check_kind(found: Any, form: str, where: str) -> None:
     if found.get_config("unsafe_code"):
         raise _unsafe(where)
     if getattr(found, "MULTIMODAL", False):
-        raise JaxmergeError("the task shows pictures or plays sounds", where=where)
+        raise JaxmergeError(
+            "the task shows pictures or plays sounds", where=where, expected="a task of text alone"
+        )
     if form == "chat" and found.get_config("gen_prefix"):
         raise JaxmergeError(
             "the task begins the answer itself, which a chat here does not",

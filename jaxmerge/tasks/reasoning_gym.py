@@ -116,7 +116,8 @@ def _create(dataset: str, arguments: dict[str, Any], where: str) -> Any:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise JaxmergeError(
-            "needs a package: pip install 'jaxmerge[reasoning-gym]'",
+            "a package is missing",
+            expected="pip install 'jaxmerge[reasoning-gym]'",
             where=where,
             found=str(error),
         ) from error
@@ -129,7 +130,9 @@ def _create(dataset: str, arguments: dict[str, Any], where: str) -> Any:
         )
     if dataset in REFUSED:
         raise JaxmergeError(
-            "the judge of this data set would run the model's answers as Python", where=where
+            "the judge of this data set would run the model's answers as Python",
+            where=where,
+            expected="another data set",
         )
     fields = [field.name for field in dataclasses.fields(DATASETS[dataset][1])]
     unknown = [name for name in arguments if name not in fields]
@@ -145,7 +148,10 @@ def _create(dataset: str, arguments: dict[str, Any], where: str) -> Any:
     except (AssertionError, TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise JaxmergeError(
-            f"the data set refuses its arguments: {error}", where=where, found=given
+            f"the data set refuses its arguments: {error}",
+            where=where,
+            expected="arguments as the data set takes them",
+            found=given,
         ) from error
 
 

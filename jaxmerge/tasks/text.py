@@ -28,8 +28,9 @@ def text(*, path: str, search: int = 192, test: int = 1000, chunk_bytes: int = 2
     """
     if chunk_bytes < 4:
         raise JaxmergeError(
-            "must be at least 4, the bytes of a character",
+            "a character may have more bytes than that",
             where=f"task perplexity {path}, chunk_bytes",
+            expected="at least 4",
             found=str(chunk_bytes),
         )
     content = read_text(path).encode()

@@ -367,3 +367,27 @@ def test_keys_with_slashes(tmp_path, tree):
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for name, leaf in named_leaves(tree).items():
         np.testing.assert_array_equal(read_leaf(source, name, where), leaf)
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "removed"])
+def test_a_checkpoint_that_changes_while_it_is_loaded(saved, tmp_path, monkeypatch, change):
+    """By its size, its time or its place on the disk, which a new file of its name has."""
+    shutil.copytree(saved / "a", tmp_path / "a")
+    shutil.copytree(saved / "b", tmp_path / "b")
+    file, finish = next((tmp_path / "b").rglob("_METADATA")), pool.digest.finish
+
+    def changed(computing: Any) -> Any:
+        if file.exists() and len(computed) == 1:
+            data = file.read_bytes()
+            if change != "written":
+                file.unlink()
+            if change != "removed":
+                file.write_bytes(data)
+        computed.append(computing)
+        return finish(computing)
+
+    computed: list[Any] = []
+    monkeypatch.setattr(pool.digest, "finish", changed)
+    error = refused([tmp_path / "a", tmp_path / "b"])
+    assert "written to while they were read" in error.what
+    assert (error.where, error.found) == (str(tmp_path / "b"), str(file))

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxmerge.checkpoints import safetensors
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment import merge as merging
 from jaxmerge.experiment.merge import merge
 from jaxmerge.streaming import pipeline
+from jaxmerge.streaming.finished import Finished
 from tests.streaming.streaming_test import WEIGHTS, config_of, make, save, tensors_of
 
 ROWS = (WEIGHTS, (0.0, 1.0, 0.0))
@@ -270,3 +272,33 @@ def test_the_record_is_json_that_names_the_inputs(tmp_path):
     record = json.loads((tmp_path / "run" / "merge.json").read_text())
     assert [Path(each[0][0]).parent.name for each in record["inputs"]] == ["m0", "m1", "m2"]
     assert record["outputs"] == ["merged/huggingface"]
+
+
+def test_a_checkpoint_that_changes_while_it_is_merged(tmp_path, monkeypatch):
+    """Half of one and half of another is no merge; the next start merges what is there then."""
+    models = make(tmp_path / "models")
+    file = models / "m0" / "model.safetensors"
+    tensors = tensors_of(models / "m0")
+    add = Finished.add
+
+    def written_meanwhile(self: Finished, *args: Any) -> None:
+        add(self, *args)
+        save(models / "m0", {**tensors, "wide": -tensors["wide"]})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Finished, "add", written_meanwhile)
+        with pytest.raises(JaxmergeError, match="written to while they were read") as caught:
+            merge(config_of(models, ROWS, shard_bytes=20_000), str(tmp_path / "run"))
+    assert caught.value.found == str(file)
+    merge(config_of(models, ROWS, shard_bytes=20_000), str(tmp_path / "run"))
+    merge(config_of(models, ROWS, shard_bytes=20_000), str(tmp_path / "whole"))
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
+
+
+def test_writes_that_do_less_than_they_were_asked_for(tmp_path, monkeypatch):
+    """The file is the same; the system may write any part of what it is given."""
+    values, whole = np.arange(1000, dtype=np.int32), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, start: whole(fd, data[:7], start))
+    with open(tmp_path / "file", "wb") as stream:
+        safetensors.write_at(stream.fileno(), 5, values)
+    assert (tmp_path / "file").read_bytes()[5:] == values.tobytes()

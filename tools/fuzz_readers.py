@@ -1,0 +1,453 @@
+"""What reads files that others wrote, each with a sound input and a way to spoil it.
+
+Any input gives a right result or one message, a `JaxmergeError`: no other exception, no hang, no
+memory beyond a bound. `tests/tools/fuzz_test.py` tries a few inputs, `tools/fuzz.py` as many as
+there is time for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+import resource
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SECONDS = 20  # that an input may take; sound ones take a tenth of a second
+BYTES = 2**28  # that it may add to the memory of the process
+MESSAGE = 20_000  # characters
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}
+    | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "eos_token_id": [1, 2],
+}
+ADAPTER = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj"],
+    "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+    "alpha_pattern": {},
+    "init_lora_weights": "pissa",
+    "use_dora": False,
+}
+MERGE = """
+merge_method: ties
+base_model: ./base
+models:
+  - model: ./a+./adapter
+    parameters: {density: [0.2, 0.5], weight: [{filter: mlp, value: 0.5}, {value: 1e-1}]}
+  - model: ./b@main
+parameters: &rest
+  normalize: true
+  <<: {lambda: 1.0}
+dtype: bfloat16
+tokenizer: {source: union, tokens: {<|x|>: {source: ./a, force: true}}, pad_to_multiple_of: 8}
+---
+name: second
+merge_method: slerp
+slices:
+  - sources: [{model: ./a, layer_range: [0, 1]}, {model: ./b, layer_range: [0, 1]}]
+parameters: {t: 0.5}
+"""
+EVOLVE = """
+genome:
+  models: [./a, ./a]
+  merge_method: linear
+  layer_granularity: 1
+tasks:
+  - {name: arc_easy, weight: 2.0, metric: acc}
+limit: 10
+"""
+
+
+class Reader(NamedTuple):
+    """A sound input, or several, and what reads one."""
+
+    seeds: tuple[bytes, ...]
+    read: Callable[[bytes], object]
+
+
+def safetensors(directory: Path) -> Reader:
+    from etils import epath
+
+    from jaxmerge.checkpoints.safetensors import read_header
+
+    file = directory / "model.safetensors"
+    weights(file, {"a": (2, 3), "b": (), "c": (0, 4)})
+    return Reader((file.read_bytes(),), into(file, lambda: read_header(epath.Path(file))))
+
+
+def index(directory: Path) -> Reader:
+    from etils import epath
+
+    from jaxmerge.checkpoints import directory as checkpoint
+
+    parts = {"model-1.safetensors": {"a": (2, 3)}, "model-2.safetensors": {"b": (4,)}}
+    for name, tensors in parts.items():
+        weights(directory / name, tensors)
+    names = {tensor: file for file, tensors in parts.items() for tensor in tensors}
+    seed = as_bytes({"metadata": {"total_size": 40}, "weight_map": names})
+    read = lambda: checkpoint.read(epath.Path(directory))  # noqa: E731
+    return Reader((seed,), into(directory / "model.safetensors.index.json", read))
+
+
+def config(directory: Path) -> Reader:
+    from etils import epath
+
+    from jaxmerge.checkpoints import directory as checkpoint
+
+    llama(directory)
+    read = lambda: checkpoint.read(epath.Path(directory))  # noqa: E731
+    families = ("qwen2", "gemma2", "mixtral", "gpt_neox", "unknown")
+    seeds = [LLAMA, *({**LLAMA, "model_type": each} for each in families)]
+    return Reader(tuple(map(as_bytes, seeds)), into(directory / "config.json", read))
+
+
+def adapter_config(directory: Path) -> Reader:
+    from etils import epath
+
+    from jaxmerge.checkpoints import lora
+
+    llama(directory / "base")
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    adapter = directory / "adapter"
+    adapter.mkdir()
+    factors = {f"{prefix}A.weight": (2, 8), f"{prefix}B.weight": (8, 2)}
+    weights(adapter / "adapter_model.safetensors", factors)
+    base = str(directory / "base")
+    read = lambda: lora.describe("x", epath.Path(adapter), "", base)  # noqa: E731
+    return Reader((as_bytes(ADAPTER),), into(adapter / "adapter_config.json", read))
+
+
+def tokenizer(directory: Path) -> Reader:
+    return _of_tokenizer(directory, "tokenizer.json")
+
+
+def tokenizer_config(directory: Path) -> Reader:
+    return _of_tokenizer(directory, "tokenizer_config.json")
+
+
+def generation_config(directory: Path) -> Reader:
+    return _of_tokenizer(directory, "generation_config.json")
+
+
+def mergekit(directory: Path) -> Reader:
+    from jaxmerge.mergekit import document
+
+    file = directory / "merge.yml"
+    return Reader((MERGE.encode(),), into(file, lambda: document.read(str(file))))
+
+
+def mergekit_evolve(directory: Path) -> Reader:
+    from jaxmerge.mergekit import evolve
+
+    file = directory / "evolve.yml"
+    llama(directory / "a")
+    seed = EVOLVE.replace("./", f"{directory}/").encode()
+    return Reader((seed,), into(file, lambda: evolve.read(str(file))))
+
+
+def jsonl(directory: Path) -> Reader:
+    from jaxmerge.tasks.jsonl import jsonl as task
+
+    file = directory / "task.jsonl"
+    lines = [
+        {"prompt": f"{i}+{i}=", "target": [str(i)], "a": {"text": ["x", f"y{i}"]}, "c": ["u", "v"]}
+        for i in range(4)
+    ]
+    several = b"".join(as_bytes(line) + b"\n" for line in lines)
+
+    def read() -> None:
+        task(path=str(file), search=2, test=2, prompt="{prompt}{{{a.text.1}", judge="numeric")
+        task(path=str(file), search=2, test=2, target="{a.text.0}", judge="regex")
+        task(path=str(file), search=2, test=2, target="u", choices="c")
+
+    return Reader((several, b"\xef\xbb\xbf" + several), into(file, read))
+
+
+def candidates(directory: Path) -> Reader:
+    """The log, for a run that goes on."""
+    from jaxmerge.rundir import RunDirectory
+
+    run = run_directory(directory / "run")
+    file = run / "candidates.jsonl"
+    said = json.loads((run / "config.json").read_text())
+    seed = b"".join(file.read_bytes().splitlines(keepends=True)[:6])
+    return Reader((seed,), into(file, lambda: RunDirectory(run, said).close()))
+
+
+def candidates_page(directory: Path) -> Reader:
+    return _of_run(directory, "candidates.jsonl")
+
+
+def results(directory: Path) -> Reader:
+    return _of_run(directory, "results.json")
+
+
+def run_config(directory: Path) -> Reader:
+    return _of_run(directory, "config.json")
+
+
+def run_pool(directory: Path) -> Reader:
+    return _of_run(directory, "pool.json")
+
+
+def run_tasks(directory: Path) -> Reader:
+    return _of_run(directory, "tasks.json")
+
+
+READERS: dict[str, Callable[[Path], Reader]] = {
+    "safetensors": safetensors,
+    "index": index,
+    "config": config,
+    "adapter_config": adapter_config,
+    "tokenizer": tokenizer,
+    "tokenizer_config": tokenizer_config,
+    "generation_config": generation_config,
+    "mergekit": mergekit,
+    "mergekit_evolve": mergekit_evolve,
+    "jsonl": jsonl,
+    "candidates": candidates,
+    "candidates_page": candidates_page,
+    "results": results,
+    "run_config": run_config,
+    "run_pool": run_pool,
+    "run_tasks": run_tasks,
+}
+# Those that parse bytes themselves, which is worth a look at what the bytes reach.
+OF_BYTES = ("safetensors", "index", "adapter_config", "mergekit", "jsonl", "candidates")
+
+
+def verdict(read: Callable[[bytes], object], data: bytes) -> str:
+    """How reading an input ends: `read`, `refused`, or else what is wrong, with its trace.
+
+    The main thread must ask: a hang is ended by an alarm.
+    """
+    from jaxmerge.errors import JaxmergeError
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        with _alarm():
+            read(data)
+        said = "read"
+    except JaxmergeError as error:
+        said = "refused" if 0 < len(str(error)) < MESSAGE else f"a message of {len(str(error))}"
+    except Exception:
+        return traceback.format_exc()
+    except _Hang:
+        return f"more than {SECONDS} seconds\n{traceback.format_exc()}"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return f"{grown} bytes of memory" if grown > BYTES else said
+
+
+def spoiled(draw: random.Random, seed: bytes) -> bytes:
+    """A sound input with something wrong in its JSON values, or in its bytes."""
+    if draw.random() < 0.6:
+        with contextlib.suppress(ValueError):
+            return _spoiled_json(draw, seed)
+    return _spoiled_bytes(draw, seed)
+
+
+def as_bytes(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def into(file: Path, read: Callable[[], object]) -> Callable[[bytes], object]:
+    """Writes an input into the file, and reads what it is a part of."""
+
+    def write_and_read(data: bytes) -> object:
+        file.write_bytes(data)
+        return read()
+
+    return write_and_read
+
+
+def weights(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+    """A file of zeros."""
+    import numpy as np
+
+    from jaxmerge.checkpoints.safetensors import make_header
+
+    dtype = np.dtype(np.float32)
+    head = make_header((name, dtype, shape) for name, shape in tensors.items())
+    count = sum(int(np.prod(shape)) for shape in tensors.values())
+    file.write_bytes(head + bytes(4 * count))
+
+
+def llama(directory: Path) -> None:
+    """A model of `LLAMA`."""
+    directory.mkdir(exist_ok=True)
+    layer = "model.layers.0."
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (40, 8),
+        "model.norm.weight": (8,),
+        f"{layer}self_attn.q_proj.weight": (8, 8),
+        f"{layer}self_attn.k_proj.weight": (4, 8),
+        f"{layer}self_attn.v_proj.weight": (4, 8),
+        f"{layer}self_attn.o_proj.weight": (8, 8),
+        f"{layer}mlp.gate_proj.weight": (12, 8),
+        f"{layer}mlp.up_proj.weight": (12, 8),
+        f"{layer}mlp.down_proj.weight": (8, 12),
+        f"{layer}input_layernorm.weight": (8,),
+        f"{layer}post_attention_layernorm.weight": (8,),
+    }
+    weights(directory / "model.safetensors", shapes)
+    (directory / "config.json").write_bytes(as_bytes(LLAMA))
+
+
+def run_directory(directory: Path) -> Path:
+    """A finished run, fabricated."""
+    from tests.report.fabricated import fabricate
+
+    directory.mkdir()
+    fabricate(directory, budget=4)
+    return directory
+
+
+def _of_run(directory: Path, name: str) -> Reader:
+    from jaxmerge import report
+
+    run = run_directory(directory / "run")
+    seed = (run / name).read_bytes()
+    return Reader((seed,), into(run / name, lambda: report.write(run)))
+
+
+def _of_tokenizer(directory: Path, name: str) -> Reader:
+    from jaxmerge.evaluation.tokenizer import Pretrained
+    from jaxmerge.tasks.requests import Prompt
+
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4, "u": 5, "s": 6, "e": 7, "r": 8}
+    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added["special"] = True
+    files = {
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": c, **added} for c, i in [*words.items()][:2]],
+            "pre_tokenizer": {**level, "use_regex": True},
+            "decoder": level,
+            "model": {"type": "BPE", "vocab": words, "merges": [["a", "b"]]},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "chat_template": "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
+        },
+        "generation_config.json": {"eos_token_id": [1, 2], "max_length": 20},
+        "config.json": LLAMA,
+    }
+    for file, content in files.items():
+        (directory / file).write_bytes(as_bytes(content))
+
+    def read() -> None:
+        made = Pretrained(str(directory), chat=True)
+        made.decode(made.prompt(Prompt("abuser")))
+        made.pair(Prompt("ab", form="text"), " a")
+        made.pieces(first=True)
+
+    return Reader((as_bytes(files[name]),), into(directory / name, read))
+
+
+class _Hang(BaseException):
+    """It takes too long; no code of ours catches it."""
+
+
+@contextlib.contextmanager
+def _alarm() -> Iterator[None]:
+    def ring(*_: object) -> None:
+        raise _Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+_ODD: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308),
+    *(float("nan"), float("inf"), "", "a", "0", "../x", "a/b", "\0", "\ud800", "é\u2028", "{", "%"),
+    *("x" * 5000, "{{ 1/0 }}", "[", "(a+)+$", "NaN", [], {}, [[]], [None], [0, 1], ["a", "a"]),
+    *({"a": 1}, {"": None}, [1.5, -2], {"type": "BPE"}, [[1, 2], [3]], [[0.5], ["x"]]),
+)
+
+
+def _spoiled_json(draw: random.Random, seed: bytes) -> bytes:
+    """The same JSON, or a line of JSON lines, in which one to three values are others."""
+    lines = seed.decode("utf-8-sig").split("\n")
+    try:
+        values = [json.loads(seed.decode("utf-8-sig"))]
+    except ValueError:
+        values = [json.loads(line) for line in lines if line]
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        place = draw.randrange(len(values))
+        values[place] = _spoiled_value(draw, values[place])
+    return b"\n".join(map(as_bytes, values)) + (b"\n" if len(values) > 1 else b"")
+
+
+def _spoiled_value(draw: random.Random, value: Any) -> Any:
+    """Somewhere in a value, deep or not, is another one, or a part is missing."""
+    keys = [*value] if isinstance(value, dict) else []
+    keys = [*range(len(value))] if isinstance(value, list) else keys
+    if not keys or draw.random() < 0.1:
+        deep: Any = copy.deepcopy(draw.choice(_ODD))
+        for _ in range(draw.choice((0,) * 8 + (1, 900))):
+            deep = [deep]
+        return deep
+    changed, key = copy.copy(value), draw.choice(keys)
+    if draw.random() < 0.15:
+        del changed[key]
+    elif isinstance(changed, dict) and draw.random() < 0.1:
+        changed[str(draw.choice(_ODD))] = changed.pop(key)
+    else:
+        changed[key] = _spoiled_value(draw, changed[key])
+    return changed
+
+
+def _spoiled_bytes(draw: random.Random, seed: bytes) -> bytes:
+    data = bytearray(seed)
+    for _ in range(draw.choice((1, 1, 2, 4, 16))):
+        start = draw.randrange(len(data) + 1)
+        stop = min(start + draw.choice((0, 1, 2, 8, 100)), len(data))
+        new = draw.choice(
+            (b"", draw.randbytes(draw.choice((1, 2, 8))), bytes(data[start:stop]) * 2)
+            + (
+                b"[" * 3000,
+                b"{",
+                b"}",
+                b":",
+                b"- ",
+                b"\n",
+                b"\0",
+                b"1",
+                b"&a",
+                b"*a",
+                b"\xff",
+                b"'",
+            )
+        )
+        data[start:stop] = new
+    return bytes(data)
