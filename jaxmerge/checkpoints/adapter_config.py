@@ -195,7 +195,7 @@ def _check_numbers(config: Mapping[str, Any], file: epath.Path) -> None:
     for pattern in (*ranks, *alphas):
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (OverflowError, RecursionError, re.error) as error:
             raise JaxmergeError(
                 "a key of rank_pattern or alpha_pattern is no regular expression",
                 where=str(file),

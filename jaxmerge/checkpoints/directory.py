@@ -25,6 +25,7 @@ from jaxmerge.trees import PyTree
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_FILE = re.compile(r"[^/\\\0\ud800-\udfff]+\.safetensors")
 _CHUNK = 2**24  # values compared at once
 
 # What tied models may hold twice: a head that is the embedding.
@@ -234,7 +235,7 @@ def _weight_map(index: epath.Path) -> dict[str, str]:
             "it can be removed",
         )
     for tensor, file in names.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+        if not isinstance(file, str) or not _FILE.fullmatch(file):
             raise JaxmergeError(
                 "the index names a file that need not be in its directory",
                 where=f"{index}, tensor {tensor}",

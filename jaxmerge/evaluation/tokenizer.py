@@ -131,7 +131,13 @@ class Pretrained:
         starts = _ids(self._tokenizer.bos_token_id)
         self.prefix = (starts or ends)[0]
         self._begins = self._tokenizer.convert_ids_to_tokens(self.prefix)
-        self.vocabulary = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocabulary = max(self._tokenizer.get_vocab().values(), default=0) + 1
+        if self.vocabulary > 2**24:
+            raise JaxmergeError(
+                f"a token has the number {self.vocabulary - 1}, for which no embedding has a row",
+                where=directory,
+                expected=f"numbers below {2**24}",
+            )
 
     def prompt(self, prompt: Prompt) -> list[int]:
         if self._is_chat(prompt):
@@ -347,7 +353,9 @@ def _load(directory: str) -> Any:
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's
+            raise
         raise JaxmergeError(
             "the tokenizer can't be read",
             where=directory,

@@ -12,6 +12,8 @@ import yaml
 from jaxmerge import textfiles
 from jaxmerge.errors import JaxmergeError
 
+_MOST = 100_000  # values in a document
+
 
 @dataclasses.dataclass(frozen=True)
 class Node:
@@ -156,6 +158,12 @@ def documents(path: str) -> list[Node]:
         loader = yaml.SafeLoader(text)
         while loader.check_node():
             node = loader.get_node()
+            if _count(node, {}) > _MOST:
+                raise JaxmergeError(
+                    "this is too large for a merge, once its aliases are written out",
+                    where=path,
+                    expected=f"at most {_MOST} values",
+                )
             found.append(_node(loader, node, path, ""))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -174,6 +182,17 @@ def documents(path: str) -> list[Node]:
             expected="a merge: merge_method, and the models or slices that it is of",
         )
     return found
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """How many values there are in a node, with what aliases stand for."""
+    if id(node) not in known:
+        known[id(node)] = _MOST + 1  # an alias of what it is a part of
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            inner = [each for pair in node.value for each in pair]
+        known[id(node)] = 1 + sum(_count(each, known) for each in inner)
+    return known[id(node)]
 
 
 def _node(loader: yaml.SafeLoader, node: Any, file: str, key: str) -> Node:

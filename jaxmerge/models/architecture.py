@@ -63,7 +63,13 @@ class DecoderConfig:
     tied_embeddings: bool = True  # the output projection is the embedding
 
     def __post_init__(self):
-        self._require(self.heads % self.kv_heads == 0, "kv_heads must divide heads")
+        self._require(
+            self.kv_heads > 0 and self.heads % self.kv_heads == 0, "kv_heads must divide heads"
+        )
+        self._require(
+            0 < self.layers * max(self.experts, 1) <= 10**6,
+            "there must be layers, and not more of them and of experts than any model has",
+        )
         self._require(
             self.head_width % 2 == 0, "head_width must be even (rotary positions turn pairs)"
         )

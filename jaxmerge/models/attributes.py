@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.config_keys import DECODER_SILENT, NEUTRAL
 from jaxmerge.models.rope import Rope
+
+# What there is something of for each: transformers makes lists of it, and the layout tensors.
+_COUNTED = re.compile("layer|expert|label")
+_MOST = 100_000
 
 
 class Attributes:
@@ -44,6 +49,22 @@ class Attributes:
                 "those that say nothing of the computation; or merge by names, with given weights: "
                 '--mode=merge, export.formats=("huggingface",)',
                 found=", ".join(f"{name}={value!r}" for name, value in sorted(refused.items())),
+            )
+
+
+def check_counts(written: Mapping[str, Any], where: str) -> None:
+    """Raises where there is a number of layers, experts or labels, for each of which transformers
+    would write something down, that no model has.
+    """
+    for key, value in written.items():
+        if isinstance(value, dict) and key not in ("label2id", "id2label"):
+            check_counts(value, f"{where}, {key}")
+        elif _COUNTED.search(key) and isinstance(value, int) and value > _MOST:
+            raise JaxmergeError(
+                f"{key} is more than any model has",
+                where=where,
+                expected=f"at most {_MOST}",
+                found=str(value)[:80],
             )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.architecture import AttentionKind, DecoderConfig
-from jaxmerge.models.attributes import Attributes, read_rope, scaled_rope
+from jaxmerge.models.attributes import Attributes, check_counts, read_rope, scaled_rope
 from jaxmerge.models.layout import Layout
 from jaxmerge.models.names import NAMES, layout
 from jaxmerge.models.rope import Rope
@@ -71,23 +71,16 @@ def completed(written: Mapping[str, Any], where: str) -> Any:
     Raises:
         JaxmergeError: transformers refuses it, or does not know its `model_type`.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # takes seconds to import
 
+    check_counts(written, where)
     with tempfile.TemporaryDirectory() as copy:
         with open(os.path.join(copy, "config.json"), "w", encoding="utf-8") as file:
             json.dump(written, file)
         try:
             return AutoConfig.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            StrictDataclassError,
-        ) as error:
-            found = str(error).replace(copy, os.path.dirname(where))
+        except Exception as error:  # each of its classes checks as it likes, or not at all
+            found = (str(error) or type(error).__name__).replace(copy, os.path.dirname(where))
     raise JaxmergeError(
         "transformers refuses the config",
         where=where,
@@ -122,9 +115,17 @@ def from_config(config: Any, where: str) -> Architecture | None:
         return None
     family = FAMILIES[config.model_type]
     attributes = Attributes(config.to_dict(), where)
-    fields = family.read(attributes)
-    attributes.refuse_rest()
-    decoder_config = DecoderConfig(**fields)
+    try:
+        fields = family.read(attributes)
+        attributes.refuse_rest()
+        decoder_config = DecoderConfig(**fields)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise JaxmergeError(
+            "a value of the config is of another kind than its attribute has",
+            where=where,
+            expected="config.json as transformers writes it",
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+        ) from error
     return Architecture(decoder_config, layout(decoder_config, {**NAMES, **family.names}))
 
 

@@ -219,7 +219,7 @@ def _judge(named: str, task: str, examples: Mapping[str, Example]) -> TextJudge:
         for target in example.data["targets"]:
             try:
                 check(target)
-            except (ValueError, LookupError, re.error) as error:
+            except (ArithmeticError, LookupError, RecursionError, ValueError, re.error) as error:
                 raise JaxmergeError(
                     f"the judge {named} can't read the target",
                     where=where,
