@@ -83,6 +83,8 @@ class Candidate:
         out_of: number of examples of each task in the split, where fewer were scored: `scores` are
             estimates then. None: all were scored.
         dropped: whether it was dropped from a race, as one that can't be among the selected.
+        expected: scores by task that the strategy expected of the generation, of its first
+            candidate: those that soft scores stand for. None: it expected nothing.
     """
 
     id: int
@@ -98,6 +100,7 @@ class Candidate:
     tokens: dict[str, int] | None = None
     out_of: dict[str, int] | None = None
     dropped: bool = False
+    expected: dict[str, float] | None = None
 
     @property
     def cost(self) -> int:

@@ -206,7 +206,7 @@ def made_of(config: Config) -> dict[str, Any]:
     plain = configs.plain(config)
     objective, search = plain["objective"], plain["search"]
     sources = [plain["pool"], plain["export"]["formats"]]
-    grain = [plain["space"][field] for field in ("granularity", "patterns")]
+    grain = [configs.granularity(config), plain["space"]["patterns"]]
     pool = [sources, plain["mesh"], plain["merge"]["rematerialise"], grain]
     sizes = [objective["search_examples"], objective["test_examples"]]
     tasks = [plain["tasks"], objective["tasks"], plain["heldout"], sizes]
