@@ -294,25 +294,31 @@ def weights(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     file.write_bytes(head + bytes(4 * count))
 
 
-def llama(directory: Path) -> None:
-    """A model of `LLAMA`."""
-    directory.mkdir(exist_ok=True)
+def llama(directory: Path, **changes: Any) -> None:
+    """A model of `LLAMA`, or of one that differs from it."""
+    config = {**LLAMA, **changes}
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    queries, keys = (
+        config[heads] * config["head_dim"]
+        for heads in ("num_attention_heads", "num_key_value_heads")
+    )
     layer = "model.layers.0."
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (40, 8),
-        "model.norm.weight": (8,),
-        f"{layer}self_attn.q_proj.weight": (8, 8),
-        f"{layer}self_attn.k_proj.weight": (4, 8),
-        f"{layer}self_attn.v_proj.weight": (4, 8),
-        f"{layer}self_attn.o_proj.weight": (8, 8),
-        f"{layer}mlp.gate_proj.weight": (12, 8),
-        f"{layer}mlp.up_proj.weight": (12, 8),
-        f"{layer}mlp.down_proj.weight": (8, 12),
-        f"{layer}input_layernorm.weight": (8,),
-        f"{layer}post_attention_layernorm.weight": (8,),
+        "model.embed_tokens.weight": (config["vocab_size"], width),
+        "model.norm.weight": (width,),
+        f"{layer}self_attn.q_proj.weight": (queries, width),
+        f"{layer}self_attn.k_proj.weight": (keys, width),
+        f"{layer}self_attn.v_proj.weight": (keys, width),
+        f"{layer}self_attn.o_proj.weight": (width, queries),
+        f"{layer}mlp.gate_proj.weight": (inner, width),
+        f"{layer}mlp.up_proj.weight": (inner, width),
+        f"{layer}mlp.down_proj.weight": (width, inner),
+        f"{layer}input_layernorm.weight": (width,),
+        f"{layer}post_attention_layernorm.weight": (width,),
     }
+    directory.mkdir(exist_ok=True)
     weights(directory / "model.safetensors", shapes)
-    (directory / "config.json").write_bytes(as_bytes(LLAMA))
+    (directory / "config.json").write_bytes(as_bytes(config))
 
 
 def run_directory(directory: Path) -> Path:
