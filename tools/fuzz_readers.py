@@ -173,7 +173,7 @@ def jsonl(directory: Path) -> Reader:
     file = directory / "task.jsonl"
     lines = [
         {"prompt": f"{i}+{i}=", "target": [str(i)], "a": {"text": ["x", f"y{i}"]}, "c": ["u", "v"]}
-        for i in range(4)
+        for i in range(12)
     ]
     several = b"".join(as_bytes(line) + b"\n" for line in lines)
 

@@ -23,7 +23,7 @@ from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import READERS
-from jaxmerge.checkpoints.unchanged import Unchanged, below
+from jaxmerge.checkpoints.unchanged import Unchanged, files_of
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.merge import linear
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
@@ -263,7 +263,8 @@ def _restore(
         cast, _ = jax.block_until_ready((leaf.astype(dtype), computing[name]))
         return keep(name, cast)
 
-    unchanged = Unchanged([*below(source.path), *below(source.base)], source.path)
+    read = (file for path in (source.path, source.base) if path for file in files_of(path))
+    unchanged = Unchanged(read, source.path)
     tree = READERS[source.format].restore(source, placed, digested)
     found = digest.finish(computing)
     unchanged.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable
 
@@ -32,9 +33,15 @@ class Unchanged:
             )
 
 
-def below(directory: str) -> list[str]:
-    """The files in a directory of this machine, at any depth; of any other address, none."""
-    return [os.path.join(top, name) for top, _, names in os.walk(directory) for name in names]
+def files_of(directory: str) -> list[str]:
+    """The files of a checkpoint's directory; of an address that is not on this machine, none.
+
+    Where there are safetensors, they alone: a trainer may keep other steps beside them.
+    """
+    weights = glob.glob(os.path.join(glob.escape(directory), "*.safetensors"))
+    return weights or [
+        os.path.join(top, name) for top, _, names in os.walk(directory) for name in names
+    ]
 
 
 def _stamp(file: str) -> tuple[int, int, int] | None:

@@ -151,3 +151,13 @@ def test_a_file_of_the_other_kind_says_which_command(tmp_path):
     path.write_text("genome: {}\ntasks: []")
     with pytest.raises(JaxmergeError, match="jaxmerge search"):
         documents.check_kind(str(path), "merge_method")
+
+
+def test_aliases_that_grow_without_bound(tmp_path):
+    """Ten lines that stand for 10^9 values, and a list that holds itself."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    for text in ("\n".join(lines), "a: &a [*a]"):
+        (tmp_path / "bomb.yml").write_text(text)
+        with pytest.raises(JaxmergeError, match="too large for a merge"):
+            nodes(str(tmp_path / "bomb.yml"))

@@ -235,6 +235,7 @@ def test_no_decoder_for_other_models(tmp_path):
         ("[]", "no JSON object"),
         ('{"model_type": "llama", "hidden_size": 33}', "refuses the config"),
         ('{"model_type": "llama", "num_key_value_heads": 5}', "kv_heads must divide heads"),
+        ('{"model_type": "llama", "num_hidden_layers": 4000000000}', "more than any model has"),
     ],
 )
 def test_unusable_configs(tmp_path, text, said):

@@ -13,6 +13,7 @@ SLOW = {"config", "tokenizer", "tokenizer_config", "generation_config", "results
 SLOW |= {"run_pool", "run_tasks", "candidates_page", "adapter_config"}
 
 
+@pytest.mark.filterwarnings("ignore:Possible nested set")  # in a regular expression
 @pytest.mark.parametrize("name", fuzz_readers.READERS)
 def test_any_input_is_read_or_refused(name, tmp_path):
     """One message of ours or a result: no other error, no hang, no heap of memory."""
