@@ -14,8 +14,9 @@ def refusals() -> Iterator[tuple[str, set[str | None]]]:
     """Where a `JaxmergeError` is made, and the names of what it is given."""
     for file in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            called = node.func if isinstance(node, ast.Call) else None
-            if isinstance(called, ast.Name) and called.id == "JaxmergeError":
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            if node.func.id == "JaxmergeError":
                 place = f"{file.relative_to(PACKAGE)}:{node.lineno}"
                 yield place, {each.arg for each in node.keywords}
 

@@ -34,7 +34,7 @@ def get_config():
     config = tiny.run_config(configs.default(), {pool!r})
     config.tasks.generation = {{"builder": "tests.tiny:generation", "search": 6, "test": 6}}
     config.tasks.choice = {{"builder": "tests.tiny:choice", "search": 6, "test": 6}}
-    config.heldout, config.baselines, config.analyses = (), ("uniform", "greedy"), ()
+    config.heldout, config.baselines = (), ("uniform", "greedy")
     config.objective.search_examples = config.objective.test_examples = 6
     config.search.budget, config.compilation_cache = 8, {cache!r}
     return config

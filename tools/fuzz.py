@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -66,7 +68,7 @@ def by_coverage(
     make: Callable[[Path], fuzz_readers.Reader], tally: Tally, seconds: float, directory: Path
 ) -> None:
     """atheris, which ends the process."""
-    import atheris
+    atheris: Any = importlib.import_module("atheris")
 
     with atheris.instrument_imports(include=["jaxmerge", "yaml"]):
         reader = make(directory)

@@ -344,8 +344,8 @@ def _of_tokenizer(directory: Path, name: str) -> Reader:
 
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4, "u": 5, "s": 6, "e": 7, "r": 8}
-    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added["special"] = True
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added |= {"special": True}
     files = {
         "tokenizer.json": {
             "version": "1.0",
