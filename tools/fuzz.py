@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tools import fuzz_readers
+from tools import fuzz_readers, fuzz_spoil
 
 
 class Tally:
@@ -60,7 +60,7 @@ def at_random(reader: fuzz_readers.Reader, tally: Tally, seconds: float, seed: i
     for data in reader.seeds:
         tally.add(data, fuzz_readers.verdict(reader.read, data))
     while time.monotonic() < end:
-        data = fuzz_readers.spoiled(draw, draw.choice(reader.seeds))
+        data = fuzz_spoil.spoiled(draw, draw.choice(reader.seeds))
         tally.add(data, fuzz_readers.verdict(reader.read, data))
 
 
@@ -85,7 +85,7 @@ def by_coverage(
         draw = random.Random(seed)
         if draw.random() < 0.5:
             return atheris.Mutate(data, largest)
-        return fuzz_readers.spoiled(draw, data)[:largest]
+        return fuzz_spoil.spoiled(draw, data)[:largest]
 
     corpus = directory.parent / "corpus"
     corpus.mkdir()

@@ -106,12 +106,7 @@ def lm_eval(
     def judge(example: Example, responses: Sequence[Response]) -> float:
         value: Any = _values(found, pipeline, example.data, responses).get(metric)
         if not hasattr(value, "__float__"):
-            raise JaxmergeError(
-                f"metric {metric} is no number for one document",
-                where=where,
-                expected="a metric of single documents",
-                found=repr(value),
-            )
+            raise _no_number(metric, value, where)
         return sign * float(value)
 
     examples = _examples(found, form, where)
@@ -202,6 +197,15 @@ def _several(members: Sequence[str], where: str) -> JaxmergeError:
         "this is a group: its members have scores of their own",
         where=where,
         expected=f"one of its {len(members)} members: {', '.join(map(str, members))}",
+    )
+
+
+def _no_number(metric: str, value: Any, where: str) -> JaxmergeError:
+    return JaxmergeError(
+        f"metric {metric} is no number for one document",
+        where=where,
+        expected="a metric of single documents",
+        found=repr(value),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tools import fuzz_readers
+from tools import fuzz_readers, fuzz_spoil
 
 # Of the readers that take more than a few milliseconds: the page, and what transformers reads.
 SLOW = {"config", "tokenizer", "tokenizer_config", "generation_config", "results", "run_config"}
@@ -29,7 +29,7 @@ def test_any_input_is_read_or_refused(name, tmp_path):
     )
     @given(st.randoms(use_true_random=False), st.sampled_from(reader.seeds))
     def spoiled(draw: random.Random, seed: bytes) -> None:
-        data = fuzz_readers.spoiled(draw, seed)
+        data = fuzz_spoil.spoiled(draw, seed)
         assert fuzz_readers.verdict(reader.read, data) in ("read", "refused"), data
 
     spoiled()
