@@ -19,7 +19,7 @@ _ODD: tuple[Any, ...] = (
 def spoiled(draw: random.Random, seed: bytes) -> bytes:
     """A sound input with something wrong in its JSON values, or in its bytes."""
     if draw.random() < 0.6:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return _spoiled_json(draw, seed)
     return _spoiled_bytes(draw, seed)
 
