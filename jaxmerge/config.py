@@ -19,6 +19,7 @@ from jaxmerge.checkpoints import export, pool
 from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
 from jaxmerge.merge import groups, methods
+from jaxmerge.merge.searched import summed
 from jaxmerge.report import tensorboard
 from jaxmerge.scores.objective import Objective, define
 from jaxmerge.search import baselines, gradient, racing, space
@@ -115,11 +116,12 @@ def default() -> Config:
     # or several such tuples, for as many merges in one pass over the checkpoints. They are never
     # scaled: if they do not sum to 1, the merge is no average, and a warning says so.
     config.merge.weights = ()
-    # For --mode=merge: a name of jaxmerge.merge.methods.METHODS, such as "ties"; what is merged are
-    # differences from pool.base where it takes a base.
+    # A name of jaxmerge.merge.methods.METHODS, such as "ties"; what is merged are differences from
+    # pool.base where it takes a base. Single checkpoints and baselines are weighted sums still.
     config.merge.method = "linear"
     # Its numbers but the weights, such as merge.genes = {"density": 0.5}: one, or where checkpoints
-    # may differ a tuple; what is missing has the default of the table. Draws depend on `seed`.
+    # may differ a tuple. --mode=merge takes the default of the table for what is missing; a search
+    # looks for it, but for choices and tolerances. Draws depend on `seed`.
     config.merge.genes = ml_collections.ConfigDict()
     config.merge.variant = "paper"  # where papers and mergekit differ; or "mergekit"
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
@@ -238,12 +240,7 @@ def check(config: Config) -> None:
     """
     check_pool(config)
     if config.merge.method != "linear":
-        raise JaxmergeError(
-            "searches are over weighted sums so far",
-            where="merge.method",
-            expected='"linear"; or --mode=merge, which takes every method with given numbers',
-            found=config.merge.method,
-        )
+        _check_method(config)
     check_evaluation(config)
     if config.tensorboard:
         tensorboard.package()
@@ -267,6 +264,34 @@ def settings(config: Config) -> gradient.Settings:
     return gradient.Settings(
         search.optimizer, search.learning_rate, search.schedule, search.steps, search.score_every
     )
+
+
+def _check_method(config: Config) -> None:
+    """Refuses what a search over another method than the weighted sum does not go with."""
+    method, search = config.merge.method, config.search
+    pool.check_method(
+        method,
+        config.pool.residency,
+        config.pool.storage,
+        rematerialise=config.merge.rematerialise,
+        summed=summed(method, dict(config.merge.genes)),
+    )
+    for name in ("strategy", "warm_start"):
+        if search[name] == gradient.NAME:
+            raise JaxmergeError(
+                f"a search along gradients is over weighted sums, not over {method}",
+                where=f"search.{name}",
+                expected='a strategy of evosax, such as "CMA_ES", "SNES" or "Sep_CMA_ES"; or '
+                'merge.method = "linear"',
+                found=search[name],
+            )
+    if config.analyses.pool_sizes:
+        raise JaxmergeError(
+            "searches over some of the checkpoints are over weighted sums",
+            where="analyses.pool_sizes",
+            expected='(), or merge.method = "linear"',
+            found=str(tuple(config.analyses.pool_sizes)),
+        )
 
 
 def _check_gradient(config: Config) -> None:

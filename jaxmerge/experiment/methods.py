@@ -25,6 +25,9 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.merge.methods import METHODS, check_inputs, complete, merge_tensor
+from jaxmerge.merge.searched import Searched
+from jaxmerge.merge.searched import searched as find_searched
+from jaxmerge.search import space
 from jaxmerge.trees import named_leaves
 
 
@@ -37,6 +40,41 @@ def takes_base(config: Config) -> bool:
     """Whether `pool.base` goes into the merge, and not only its tokenizer and configuration."""
     base = METHODS[config.merge.method].base
     return base == "required" or (base == "optional" and bool(config.pool.base))
+
+
+def searched(config: Config, checkpoints: int) -> Searched | None:
+    """What a search sets of `merge.method`; None: weights alone, of weighted sums.
+
+    Args:
+        config: of the run.
+        checkpoints: K, without the base.
+
+    Raises:
+        JaxmergeError: names the field.
+    """
+    merge = config.merge
+    if merge.method == "linear":
+        return None
+    return find_searched(
+        merge.method,
+        dict(merge.genes),
+        checkpoints,
+        with_base=takes_base(config) and bool(config.pool.base),
+        variant=merge.variant,
+        seed=config.seed,
+    )
+
+
+def ranges(of: Searched) -> list[space.Range]:
+    """Where a search looks for a method's numbers; what has no default starts in the middle."""
+    return [
+        space.Range(
+            (gene.low + gene.high) / 2 if gene.default is None else gene.default,
+            gene.low,
+            gene.high,
+        )
+        for gene in of.genes
+    ]
 
 
 def check(config: Config, weights: Sequence[float], checkpoints: int) -> None:
@@ -111,6 +149,19 @@ def merge(
         for name in named_leaves(leaves.abstract):
             leaves(name)
     return written, leaves.records()
+
+
+def findings(of: Searched) -> dict[str, Any]:
+    """What results.json says of the method of a search."""
+    fixed = {name: list(gene) if isinstance(gene, tuple) else gene for name, gene in of.fixed}
+    return {
+        "name": of.method,
+        "paper": METHODS[of.method].paper,
+        "variant": of.variant,
+        "weighted": of.weighted,
+        "searched": [gene.name for gene in of.genes],
+        "fixed": fixed,
+    }
 
 
 def described(config: Config) -> str:

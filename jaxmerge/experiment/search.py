@@ -16,7 +16,7 @@ from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
 from jaxmerge.evaluation.evaluator import Sample
-from jaxmerge.experiment import phases, results, speech
+from jaxmerge.experiment import methods, phases, results, speech
 from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
@@ -46,13 +46,20 @@ def search(
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir, held)
-    directory, pool = prepared.directory, prepared.pool
+    directory, pool, method = prepared.directory, prepared.pool, prepared.method
     read_before = pool.traffic()
     _say(prepared.warnings)
 
     with closing(directory), phases.live(config, prepared) as live:
         answers = Answers(directory, "search")
-        archive = Archive(directory, prepared.evaluators, live.candidates, _individuals_to(answers))
+        archive = Archive(
+            directory,
+            prepared.evaluators,
+            live.candidates,
+            _individuals_to(answers),
+            genes=[gene.name for gene in method.genes] if method else None,
+            checkpoints=len(pool.names),
+        )
         with _timed(seconds, "individuals"):
             individuals = baselines.individuals(archive, pool.names)
             odd = answers.warn(individuals, prepared.bounds)
@@ -85,6 +92,8 @@ def search(
             _say([silent] if silent else [])
         said = {"command": command, "warnings": [*prepared.warnings, *odd]}
         findings = {"version": 2, **said, **findings, "analyses": analysed}
+        if method:
+            findings["method"] = methods.findings(method)
         with _timed(seconds, "export"):
             _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
@@ -108,7 +117,7 @@ def _export_winner(
     export(
         directory.path / "merged",
         pool.trees[0],
-        pool.merged(np.array(winner.weights, np.float32)),
+        pool.merged(np.array(winner.coefficients, np.float32)),
         source=prepared.sources[0],
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),

@@ -58,6 +58,7 @@ def _finished(run: Run, results: Json) -> str:
         _tradeoff_section(run, tested=True),
         _search_section(run),
         tables.weights_section(run, results),
+        tables.method_section(results),
         tables.groups_section(run, results),
         tables.scores_section(run, results),
         answers.section(run),

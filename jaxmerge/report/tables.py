@@ -76,6 +76,7 @@ def weights_section(run: Run, results: Json) -> str:
     """The winner's weight of each checkpoint, beside what the checkpoint scores by itself."""
     best, form = results["best"], run.formats["objective"]
     own = {entry["name"]: entry for entry in results["individuals"]}
+    weighted = results.get("method", {}).get("weighted", True)
     weights = [best["weights"].get(checkpoint["name"], 0.0) for checkpoint in run.pool]
     reached = [entry["test_objective"] for entry in (best, *own.values())]
     tops = {task: max(entry["test"][task] for entry in own.values()) for task in results["tasks"]}
@@ -88,7 +89,7 @@ def weights_section(run: Run, results: Json) -> str:
     rows = []
     for checkpoint, weight in zip(run.pool, weights):
         name = checkpoint["name"]
-        shown = markup.bar(weight, weights, "weight", markup.number(weight))
+        shown = markup.bar(weight, weights, "weight", markup.number(weight)) if weighted else ""
         alone = scores(own[name], "single") if name in own else []
         rows.append((text(name), shown, *alone))
     total = f'<span class="number">sum {markup.number(sum(weights))}</span>'
@@ -104,22 +105,61 @@ def weights_section(run: Run, results: Json) -> str:
     )
 
 
+def method_section(results: Json) -> str:
+    """What merged the winner, where that is no weighted sum, and its numbers."""
+    method = results.get("method")
+    if not method:
+        return ""
+    variant = " in mergekit's variant" * (method["variant"] == "mergekit")
+    said = {"Method": f"<code>{text(method['name'])}</code> ({text(method['paper'])}){variant}"}
+    for name, gene in results["best"]["genes"].items():
+        shown = (
+            f"{markup.number(gene)}"
+            if not isinstance(gene, list | tuple)
+            else (f"from {markup.number(min(gene))} to {markup.number(max(gene))} over the groups")
+        )
+        said[text(name)] = f"<b>{shown}</b>, searched"
+    for name, gene in method["fixed"].items():
+        alike = gene[0] if isinstance(gene, list) and len({*gene}) == 1 else gene
+        said[text(name)] = text(str(alike))
+    return markup.section(
+        "How they were merged",
+        markup.note(
+            "Single checkpoints and baselines are weighted sums; what was searched is merged by "
+            "this method."
+        ),
+        markup.facts(said),
+    )
+
+
 def groups_section(run: Run, results: Json) -> str:
-    """The winner's weights of each group of leaves that has its own, as a heat map."""
+    """The winner's weights, and a method's numbers, of each group that has its own: a heat map."""
     best = results["best"]
     if "groups" not in best:
         return ""
+    genes = best.get("genes", {})
+    weighted = results.get("method", {}).get("weighted", True)
     reached = max(abs(weight) for row in best["groups"] for weight in row)
     rows = [
-        (text(group), *(markup.shaded(weight, reached, markup.number(weight)) for weight in row))
-        for group, row in zip(results["groups"], best["groups"])
+        (
+            text(group),
+            *(markup.shaded(weight, reached, markup.number(weight)) for weight in row * weighted),
+            *(
+                markup.shaded(gene[g], max(map(abs, gene)), markup.number(gene[g]))
+                for gene in genes.values()
+            ),
+        )
+        for g, (group, row) in enumerate(zip(results["groups"], best["groups"]))
     ]
-    columns = [text(checkpoint["name"]) for checkpoint in run.pool]
+    columns = [text(checkpoint["name"]) for checkpoint in run.pool] * weighted
+    columns += [f"<i>{text(name)}</i>" for name in genes]
     return markup.section(
         "Weights by group",
         markup.note(
             f"Each of {len(rows)} groups of leaves has weights of its own. The darker, the larger; "
             "the table above has their means."
+            + " Numbers of the method are in italics, each column with a scale of its own."
+            * bool(genes)
         ),
         markup.table(("group", *columns), rows, css="numbers heat"),
     )

@@ -1,0 +1,283 @@
+"""The merge of a population by any method of the table, a program per leaf.
+
+Coefficients of combinations come from norms and cosines of the checkpoints, which are computed once
+when the pool is there; the sum is then that of `merge.linear`, whichever merger of it the pool has.
+Masks, and combinations whose rows have coefficients of their own, go leaf by leaf on the devices:
+candidates are spread over the mesh axis `pop`, and a threshold or norm of a leaf that is sharded
+adds up over its shards. Either way the bits are those of `methods.merge_tensor`, on any mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.hosts import processes
+from jaxmerge.merge import draws
+from jaxmerge.merge.combinations import Geometry, geometry
+from jaxmerge.merge.groups import Groups
+from jaxmerge.merge.leafwise import LeafwiseMerger
+from jaxmerge.merge.linear import Merger, linear, weighted_sum
+from jaxmerge.merge.methods import METHODS, merged, rule
+from jaxmerge.merge.searched import Searched
+from jaxmerge.trees import PyTree, map_named, named_leaves
+
+# leaves(name) gives a leaf of the base, where there is one, and then of the K checkpoints.
+Leaves = Callable[[str], Sequence[Array]]
+
+
+def every_place(like: PyTree, layers: str) -> Groups:
+    """Each leaf, and each layer of one that is stacked, as a group of its own.
+
+    Args:
+        like: tree of arrays or `ShapeDtypeStruct`.
+        layers: the top-level entry whose leaves are stacked; "": none are.
+    """
+    names: list[str] = []
+    of_leaf: dict[str, tuple[int, ...]] = {}
+    for name, leaf in named_leaves(like).items():
+        stacked = bool(layers) and name.startswith(f"{layers}/")
+        own = [f"{name}/{layer}" for layer in range(leaf.shape[0])] if stacked else [name]
+        of_leaf[name] = tuple(range(len(names), len(names) + len(own)))
+        names += own
+    return Groups(tuple(names), of_leaf)
+
+
+class CombinationMerger:
+    """The merge by a method whose results are weighted sums.
+
+    Args:
+        of: the method.
+        inner: the weighted sum of the base, where there is one, and K checkpoints, whose groups are
+            `places`.
+        leaves: see `Leaves`.
+        like: tree of the leaves, or of their `ShapeDtypeStruct`.
+        places: see `every_place`.
+        groups: of leaves that share their numbers; None: all do.
+    """
+
+    def __init__(
+        self,
+        of: Searched,
+        inner: Merger,
+        leaves: Leaves,
+        like: PyTree,
+        places: Groups,
+        groups: Groups | None,
+    ):
+        self.of, self._inner, self._leaves, self._places = of, inner, leaves, places
+        numbers = {name: _spread(groups, name, len(own)) for name, own in places.of_leaf.items()}
+        self._groups = groups
+        self._group_of = np.concatenate([numbers[name] for name in places.of_leaf])
+        self.geometry = None
+        if METHODS[of.method].geometry:
+            each = [
+                place_geometry(leaves(name), stacked=len(own) > 1, with_base=of.with_base)
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+                else _no_geometry(of.checkpoints, len(own))
+                for (name, leaf), own in zip(named_leaves(like).items(), places.of_leaf.values())
+            ]
+            self.geometry = Geometry(*(np.concatenate(parts) for parts in zip(*each)))
+
+    def __call__(self, rows_CxR: Float[np.ndarray, "C *G R"]) -> PyTree:
+        """The merged models, as `inner` gives them."""
+        return self._inner(self.weights(rows_CxR))
+
+    def weights(self, rows_CxR: Float[np.ndarray, "C *G R"]) -> Float[np.ndarray, "C N K"]:
+        """What `inner` adds up: of each of N places, that of the base first where there is one."""
+        rows = _lifted(self.of, self._groups, rows_CxR)[:, self._group_of]
+        cpu = jax.local_devices(backend="cpu")[0]
+        with jax.default_device(cpu):
+            return np.asarray(_coefficients(self.of)(rows, self.geometry))
+
+    def pullback(self, gradients: PyTree) -> Float[Array, "C G R"]:
+        """Refuses: derivatives by the genes are not made yet."""
+        raise _without_derivatives(self.of.method)
+
+    def leaf(self, name: str, row: Float[np.ndarray, "*G R"]) -> Array:
+        """A leaf of one merge, with the sharding of the pool's."""
+        weights = self.weights(row[None])[0]
+        if isinstance(self._inner, LeafwiseMerger):
+            return self._inner.leaf(name, weights)
+        trees = [{name: leaf} for leaf in self._leaves(name)]
+        return linear(trees, weights, self._places)[name]
+
+
+class LeafMerger:
+    """The merge by any method of K trees in memory, leaf by leaf.
+
+    Args:
+        of: the method.
+        trees: of the base, where there is one, and then of the K checkpoints; alike.
+        places: see `every_place`.
+        groups: of leaves that share their numbers; None: all do.
+    """
+
+    def __init__(
+        self, of: Searched, trees: Sequence[PyTree], places: Groups, groups: Groups | None
+    ):
+        self.of, self._like, self._groups = of, trees[0], groups
+        self._trees = [named_leaves(tree) for tree in trees]
+        self._keys = {
+            name: np.stack([draws.key(of.seed, places.names[i]) for i in own])
+            for name, own in places.of_leaf.items()
+        }
+        self._stacked = {name: places.names[own[0]] != name for name, own in places.of_leaf.items()}
+        first = next(iter(self._trees[0].values())).sharding
+        self._mesh = first.mesh if isinstance(first, NamedSharding) else None
+
+    def __call__(self, rows_CxR: Float[np.ndarray, "C *G R"]) -> PyTree:
+        """The merged models, `[C, ...]` spread over the mesh axis `pop`."""
+        return map_named(lambda name, _: self._merged(name, rows_CxR), self._like)
+
+    def pullback(self, gradients: PyTree) -> Float[Array, "C G R"]:
+        """Refuses: thresholds and draws have no derivatives."""
+        raise _without_derivatives(self.of.method)
+
+    def leaf(self, name: str, row: Float[np.ndarray, "*G R"]) -> Array:
+        """A leaf of one merge, with the sharding of the pool's."""
+        places = self._mesh.shape["pop"] if self._mesh else 1
+        found = self._merged(name, np.repeat(row[None], places, axis=0))
+        return jax.jit(lambda leaf: leaf[0], out_shardings=self._trees[0][name].sharding)(found)
+
+    def program(self, name: str, count: int) -> tuple[Any, tuple[Any, ...]]:
+        """The program of a leaf for `count` candidates, and its arguments but the rows."""
+        stacked, sharding = self._stacked[name], self._trees[0][name].sharding
+        placed = sharding if isinstance(sharding, NamedSharding) else None
+        leaves = tuple(tree[name] for tree in self._trees)
+        return _program(self.of, stacked, placed), (leaves, self._keys[name])
+
+    def _merged(self, name: str, rows_CxR: np.ndarray) -> Array:
+        program, (leaves, keys) = self.program(name, len(rows_CxR))
+        lifted = _lifted(self.of, self._groups, rows_CxR)
+        rows_CxLxR = lifted[:, _spread(self._groups, name, len(keys))]
+        if self._mesh is None:
+            return program(leaves, keys, rows_CxLxR)
+        over_pop = NamedSharding(self._mesh, PartitionSpec("pop"))
+        found = program(leaves, keys, processes.place(rows_CxLxR, over_pop))
+        # Between CPU devices, collectives of programs that queue up can wait for each other.
+        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+        return jax.block_until_ready(found) if on_cpu else found
+
+
+ByMethod = CombinationMerger | LeafMerger
+
+
+def _without_derivatives(method: str) -> JaxmergeError:
+    return JaxmergeError(
+        f"a search along gradients is over weighted sums; {method} is none",
+        where="search.strategy",
+        expected='a strategy of evosax, such as "CMA_ES" or "SNES"',
+    )
+
+
+def _spread(groups: Groups | None, name: str, count: int) -> np.ndarray:
+    """The group of each layer of a leaf."""
+    return np.resize(np.array(groups.of_leaf[name] if groups else (0,)), count)
+
+
+def _lifted(of: Searched, groups: Groups | None, rows_CxR: np.ndarray) -> np.ndarray:
+    """Rows `[C, G, R]`, whatever was given."""
+    rows = of.padded(np.asarray(rows_CxR, np.float32))
+    return groups.lifted(rows) if groups else rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+def place_geometry(leaves: Sequence[Array], *, stacked: bool, with_base: bool) -> Geometry:
+    """Norms `[L, K]` and cosines `[L, K, K]` of a leaf's layers; L is 1 where it has none.
+
+    Of the checkpoints, or with a base of their differences from it. On a mesh K x K numbers are
+    added up over the shards, the same bits as without one.
+
+    Args:
+        leaves: of the base, where there is one, and then of the checkpoints.
+        stacked: whether the first axis is that of layers.
+        with_base: whether the first is the base.
+    """
+    found = _geometry(tuple(leaves), stacked=stacked, with_base=with_base)
+    return Geometry(*(processes.fetch(part) for part in found))
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "with_base"))
+def _geometry(leaves: tuple[Array, ...], *, stacked: bool, with_base: bool) -> Geometry:
+    vectors = [leaf.astype(jnp.float32) for leaf in leaves]
+    if with_base:
+        vectors = [vector - vectors[0] for vector in vectors[1:]]
+    found = geometry(vectors, range(stacked, vectors[0].ndim))
+    K = len(vectors)
+    return Geometry(found.norms.reshape(-1, K), found.cosines.reshape(-1, K, K))
+
+
+def _no_geometry(checkpoints: int, places: int) -> Geometry:
+    """Of leaves that are not merged."""
+    return Geometry(
+        np.zeros((places, checkpoints), np.float32),
+        np.zeros((places, checkpoints, checkpoints), np.float32),
+    )
+
+
+@functools.cache
+def _coefficients(of: Searched) -> Any:
+    """`(rows [C, N, R], geometry of N places) -> [C, N, K]`, or K + 1 with a base."""
+
+    def of_place(row: Array, geometry: Any) -> Array:
+        genes = of.complete(row)
+        numbers = {name: gene for name, gene in genes.items() if not isinstance(gene, bool)}
+        found = rule(of.method, of.variant, tuple(of.choices.items()))(geometry, numbers)
+        found = jnp.where(row[-1] == 1, found, row[: of.checkpoints])
+        if not of.with_base:
+            return found
+        own = jnp.where(row[-1] == 1, 1 - jnp.sum(found), 0)
+        return jnp.concatenate([own[None], found])
+
+    def of_candidate(rows: Array, geometry: Any) -> Array:
+        return jax.lax.map(lambda each: of_place(*each), (rows, geometry))
+
+    # One candidate and place after the other: the bits of each do not depend on its neighbours.
+    return jax.jit(lambda rows, geometry: jax.lax.map(lambda r: of_candidate(r, geometry), rows))
+
+
+@functools.cache
+def _program(of: Searched, stacked: bool, where: NamedSharding | None) -> Any:
+    """`(leaves of base and checkpoints, keys [L, 3], rows [C, L, R]) -> [C, ...]`."""
+
+    def of_layer(leaves: tuple[Array, ...], draw: Array, row: Array) -> Array:
+        members = leaves[of.with_base :]
+        base = leaves[0] if of.with_base else None
+        return jax.lax.cond(
+            row[-1] == 1,
+            lambda: merged(of.method, of.variant, members, base, of.complete(row), draw),
+            lambda: weighted_sum(members, row[: of.checkpoints]).astype(leaves[0].dtype),
+        )
+
+    def of_candidate(leaves: tuple[Array, ...], keys: Array, rows_LxR: Array) -> Array:
+        if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+            return leaves[0]
+        if not stacked:
+            return of_layer(leaves, keys[0], rows_LxR[0])
+        return jax.lax.map(lambda each: of_layer(*each), (leaves, keys, rows_LxR))
+
+    def of_candidates(leaves: tuple[Array, ...], keys: Array, rows_CxLxR: Array) -> Array:
+        return jax.lax.map(lambda rows: of_candidate(leaves, keys, rows), rows_CxLxR)
+
+    if where is None:
+        return jax.jit(of_candidates)
+    # By hand over `pop` alone: each place merges its own candidates, one after the other.
+    spread = jax.shard_map(
+        of_candidates,
+        mesh=where.mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("pop")),
+        out_specs=PartitionSpec("pop"),
+        axis_names={"pop"},
+        check_vma=False,
+    )
+    return jax.jit(
+        spread, out_shardings=NamedSharding(where.mesh, PartitionSpec("pop", *where.spec))
+    )
