@@ -41,7 +41,8 @@ def default() -> Config:
     # takes any.
     config.pool.checkpoints = ()
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
-    # used; "": that which the checkpoints bring themselves.
+    # used; "": that which the checkpoints bring themselves. Of Orbax checkpoints it may be another,
+    # which methods take the differences from.
     config.pool.base = ""
     # Of Orbax checkpoints. item: the one of a step with several that holds the parameters, such as
     # "items"; subtree: where in it they are, such as "params". "": what is clear by itself is
@@ -124,6 +125,9 @@ def default() -> Config:
     # looks for it, but for choices and tolerances. Draws depend on `seed`.
     config.merge.genes = ml_collections.ConfigDict()
     config.merge.variant = "paper"  # where papers and mergekit differ; or "mergekit"
+    # Instead of weights and genes: a JSON file with those of one merge. It is the results.json of a
+    # search, whose winner is merged, or a table; see "Weights by group" in docs/merging.md.
+    config.merge.weights_file = ""
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
     config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time
     # For a search whose pool leaves no room for one merged model: a layer's weights are merged when
@@ -346,6 +350,12 @@ def check_pool(config: Config) -> None:
             where="merge.genes",
             expected="merge.weights alone; or another merge.method",
             found=", ".join(config.merge.genes),
+        )
+    if config.merge.weights_file and (config.merge.weights or config.merge.genes):
+        raise JaxmergeError(
+            "these stand in the file",
+            where="merge.weights" if config.merge.weights else "merge.genes",
+            expected="none of them, or no merge.weights_file",
         )
     if not config.pool.checkpoints:
         raise JaxmergeError(

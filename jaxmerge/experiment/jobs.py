@@ -203,7 +203,9 @@ def _merge(config: Config, out: str, command: str) -> None:
     check_choice("--method", config.merge.method, tuple(METHODS))
     if flags.FLAGS.weights:
         config.merge.weights = _numbers(flags.FLAGS.weights, "--weights")
-    elif not config.merge.weights and takes_weights(config.merge.method):
+    elif not (config.merge.weights or config.merge.weights_file) and takes_weights(
+        config.merge.method
+    ):
         K = count(config.pool.checkpoints)
         config.merge.weights = (1 / K,) * K
     path = Path(out).absolute()

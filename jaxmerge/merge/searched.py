@@ -74,7 +74,7 @@ class Searched(NamedTuple):
         K, found = self.checkpoints, dict[str, Any](self.choices)
         for name, gene in self.fixed:
             if name not in found:
-                found[name] = np.asarray(gene, np.float32)
+                found[name] = jnp.asarray(gene, jnp.float32)
         if self.weighted:
             found["weight"] = row[:K]
         for place, gene in enumerate(self.genes, start=K):

@@ -82,10 +82,10 @@ def test_the_export_is_what_was_evaluated_and_what_a_merge_with_its_numbers_give
     finished, pool, tmp_path
 ):
     """Merged leaf by leaf with the numbers that the log has, to the same bits."""
-    workdir, found = finished
+    workdir, _ = finished
     exported = leaves_of(workdir / "merged" / "orbax")
-    config = config_of(pool, "ties", density=0.6)
-    config.merge.given = str(workdir / "results.json")
+    config = config_of(pool, "ties")
+    config.merge.weights_file = str(workdir / "results.json")
     config.space.granularity = "layer"
     (again,) = merging.merge(config, str(tmp_path / "again"))
     for name, leaf in leaves_of(again).items():
