@@ -18,9 +18,9 @@ from jaxmerge import tasks
 from jaxmerge.checkpoints import export, pool
 from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
-from jaxmerge.merge import groups, methods
-from jaxmerge.merge.searched import summed
+from jaxmerge.merge import groups, methods, searched
 from jaxmerge.report import tensorboard
+from jaxmerge.rundir import flat
 from jaxmerge.scores.objective import Objective, define
 from jaxmerge.search import baselines, gradient, racing, space
 
@@ -140,17 +140,18 @@ def default() -> Config:
     config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.search.space
     # What has weights of its own: "model", one weight a checkpoint; "layer"; a number of groups of
     # layers, such as "4"; "kind", each leaf, all its layers together; "leaf", each leaf and layer;
-    # "patterns". See jaxmerge.merge.groups.
-    config.space.granularity = "model"
+    # "patterns". See jaxmerge.merge.groups. "auto": "leaf" for search.strategy = "gradient", and
+    # "model" for all others, which want few numbers.
+    config.space.granularity = "auto"
     # Regular expressions; a leaf is in the group of the first that is found in its name.
     config.space.patterns = ()
     config.space.shrink = 0.0  # how far groups are pulled to their mean genotype; 1: all the way
     config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of that module
 
     config.search = ml_collections.ConfigDict()
-    # Any name in evosax.algorithms; or "gradient", which climbs a soft score, see
-    # jaxmerge.search.gradient: with space.granularity = "leaf" it finds most.
-    config.search.strategy = "CMA_ES"
+    # "gradient" climbs a soft score, see jaxmerge.search.gradient; or any name in
+    # evosax.algorithms: "CMA_ES" is the method of arXiv 2412.04144.
+    config.search.strategy = "gradient"
     # "gradient": before the strategy, which then starts where gradients ended; "": nothing.
     config.search.warm_start = ""
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
@@ -162,15 +163,19 @@ def default() -> Config:
     config.search.steps = 60
     config.search.minibatch = 32
     config.search.score_every = 10
-    config.search.population = 0  # candidates per generation; 0: 4 + floor(3 ln D), D = G K
-    config.search.budget = 200  # evaluations; what is left below a whole generation is not used
+    # Of strategies of evosax: candidates per generation, 0: 4 + floor(3 ln D), D = G K; and
+    # evaluations, of which what is left below a whole generation is not used.
+    config.search.population = 0
+    config.search.budget = 200
     # Tokens of the search, one that goes forward and backward counted as three; 0: any number. The
     # search ends by this or by its budget (of "gradient": its steps), whichever is reached first:
     # before the generation that would pass it. See "Budgets in tokens" in docs/searching.md.
     config.search.budget_tokens = 0
     config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
-    config.search.sigma = 0.5  # standard deviation of the first generation, in genotype units
-    config.search.params = ml_collections.ConfigDict()  # fields of the strategy's evosax Params
+    # Of evosax's too: the standard deviation of the first generation, in genotype units, and fields
+    # of the strategy's Params.
+    config.search.sigma = 0.5
+    config.search.params = ml_collections.ConfigDict()
     # Fewer tokens, both off by default. subset: share of each task's search examples that a
     # generation sees, such as 0.125: each sees another part, and parts are alike in difficulty, as
     # the single checkpoints' scores have it; 1: all. racing: confidence, such as 0.9, with which
@@ -244,14 +249,14 @@ def check(config: Config) -> None:
     """
     check_pool(config)
     if config.merge.method != "linear":
-        _check_method(config)
+        searched.check(config.merge.method, dict(config.merge.genes), fields(config))
     check_evaluation(config)
     if config.tensorboard:
         tensorboard.package()
     if config.merge.rematerialise:
         pool.check_rematerialise(config.pool.residency, config.pool.storage)
     space.check(config.space.constraint, config.space.bounds, config.space.shrink)
-    groups.check(config.space.granularity, config.space.patterns)
+    groups.check(granularity(config), config.space.patterns)
     search = config.search
     gradient.check(settings(config))
     check_least("search.budget_tokens", search.budget_tokens, 0)
@@ -262,40 +267,19 @@ def check(config: Config) -> None:
     baselines.check(config.baselines)
 
 
+def granularity(config: Config) -> str:
+    """What has weights of its own; "auto" is what was measured best for the strategy."""
+    if config.space.granularity == "auto":
+        return "leaf" if config.search.strategy == gradient.NAME else "model"
+    return config.space.granularity
+
+
 def settings(config: Config) -> gradient.Settings:
     """How an optimiser goes, as the config says."""
     search = config.search
     return gradient.Settings(
         search.optimizer, search.learning_rate, search.schedule, search.steps, search.score_every
     )
-
-
-def _check_method(config: Config) -> None:
-    """Refuses what a search over another method than the weighted sum does not go with."""
-    method, search = config.merge.method, config.search
-    pool.check_method(
-        method,
-        config.pool.residency,
-        config.pool.storage,
-        rematerialise=config.merge.rematerialise,
-        summed=summed(method, dict(config.merge.genes)),
-    )
-    for name in ("strategy", "warm_start"):
-        if search[name] == gradient.NAME:
-            raise JaxmergeError(
-                f"a search along gradients is over weighted sums, not over {method}",
-                where=f"search.{name}",
-                expected='a strategy of evosax, such as "CMA_ES", "SNES" or "Sep_CMA_ES"; or '
-                'merge.method = "linear"',
-                found=search[name],
-            )
-    if config.analyses.pool_sizes:
-        raise JaxmergeError(
-            "searches over some of the checkpoints are over weighted sums",
-            where="analyses.pool_sizes",
-            expected='(), or merge.method = "linear"',
-            found=str(tuple(config.analyses.pool_sizes)),
-        )
 
 
 def _check_gradient(config: Config) -> None:
@@ -307,25 +291,20 @@ def _check_gradient(config: Config) -> None:
             expected='"", or a strategy of evosax after it',
             found=config.search.warm_start,
         )
-    for where, found, expected in (
+    unlike: list[tuple[str, Any, Any]] = [
         ("search.subset", config.search.subset, 1.0),
         ("search.racing", config.search.racing, 0.0),
-        ("analyses.pool_sizes", tuple(config.analyses.pool_sizes), ()),
-    ):
+    ]
+    if config.search.warm_start:
+        unlike.append(("analyses.pool_sizes", tuple(config.analyses.pool_sizes), ()))
+    for where, found, expected in unlike:
         if found != expected:
             raise JaxmergeError(
-                'search.strategy = "gradient" does not go with this yet',
+                "a search along gradients does not go with this",
                 where=where,
-                expected=repr(expected),
+                expected=f'{expected!r}; or another search.strategy, such as "CMA_ES"',
                 found=repr(found),
             )
-    if config.objective.aggregate in ("worst", "chebyshev"):
-        raise JaxmergeError(
-            "soft scores of different tasks can't be compared with each other, as this must",
-            where="objective.aggregate",
-            expected='mean, weighted or normalised; or another search.strategy than "gradient"',
-            found=config.objective.aggregate,
-        )
     check_least("search.minibatch", config.search.minibatch, 1)
 
 
@@ -373,6 +352,11 @@ def objective(config: Config) -> Objective:
     """
     fields = config.objective
     return define(fields.tasks, [float(weight) for weight in fields.weights], fields.aggregate)
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """The fields by their full names, such as `search.budget`."""
+    return flat(plain(config))
 
 
 def plain(config: Config) -> dict[str, Any]:

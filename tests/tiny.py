@@ -99,6 +99,7 @@ def run_config(config, pool: Path):
     config.objective.search_examples = 10
     config.objective.test_examples = 20
     config.evaluate.batch_size = 8
+    config.search.strategy = "CMA_ES"
     config.search.population, config.search.init = 4, ()
     config.search.budget = 14
     config.search.save_seconds = 0.0

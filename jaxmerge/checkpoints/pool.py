@@ -312,26 +312,6 @@ def check(residency: str, storage: str) -> None:
         )
 
 
-def check_method(
-    method: str, residency: str, storage: str, *, rematerialise: bool, summed: bool
-) -> None:
-    """Raises `JaxmergeError` unless such a pool can be searched by another method."""
-    for where, found, right in (
-        ("pool.storage", storage, storage == "exact"),
-        ("merge.rematerialise", str(rematerialise), not rematerialise),
-        ("pool.residency", residency, summed or residency == "device"),
-    ):
-        if not right:
-            raise JaxmergeError(
-                f"a search over {method} needs all of every leaf, as it is",
-                where=where,
-                expected={"pool.storage": '"exact"', "pool.residency": '"device"'}.get(
-                    where, "False"
-                ),
-                found=found,
-            )
-
-
 def check_rematerialise(residency: str, storage: str) -> None:
     """Raises `JaxmergeError` unless layers of such a pool can be merged late."""
     if storage != "exact":

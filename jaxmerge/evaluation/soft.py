@@ -9,7 +9,6 @@ products with the checkpoints (`merge.pullback`) those by all weights.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
-from scipy.stats import rankdata
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.generate import log_likelihood
@@ -30,19 +28,20 @@ from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.linear import Merger, ResidentMerger
 from jaxmerge.models.deferred import apart, joined
 from jaxmerge.models.model import Model, Params
+from jaxmerge.scores.calibration import FORMS
 from jaxmerge.tasks.common import Task
 from jaxmerge.trees import PyTree
 
-# What of an answer's log-likelihood is maximised: exp(nats), exp(nats / tokens), nats / tokens.
-FORMS = ("probability", "per_token", "log")
-
-_BETTER = 0.1  # by which another form's rank correlation must be above the first's to be chosen
-
 
 class Slope(NamedTuple):
-    """A task's soft score on a minibatch, and its derivatives by the weights."""
+    """A task's soft scores on a minibatch, and the derivatives of one of them by the weights.
 
-    score: float
+    Attributes:
+        scores_F: in each of `calibration.FORMS`.
+        by_weights: of the form that was asked for.
+    """
+
+    scores_F: Float[np.ndarray, " F"]
     by_weights: Float[np.ndarray, "G K"]
 
 
@@ -62,9 +61,8 @@ class SoftScore:
         seed: of the order of the minibatches.
 
     Attributes:
-        forms: what is climbed of each task's answers; see `FORMS`.
-        agreement: what `choose_forms` found.
-        without: tasks that have no example with a soft score; they are left out.
+        tasks: names of those that have a soft score.
+        without: names of those that have no example with one; they are left out.
 
     Raises:
         JaxmergeError: no task has an example with a soft score.
@@ -92,6 +90,7 @@ class SoftScore:
         self._model = model
         asked_of = {task.name: encode(task, tokenizer, limits, minibatch) for task in tasks}
         self._tasks = {name: of for name, of in asked_of.items() if of.minibatches}
+        self.tasks = tuple(self._tasks)
         self.without = tuple(name for name in asked_of if name not in self._tasks)
         if not self._tasks:
             raise JaxmergeError(
@@ -108,8 +107,6 @@ class SoftScore:
             ]
             for name, of in self._tasks.items()
         }
-        self.forms = dict.fromkeys(self._tasks, FORMS[0])
-        self.agreement: dict[str, float] = {}
         self._looks = 0  # whole passes over all examples
         # Between CPU devices, collectives of programs that queue up can wait for each other.
         self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
@@ -119,56 +116,26 @@ class SoftScore:
         """Examples of each task that have no soft score."""
         return {name: of.left_out for name, of in self._tasks.items()}
 
-    def slopes(self, weights_GxK: Float[np.ndarray, "G K"], step: int) -> dict[str, Slope]:
-        """Each task's soft score on the minibatch of a step, with its derivatives."""
+    def slopes(
+        self, weights_GxK: Float[np.ndarray, "G K"], step: int, forms: Mapping[str, str]
+    ) -> dict[str, Slope]:
+        """Each task's soft scores on the minibatch of a step, and the derivatives of one form."""
         merged = self._merged(weights_GxK)
         found = {}
         for name, of in self._tasks.items():
             turn = self._turn(name, step)
-            climb = program(self._model, self._mesh, of.kind, self.forms[name])
-            score_C, gradients = self._started(climb(merged, *self._arrays[name][turn]))
+            climb = program(self._model, self._mesh, of.kind, forms[name])
+            sums_CxF, gradients = self._started(climb(merged, *self._arrays[name][turn]))
             by_C = self._started(self._merge.pullback(gradients))
             del gradients  # as large as a model: those of the next task take its place
-            score_C, by_C = (processes.fetch(each).astype(np.float64) for each in (score_C, by_C))
+            sums_CxF, by_C = (processes.fetch(each).astype(np.float64) for each in (sums_CxF, by_C))
             count = of.minibatches[turn].examples
-            found[name] = Slope(float(score_C.sum() / count), by_C.sum(axis=0) / count)
+            found[name] = Slope(sums_CxF.sum(axis=0) / count, by_C.sum(axis=0) / count)
         self._give_back(merged)
         return found
 
-    def score(self, weights_GxK: Float[np.ndarray, "G K"], form: str = "") -> dict[str, float]:
-        """Each task's soft score on all its examples that have one.
-
-        Args:
-            weights_GxK: of the merge.
-            form: of answers; "": the one that was chosen for the task.
-        """
-        found = self._by_form(weights_GxK)
-        return {name: of[form or self.forms[name]] for name, of in found.items()}
-
-    def choose_forms(self, checkpoints: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Chooses the form of answers whose ranks of the checkpoints agree best with the true ones.
-
-        Args:
-            checkpoints: true scores of each, by task, in pool order.
-
-        Returns:
-            Spearman's correlation of the chosen form with the true score, by task; NaN where either
-            is the same for all checkpoints.
-        """
-        G = len(self._groups.names) if self._groups else 1
-        soft = [self._by_form(np.repeat(row[None], G, 0)) for row in np.eye(self._K)]
-        agreement = {}
-        for name, of in self._tasks.items():
-            true = [each[name] for each in checkpoints]
-            for form in FORMS if of.kind == "answer" else FORMS[:1]:
-                now = _agreement([each[name][form] for each in soft], true)
-                if form == FORMS[0] or _is_better(now, agreement[name]):
-                    self.forms[name], agreement[name] = form, now
-        self.agreement = agreement
-        return agreement
-
-    def _by_form(self, weights_GxK: np.ndarray) -> dict[str, dict[str, float]]:
-        """Each task's soft score in every form; all come from the same log-likelihoods."""
+    def scores(self, weights_GxK: Float[np.ndarray, "G K"]) -> dict[str, Float[np.ndarray, " F"]]:
+        """Each task's soft score on all its examples that have one, in each of `FORMS`."""
         merged, found = self._merged(weights_GxK), {}
         self._looks += 1
         for name, of in self._tasks.items():
@@ -176,7 +143,7 @@ class SoftScore:
             sums = [self._started(score(merged, *each)) for each in self._arrays[name]]
             count = sum(each.examples for each in of.minibatches)
             sums_CxF = np.concatenate([processes.fetch(each).astype(np.float64) for each in sums])
-            found[name] = dict(zip(FORMS, (sums_CxF.sum(axis=0) / count).tolist()))
+            found[name] = sums_CxF.sum(axis=0) / count
         self._give_back(merged)
         return found
 
@@ -190,7 +157,7 @@ class SoftScore:
 
     @property
     def read(self) -> int:
-        """Tokens that `score` and `choose_forms` have read."""
+        """Tokens that `scores` has read."""
         whole = sum(each.read for of in self._tasks.values() for each in of.minibatches)
         return self._looks * whole
 
@@ -214,21 +181,9 @@ class SoftScore:
         return int(rng.permutation(count)[step % count])
 
 
-def _agreement(soft: Sequence[float], true: Sequence[float]) -> float:
-    """Spearman's rank correlation; NaN where either is the same everywhere."""
-    if min(len(set(soft)), len(set(true))) < 2:
-        return math.nan
-    return float(np.corrcoef(rankdata(soft), rankdata(true))[0, 1])
-
-
-def _is_better(now: float, before: float) -> bool:
-    """Whether a rank correlation is clearly above another; NaN is none."""
-    return now > before + _BETTER or (math.isnan(before) and not math.isnan(now))
-
-
 @functools.cache
 def program(model: Model, mesh: Mesh, kind: str, climbed: str = "") -> Callable[..., Any]:
-    """`(merged_C, *arrays_C) -> sums_CxF`, in each of `FORMS`; or sums `[C]` and derivatives.
+    """`(merged_C, *arrays_C) -> sums_CxF`, in each of `FORMS`; or these and derivatives.
 
     Args:
         model: of all merges.
@@ -237,28 +192,29 @@ def program(model: Model, mesh: Mesh, kind: str, climbed: str = "") -> Callable[
         climbed: the form of which the derivatives by the merged parameters are wanted; "": none.
     """
 
-    def soft(params: Params, *arrays: Array) -> dict[str, Array]:
+    def soft(params: Params, *arrays: Array) -> list[Array]:
         *tokens, request_BxQ, example_R, right_R, length_R, tokens_R = arrays
         R = len(example_R)
         nats_BxQ = log_likelihood(model, params, *tokens).nats_BxQ
         nats_R = jnp.zeros(R + 1).at[request_BxQ].add(nats_BxQ)[:R]
         # Requests that only fill up are of an example after the last, and not right.
         if kind == "choice":
-            return dict.fromkeys(FORMS, _chosen(nats_R / length_R, example_R, right_R))
+            return [_chosen(nats_R / length_R, example_R, right_R)] * len(FORMS)
         if kind == "text":
-            return dict.fromkeys(FORMS, jnp.sum(right_R * nats_R / length_R))
+            return [jnp.sum(right_R * nats_R / length_R)] * len(FORMS)
         # What is no probability is not added up over an example's answers, but averaged.
         answers_E = jnp.zeros(R + 1).at[example_R].add(right_R)
         share_R = right_R / jnp.maximum(answers_E[example_R], 1)
         per_token_R = nats_R / tokens_R
-        return {
+        in_form = {
             "probability": jnp.sum(right_R * jnp.exp(nats_R)),
             "per_token": jnp.sum(share_R * jnp.exp(per_token_R)),
             "log": jnp.sum(share_R * per_token_R),
         }
+        return [in_form[form] for form in FORMS]
 
     def climb(own: Params, shared: Any, *arrays: Array) -> tuple[Array, Params]:
-        """The score and its derivatives by the leaves that are floating point; None for others.
+        """The scores, and derivatives by the leaves that are floating point; None for others.
 
         Of leaves that are made a layer at a time, they are by what makes them: their weights.
         """
@@ -266,15 +222,16 @@ def program(model: Model, mesh: Mesh, kind: str, climbed: str = "") -> Callable[
         def floating(leaf: Array) -> Array | None:
             return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None
 
-        def of(some: Params) -> Array:
+        def of(some: Params) -> tuple[Array, Array]:
             each = jax.tree.map(lambda a, b: a if b is None else b, own, some)
-            return soft(joined(each, shared), *arrays)[climbed]
+            sums = soft(joined(each, shared), *arrays)
+            return sums[FORMS.index(climbed)], jnp.stack(sums)
 
-        return jax.value_and_grad(of)(jax.tree.map(floating, own))
+        (_, sums_F), derivatives = jax.value_and_grad(of, has_aux=True)(jax.tree.map(floating, own))
+        return sums_F, derivatives
 
     def scored(own: Params, shared: Any, *arrays: Array) -> Array:
-        found = soft(joined(own, shared), *arrays)
-        return jnp.stack([found[form] for form in FORMS])
+        return jnp.stack(soft(joined(own, shared), *arrays))
 
     run = climb if climbed else scored
 

@@ -18,8 +18,8 @@ from scipy.stats import permutation_test, rankdata
 from jaxmerge.rundir import ANALYSIS, Candidate, RunDirectory
 from jaxmerge.scores import stats
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search.archive import Archive, Request
-from jaxmerge.search.baselines import Found, best
+from jaxmerge.search.archive import Archive, Request, best
+from jaxmerge.search.baselines import Found
 
 # Origins of candidates.
 LEAVE_ONE_OUT = f"{ANALYSIS}leave-one-out"

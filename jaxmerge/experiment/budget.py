@@ -14,7 +14,7 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment.methods import searched, takes_weights
 from jaxmerge.search import gradient, strategies
-from jaxmerge.search.baselines import BASELINES
+from jaxmerge.search.baselines import BASELINES, PAPER
 from jaxmerge.search.loop import Economy
 from jaxmerge.search.slices import slices
 
@@ -34,6 +34,15 @@ def check_pool_sizes(config: Config, checkpoints: int, groups: int = 1) -> None:
     for m in sizes:
         strategy = build_strategy(config, checkpoints, range(m), groups)
         check_budget(strategy, "analyses.pool_size_budget", budget)
+
+
+def baseline_names(config: Config) -> tuple[str, ...]:
+    """Names of those that the run has: `paper` is left out where the search itself is that."""
+    search = config.search
+    found = (search.strategy, search.warm_start, configs.granularity(config))
+    return tuple(
+        name for name in config.baselines if name != "paper" or found != (PAPER, "", "model")
+    )
 
 
 def pool_size_budget(config: Config) -> int:
@@ -107,6 +116,13 @@ def of_search(config: Config, strategy: strategies.Strategy) -> int:
     return spent(config.search.budget, strategy) + (along if config.search.warm_start else 0)
 
 
+def of_pool_size(config: Config, strategy: strategies.Strategy) -> int:
+    """Evaluations of a search of `analyses.pool_sizes`."""
+    if config.search.strategy == gradient.NAME:
+        return of_search(config, strategy)
+    return spent(pool_size_budget(config), strategy)
+
+
 def check_budget(strategy: strategies.Strategy, where: str, budget: int) -> None:
     """Raises `JaxmergeError`, which names the field, unless the budget has a whole generation."""
     if budget < strategy.population:
@@ -158,20 +174,18 @@ def evaluations(
         searched: of the search; None: as many as its budget has.
         draws: that the search's tokens are enough for; None: as many as `search.budget` has.
     """
-    wanted, K = config.analyses, checkpoints
+    wanted, sizes, K = config.analyses, config.analyses.pool_sizes, checkpoints
     strategy = build_strategy(config, K, groups=groups)
     searched = of_search(config, strategy) if searched is None else searched
-    over = [
-        spent(pool_size_budget(config), build_strategy(config, K, range(m), groups))
-        for m in wanted.pool_sizes
-    ]
+    over = [of_pool_size(config, build_strategy(config, K, range(m), groups)) for m in sizes]
     decided = config.search.finalists * (1 + len(over)) if config.search.subset < 1 else 0
     dropped = K if wanted.leave_one_out else 0
     pairs = math.comb(len(config.objective.tasks), 2) if wanted.transfer else 0
     draws = spent(config.search.budget, strategy) if draws is None else draws
-    found = sum(BASELINES[name].evaluations(K, draws) for name in config.baselines)
+    names = baseline_names(config)
+    found = sum(BASELINES[name].evaluations(K, draws) for name in names)
     return {
         "search": K + found + searched + sum(over) + decided,
-        "test": K + len(config.baselines) + 1 + dropped + len(over) + pairs,
+        "test": K + len(names) + 1 + dropped + len(over) + pairs,
         "heldout": 2 + ("uniform" in config.baselines) + pairs if config.heldout else 0,
     }

@@ -75,8 +75,8 @@ def build_groups(config: Config, model: Model, like: PyTree) -> Groups | None:
         model: of the checkpoints.
         like: the leaves of one.
     """
-    space = config.space
-    return groups(like, space.granularity, patterns=space.patterns, layers=model.layers)
+    grain, patterns = configs.granularity(config), config.space.patterns
+    return groups(like, grain, patterns=patterns, layers=model.layers)
 
 
 def build_tokenizer(

@@ -5,105 +5,170 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.evaluation.soft import SoftScore
-from jaxmerge.experiment.budget import build_strategy
+from jaxmerge.evaluation.soft import Slope
+from jaxmerge.experiment.budget import WARM, build_strategy
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate, cost
+from jaxmerge.scores.calibration import Line, line
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import gradient, space
+from jaxmerge.search.archive import Archive
 from jaxmerge.search.strategies import Strategy
 from jaxmerge.tasks.common import Task, accepting, wants_texts
 
 _LEAST_SIGMA = 0.05  # of `search.sigma`, that a strategy starts with after gradients
 
 
-class Climb(NamedTuple):
-    """A search along gradients.
-
-    Attributes:
-        strategy: that steps along them.
-        evaluations: candidates that it scores.
-        soft: what it climbs.
-        texts: examples of each task for which accepted texts stand.
-    """
-
-    strategy: Strategy
-    evaluations: int
-    soft: SoftScore
-    texts: Mapping[str, int]
-
-    def findings(self) -> dict[str, Any]:
-        """What results.json says of it, by task."""
-        soft = self.soft
-        return {
-            task: {
-                "form": soft.forms[task],
-                "spearman": None if math.isnan(agreement) else agreement,
-                "left_out": soft.left_out[task],
-                "by_texts": self.texts.get(task, 0),
-            }
-            for task, agreement in soft.agreement.items()
-        }
-
-
-def wanted(config: Config) -> bool:
-    """Whether the run climbs, all the way or to start from there."""
-    return gradient.NAME in (config.search.strategy, config.search.warm_start)
-
-
-def climb(
-    config: Config, prepared: Prepared, objective: Objective, individuals: Sequence[Candidate]
-) -> Climb:
-    """The search along gradients of the soft score.
+class Climb:
+    """What searches along gradients climb: the soft scores, and what is known of them.
 
     Args:
         config: of the run.
         prepared: of the run.
         objective: of the tasks' scores.
         individuals: the single checkpoints, scored.
+        merges: others that were scored, on which soft scores are compared with true ones too; the
+            search starts next to the last.
+
+    Attributes:
+        evaluations: candidates that a search scores.
 
     Raises:
         JaxmergeError: nothing can be climbed, or the budget is less than a step.
     """
-    pool = prepared.pool
-    tasks, texts, first = _told(prepared)
-    soft = prepared.soften(tasks)
-    scores = [one.scores for one in individuals]
-    agreement = soft.choose_forms(scores)
-    _say(soft, agreement, texts)
-    first["read"] = first.get("read", 0) + soft.read
-    settings = _within_tokens(config, soft.differentiated, cost(first), individuals)
 
-    def tokens(generation: int) -> Mapping[str, int]:
-        every = settings.every
-        steps = range(generation * every, min((generation + 1) * every, settings.steps))
-        told = {"differentiated": soft.differentiated(steps)}
-        return told | (first if generation == 0 else {})
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        objective: Objective,
+        individuals: Sequence[Candidate],
+        merges: Sequence[Candidate],
+    ):
+        tasks, self._texts, self._first = _told(prepared)
+        self._config, self._pool, self._soft = config, prepared.pool, prepared.soften(tasks)
+        self._objective = objective.over(self._soft.tasks)
+        known = {one.weights: one for one in [*individuals, *merges]}
+        soft = [self._soft.scores(_by_group(one, prepared.pool.count)) for one in known.values()]
+        self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
+        self._true_NxT = self._true([*known.values()])
+        self._lines = self._lines_of(self._soft_NxTxF, self._true_NxT)
+        self._first["read"] = self._first.get("read", 0) + self._soft.read
+        of_steps = self._soft.differentiated
+        self._settings = _within_tokens(config, of_steps, cost(self._first), individuals)
+        self.evaluations = self._settings.generations * gradient.POPULATION
 
-    fields = config.space
-    strategy = gradient.gradient(
-        soft.slopes,
-        settings,
-        objective,
-        groups=pool.count,
-        checkpoints=len(pool.names),
-        start=config.search.init,
-        constraint=fields.constraint,
-        bounds=fields.bounds,
-        shrink=fields.shrink,
-        # Of tasks that nothing stands for the scores stay what they are on average.
-        constant={task: float(np.mean([one[task] for one in scores])) for task in soft.without},
-    )
-    evaluations = settings.generations * gradient.POPULATION
-    return Climb(strategy._replace(tokens=tokens), evaluations, soft, texts)
+    def strategy(
+        self,
+        archive: Archive,
+        origin: str = "search",
+        name: str = "search",
+        chosen: Sequence[int] | None = None,
+    ) -> Strategy:
+        """The strategy of a search, which finds out from its own candidates how soft scores stand.
+
+        Args:
+            archive: that scores them.
+            origin, name: of its candidates.
+            chosen: numbers of the checkpoints that have weights; None: all have.
+        """
+        K, fields = len(self._pool.names), self._config.space
+        chosen = range(K) if chosen is None else chosen
+        init = self._config.search.init
+
+        def slopes(
+            weights_GxM: np.ndarray, step: int, forms: Mapping[str, str]
+        ) -> dict[str, Slope]:
+            (weights_GxK,) = space.spread(weights_GxM[None], chosen, K)
+            found = self._soft.slopes(weights_GxK, step, forms)
+            of_chosen = {task: slope.by_weights[:, [*chosen]] for task, slope in found.items()}
+            return {task: Slope(found[task].scores_F, of_chosen[task]) for task in found}
+
+        def lines(seen: np.ndarray) -> Mapping[str, Line]:
+            mine = [one for one in archive.past if (one.origin, one.name) == (origin, name)]
+            true_gxT = self._true(mine[:: gradient.POPULATION][: len(seen)])
+            # What the steps of a generation saw lies between the scores before and after them.
+            true_gxT[1:] = (true_gxT[1:] + true_gxT[:-1]) / 2
+            soft = np.concatenate([self._soft_NxTxF, seen.astype(np.float64)])
+            found = self._lines_of(soft, np.concatenate([self._true_NxT, true_gxT]))
+            if origin in ("search", WARM):
+                self._lines = found
+            return found
+
+        def tokens(generation: int) -> Mapping[str, int]:
+            every = self._settings.every
+            steps = range(generation * every, min((generation + 1) * every, self._settings.steps))
+            told = {"differentiated": self._soft.differentiated(steps)}
+            return told | (self._first if generation == 0 else {})
+
+        strategy = gradient.gradient(
+            slopes,
+            lines,
+            self._settings,
+            self._objective,
+            groups=self._pool.count,
+            checkpoints=len(chosen),
+            start=[init[k] for k in chosen] if init else (),
+            constraint=fields.constraint,
+            bounds=fields.bounds,
+            shrink=fields.shrink,
+        )
+        return strategy._replace(tokens=tokens)
+
+    def findings(self) -> dict[str, Any]:
+        """What results.json says of it, by task."""
+        return {
+            task: {
+                "form": line.form,
+                "spearman": None if math.isnan(line.spearman) else line.spearman,
+                "left_out": self._soft.left_out[task],
+                "by_texts": self._texts.get(task, 0),
+            }
+            for task, line in self._lines.items()
+        }
+
+    def say(self) -> None:
+        """Says what stands for the score of each task."""
+        for task, told in self.findings().items() if processes.first() else ():
+            agreement, by_texts, left_out = told["spearman"], told["by_texts"], told["left_out"]
+            said = "" if agreement is None else f", rank correlation {agreement:.2f}"
+            said += f", {by_texts} examples by texts that were accepted" if by_texts else ""
+            said += f", {left_out} examples left out" if left_out else ""
+            print(f"jaxmerge: {task}: soft score {told['form']}{said}", file=sys.stderr)
+        for task in self._soft.without if processes.first() else ():
+            print(
+                f"jaxmerge: {task}: nothing stands for its score, so no gradient is along it; it "
+                "counts where candidates are scored",
+                file=sys.stderr,
+            )
+
+    def _true(self, candidates: Sequence[Candidate]) -> Float[np.ndarray, "N T"]:
+        rows = [[one.scores[task] for task in self._soft.tasks] for one in candidates]
+        return np.array(rows, np.float64).reshape(-1, len(self._soft.tasks))
+
+    def _lines_of(self, soft_NxTxF: np.ndarray, true_NxT: np.ndarray) -> dict[str, Line]:
+        return {
+            task: line(soft_NxTxF[:, t], true_NxT[:, t]) for t, task in enumerate(self._soft.tasks)
+        }
+
+
+def _by_group(one: Candidate, groups: int) -> Float[np.ndarray, "G K"]:
+    weights = np.array(one.weights, np.float32)
+    return np.broadcast_to(weights, (groups, weights.shape[-1]))
+
+
+def wanted(config: Config) -> bool:
+    """Whether the run climbs, all the way or to start from there."""
+    return gradient.NAME in (config.search.strategy, config.search.warm_start)
 
 
 def warmed(config: Config, prepared: Prepared, warm: Sequence[Candidate]) -> Strategy:
@@ -151,25 +216,6 @@ def _told(prepared: Prepared) -> tuple[list[Task], dict[str, int], dict[str, int
     ]
     texts = {task: sum(map(bool, each)) for task, each in found.texts.items()}
     return tasks, texts, found.tokens
-
-
-def _say(soft: SoftScore, agreement: Mapping[str, float], texts: Mapping[str, int]) -> None:
-    if not processes.first():
-        return
-    for task, correlation in agreement.items():
-        said = f", {texts[task]} examples by texts that were accepted" if texts.get(task) else ""
-        said += f", {soft.left_out[task]} examples left out" if soft.left_out[task] else ""
-        print(
-            f"jaxmerge: {task}: soft score {soft.forms[task]}, rank correlation "
-            f"{correlation:.2f}{said}",
-            file=sys.stderr,
-        )
-    for task in soft.without:
-        print(
-            f"jaxmerge: {task}: nothing stands for its score, so no gradient is along it; it "
-            "counts where candidates are scored",
-            file=sys.stderr,
-        )
 
 
 def _within_tokens(

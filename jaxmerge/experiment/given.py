@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.durable import read_json
 from jaxmerge.errors import JaxmergeError
@@ -96,7 +97,10 @@ def read(config: Config, abstract: PyTree, layers: str, checkpoints: Sequence[st
             found=", ".join(table) if isinstance(table, dict) else type(table).__name__,
         )
     space = config.space
-    of = groups(abstract, space.granularity, patterns=space.patterns, layers=layers)
+    # Of a config's "auto" the file says whether it is one merge for all leaves.
+    by_group = isinstance(table["weights"], dict) or space.granularity != "auto"
+    granularity = configs.granularity(config) if by_group else "model"
+    of = groups(abstract, granularity, patterns=space.patterns, layers=layers)
     names = of.names if of else ()
     weights = _by_group(path, "weights", table["weights"], names)
     wanted = (len(names), len(checkpoints)) if names else (len(checkpoints),)

@@ -78,14 +78,14 @@ def search() -> None:
     --out=DIR     the run directory: report.html, results.json, every candidate, and the winner in
                   merged/
     --task=TASK   what the merge should be good at; may be given several times
-    --budget=N    candidates that the search evaluates; 200 unless you say otherwise
+    --steps=N     along the gradient of the tasks' scores; 60 unless you say otherwise
 
     {task}
 
     What is maximised is the mean over the tasks, on the search examples of each; what is reported
     are its test examples, beside every checkpoint and the simple baselines.
     """
-    flags.DEFINE_integer("budget", None, "Candidates that the search evaluates.", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "Steps along the gradient.", lower_bound=1)
     command_line.define_processes()
     _start_with_tasks(_search, search.__doc__)
 
@@ -240,8 +240,8 @@ def _search(config: Config, out: str, command: str) -> None:
         config.pool.checkpoints = ()
         _set_fields(config, evolve.read(path))
     _set_tasks(config)
-    if flags.FLAGS.budget:
-        config.search.budget = flags.FLAGS.budget
+    if flags.FLAGS.steps:
+        config.search.steps = flags.FLAGS.steps
     command_line.search(config, out, command)
 
 

@@ -13,6 +13,7 @@ from jaxmerge.experiment import analyses, climb, methods
 from jaxmerge.experiment.analyses import Study
 from jaxmerge.experiment.budget import (
     WARM,
+    baseline_names,
     build_strategy,
     economy,
     evaluations,
@@ -28,8 +29,8 @@ from jaxmerge.rundir import Candidate, RunDirectory, cost
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import gradient, loop, space
 from jaxmerge.search.archive import Archive
+from jaxmerge.search.archive import best as strongest
 from jaxmerge.search.baselines import BASELINES, Found, Setting
-from jaxmerge.search.baselines import best as strongest
 from jaxmerge.search.strategies import Strategy
 
 
@@ -69,8 +70,8 @@ def plan(config: Config, prepared: Prepared) -> Plan:
 
 def baselines(config: Config, setting: Setting, *, after: bool) -> list[Found]:
     """What the config's baselines find: those that come after the search, or those before it."""
-    wanted = [name for name in config.baselines if BASELINES[name].after == after]
-    return [BASELINES[name].find(setting) for name in wanted]
+    names = [name for name in baseline_names(config) if BASELINES[name].after == after]
+    return [BASELINES[name].find(setting) for name in names]
 
 
 def search(
@@ -79,10 +80,19 @@ def search(
     archive: Archive,
     objective: Objective,
     individuals: Sequence[Candidate],
+    found: Sequence[Found],
 ) -> tuple[Found, Climb | None]:
     """The search over all checkpoints, and what it climbed; None: nothing.
 
     It is along gradients, by a strategy of evosax, or by one that starts where gradients ended.
+
+    Args:
+        config: of the run.
+        prepared: of the run.
+        archive: that scores candidates.
+        objective: what is maximised.
+        individuals: the single checkpoints.
+        found: by the baselines that come before the search.
     """
     strategy, search = prepared.strategy, config.search
     run = functools.partial(
@@ -95,11 +105,14 @@ def search(
     )
     climbed, budget = None, search.budget_tokens
     if climb.wanted(config):
-        climbed = climb.climb(config, prepared, objective, individuals)
+        # The uniform merge last: it is where the search starts, unless it is told.
+        merges = [one.candidate for one in reversed(found)]
+        climbed = Climb(config, prepared, objective, individuals, merges)
+        climbed.say()
         warming = search.strategy != gradient.NAME
         name, states = (WARM, WARM) if warming else ("search", "state")
         best = run(
-            climbed.strategy,
+            climbed.strategy(archive, name, name),
             budget=climbed.evaluations,
             states=prepared.directory.path / states,
             origin=name,
@@ -135,6 +148,7 @@ def analyse(
     objective: Objective,
     individuals: Sequence[Candidate],
     winner: Found,
+    climbed: Climb | None,
 ) -> dict[str, Any]:
     """What results.json says of the analyses that the config asks for."""
     names, directory = prepared.pool.names, prepared.directory
@@ -142,7 +156,11 @@ def analyse(
     def search_over(chosen: Sequence[int]) -> Found:
         name = f"best-{len(chosen)}"
         budget, groups = pool_size_budget(config), prepared.pool.count
-        strategy = build_strategy(config, len(names), chosen, groups)
+        if climbed:
+            strategy = climbed.strategy(archive, analyses.POOL_SIZE, name, chosen)
+            budget = climbed.evaluations
+        else:
+            strategy = build_strategy(config, len(names), chosen, groups)
         to_weights = _to_coefficients(config, prepared)
         best = loop.search(
             archive,

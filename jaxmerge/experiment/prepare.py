@@ -215,7 +215,7 @@ def made_of(config: Config) -> dict[str, Any]:
     plain = configs.plain(config)
     objective, search = plain["objective"], plain["search"]
     sources = [plain["pool"], plain["export"]["formats"], plain["merge"]["method"]]
-    grain = [plain["space"][field] for field in ("granularity", "patterns")]
+    grain = [configs.granularity(config), plain["space"]["patterns"]]
     fields = ("rematerialise", "method", "genes", "variant")
     merged = [plain["merge"][field] for field in fields]
     merged += [plain["seed"]] if plain["merge"]["method"] != "linear" else []

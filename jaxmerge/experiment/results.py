@@ -18,8 +18,8 @@ from jaxmerge.scores.curves import rises
 from jaxmerge.scores.formatting import Bounds
 from jaxmerge.scores.objective import Objective, define
 from jaxmerge.search.archive import Archive, Request
+from jaxmerge.search.archive import best as strongest
 from jaxmerge.search.baselines import Found, Setting
-from jaxmerge.search.baselines import best as strongest
 from jaxmerge.search.loop import decision
 
 _PACKAGES = ("jaxmerge", "jax", "jaxlib", "flax", "orbax-checkpoint", "evosax", "numpy")

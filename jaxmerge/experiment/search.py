@@ -71,7 +71,9 @@ def search(
             setting = Setting(archive, individuals, objective, config.seed)
             found = phases.baselines(config, setting, after=False)
         with _timed(seconds, "search"):
-            winner, climbed = phases.search(config, prepared, archive, objective, individuals)
+            winner, climbed = phases.search(
+                config, prepared, archive, objective, individuals, found
+            )
         with _timed(seconds, "baselines"):
             setting = setting._replace(tokens=winner.tokens)
             found += phases.baselines(config, setting, after=True)
@@ -80,7 +82,9 @@ def search(
         with _timed(seconds, "test"):
             tested = results.test(archive, setting, found, winner, heldout=bool(config.heldout))
         with _timed(seconds, "analyses"):
-            analysed = phases.analyse(config, prepared, archive, objective, individuals, winner)
+            analysed = phases.analyse(
+                config, prepared, archive, objective, individuals, winner, climbed
+            )
         with _timed(seconds, "statistics"):
             names = pool.groups.names if pool.groups else ()
             findings = results.collect(

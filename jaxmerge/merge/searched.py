@@ -93,6 +93,40 @@ def summed(method: str, choices: Mapping[str, Any]) -> bool:
     return METHODS[method].kind == "combination" and vector_axis(choices, 2) is None
 
 
+_EVOSAX = (
+    'a strategy of evosax, such as "CMA_ES", "SNES" or "Sep_CMA_ES"; or merge.method = "linear"'
+)
+
+
+def check(method: str, genes: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Refuses what a search over another method than the weighted sum does not go with.
+
+    Args:
+        method: a name in `METHODS`.
+        genes: those that are given.
+        fields: of a config, by their full names.
+
+    Raises:
+        JaxmergeError: names the field.
+    """
+    places = ("device", "host", "disk", "auto") if summed(method, genes) else ("device",)
+    for where, right, expected in (
+        ("search.strategy", fields["search.strategy"] != "gradient", _EVOSAX),
+        ("search.warm_start", fields["search.warm_start"] != "gradient", '""'),
+        ("analyses.pool_sizes", not fields["analyses.pool_sizes"], "()"),
+        ("pool.storage", fields["pool.storage"] == "exact", '"exact"'),
+        ("pool.residency", fields["pool.residency"] in places, '"device"'),
+        ("merge.rematerialise", not fields["merge.rematerialise"], "False"),
+    ):
+        if not right:
+            raise JaxmergeError(
+                f"a search over {method} does not go with this",
+                where=where,
+                expected=expected,
+                found=str(fields[where]),
+            )
+
+
 def searched(
     method: str,
     fixed: Mapping[str, Any],

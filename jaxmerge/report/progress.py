@@ -1,4 +1,4 @@
-"""The progress line of a run: generation, best score, tokens per second, time left.
+"""The progress line of a run: generation, best score, tokens, tokens per second, time left.
 
 On a terminal it is a bar; elsewhere, as in the log of a job, a line now and then.
 """
@@ -64,8 +64,9 @@ class Progress:
         self._recent: deque[Candidate] = deque(maxlen=_RECENT)
         self._objective: Objective | None = None
         self._format = Format(percent=False)
-        self._single = self._best = ""
+        self._single = self._best = self._soft = ""
         self._best_value = float("-inf")
+        self._took = 0  # tokens of the search
 
     def rate(self, objective: Objective, form: Format, individuals: Sequence[Candidate]) -> None:
         """Says what candidates are rated by from now on, and which single checkpoints there are."""
@@ -76,6 +77,11 @@ class Progress:
         """Shows that these have been evaluated."""
         for candidate in candidates:
             self._done[candidate.split] += 1
+            if candidate.origin == "search":
+                self._took += candidate.cost
+            if self._objective and candidate.expected:
+                climbed = self._objective.over([*candidate.expected])
+                self._soft = self._format.score(climbed.of(candidate.expected))
             if self._objective and candidate.origin == "search" and not candidate.dropped:
                 self._best_value = max(self._best_value, self._objective.of(candidate.scores))
                 self._best = self._format.score(self._best_value)
@@ -100,6 +106,9 @@ class Progress:
         if self._single:
             single = f"single {self._single}"
             parts.append(f"best {self._best} ({single})" if self._best else f"best {single}")
+        if last.origin == "search":
+            parts += [f"soft {self._soft}"] if self._soft else []
+            parts.append(f"{tqdm.format_sizeof(self._took)} tokens")
         seconds = sum(one.seconds for one in self._recent)
         if seconds:
             tokens = sum(one.cost for one in self._recent)

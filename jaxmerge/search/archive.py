@@ -20,6 +20,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator, Sample
 from jaxmerge.evaluation.remember import Remembering
 from jaxmerge.rundir import Candidate, RunDirectory, Weights, as_gene, as_weights
+from jaxmerge.scores.objective import Objective
 from jaxmerge.search.slices import Keep, Slices, score
 
 # Weights asked for again may differ in their last bits when the strategy now runs on another kind
@@ -39,6 +40,7 @@ class Request(NamedTuple):
     generation: int = 0
     tokens: Mapping[str, int] | None = None
     seconds: float = 0.0
+    expected: Mapping[str, float] | None = None
 
     @property
     def key(self) -> Weights:
@@ -289,6 +291,7 @@ class Archive:
                     tokens=_added({"read": one.read, "written": one.written}, request.tokens),
                     out_of=None if n == out_of else out_of,
                     dropped=one.dropped,
+                    expected=dict(request.expected) if request.expected else None,
                 )
             )
         tasks = scored[0].row
@@ -297,6 +300,11 @@ class Archive:
         self._next += len(candidates)
         self._tell(candidates)
         return candidates
+
+
+def best(candidates: Sequence[Candidate], objective: Objective) -> Candidate:
+    """The candidate of the highest objective; of equals, the first."""
+    return max(candidates, key=lambda candidate: (objective.of(candidate.scores), -candidate.id))
 
 
 def _groups(keys: Sequence[Weights], known: Mapping[Weights, Any], step: int) -> list[_Group]:

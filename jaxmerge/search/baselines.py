@@ -10,7 +10,10 @@ import numpy as np
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.rundir import Candidate
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search.archive import Archive, Request
+from jaxmerge.search import loop, strategies
+from jaxmerge.search.archive import Archive, Request, best
+
+PAPER = "CMA_ES"  # the strategy of arXiv 2412.04144
 
 
 class Setting(NamedTuple):
@@ -42,11 +45,6 @@ class Found(NamedTuple):
     candidate: Candidate
     evaluations: int
     tokens: int
-
-
-def best(candidates: Sequence[Candidate], objective: Objective) -> Candidate:
-    """The candidate of the highest objective; of equals, the first."""
-    return max(candidates, key=lambda candidate: (objective.of(candidate.scores), -candidate.id))
 
 
 def individuals(archive: Archive, names: Sequence[str]) -> list[Candidate]:
@@ -110,6 +108,31 @@ def random(setting: Setting) -> Found:
     return Found("random", best(candidates, setting.objective), len(candidates), took)
 
 
+def paper(setting: Setting) -> Found:
+    """CMA-ES over one weight a checkpoint (arXiv 2412.04144), for as many tokens as the search.
+
+    Weights are a softmax, from the uniform merge, as `search.strategy = "CMA_ES"` has them unless
+    it is told otherwise. One generation is made in any case.
+    """
+    K, origin = len(setting.individuals), "baseline:paper"
+    population = strategies.default_population(K)
+    strategy = strategies.evosax(PAPER, K, population)
+    costs = [max(1, one.cost) for one in setting.individuals]
+    tokens = max(setting.tokens, population * max(costs))
+    chosen = loop.search(
+        setting.archive,
+        strategy,
+        objective=setting.objective,
+        budget=tokens // min(costs),
+        budget_tokens=tokens,
+        seed=setting.seed,
+        origin=origin,
+        name="paper",
+    )
+    mine = [one for one in setting.archive.past if one.origin == origin]
+    return Found("paper", chosen, len(mine), sum(one.cost for one in mine))
+
+
 class Baseline(NamedTuple):
     """A method.
 
@@ -130,6 +153,7 @@ BASELINES = {
     "best-per-task": Baseline(best_per_task, lambda K, draws: 1),
     "greedy": Baseline(greedy, lambda K, draws: K - 1),
     "random": Baseline(random, lambda K, draws: draws, after=True),
+    "paper": Baseline(paper, lambda K, draws: draws, after=True),
 }
 
 

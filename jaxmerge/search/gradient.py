@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
+from jaxmerge.scores.calibration import FORMS, Line
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import space
 from jaxmerge.search.strategies import State, Strategy, on_host
@@ -73,8 +73,13 @@ def check(settings: Settings) -> None:
     _optimizer(settings)
 
 
+Slopes = Callable[[Float[np.ndarray, "G K"], int, Mapping[str, str]], Mapping[str, Slope]]
+Lines = Callable[[Float[np.ndarray, "generations T F"]], Mapping[str, Line]]
+
+
 def gradient(
-    slopes: Callable[[Float[np.ndarray, "G K"], int], Mapping[str, Slope]],
+    slopes: Slopes,
+    lines: Lines,
     settings: Settings,
     objective: Objective,
     *,
@@ -84,42 +89,52 @@ def gradient(
     constraint: str = "softmax",
     bounds: tuple[float, float] = (-8.0, 8.0),
     shrink: float = 0.0,
-    constant: Mapping[str, float] = MappingProxyType({}),
 ) -> Strategy:
     """The strategy; it asks for genotypes like every other one, and needs not be told of scores.
 
+    What is climbed is the objective of the true scores that are to be expected of the soft ones.
+
     Args:
-        slopes: soft scores of merge weights at a step, and their derivatives; see `SoftScore`.
+        slopes: soft scores of merge weights at a step, each task in the form that is asked for, and
+            their derivatives; see `SoftScore`.
+        lines: from the soft scores of all steps of each generation so far, in the mean: how they
+            stand to the true scores, for T tasks.
         settings: of the optimiser.
-        objective: of the tasks' scores; it is climbed on the soft ones.
+        objective: of the T tasks that have soft scores.
         groups: G.
         checkpoints: K.
         start: genotype to start from, one value per checkpoint; (): the uniform merge.
         constraint: see `space.mapped`; `bounds` and `shrink` too.
-        constant: scores of the tasks that have no soft ones.
     """
-    optimizer = _optimizer(settings)
+    optimizer, tasks = _optimizer(settings), objective.tasks
     mapped = functools.partial(
         space.mapped, constraint=constraint, bounds=bounds, shrink=shrink if groups > 1 else 0.0
     )
 
     to_weights, moved = jax.jit(mapped), _moved(mapped, optimizer)
+    seen = np.zeros((settings.generations, len(tasks), len(FORMS)), np.float32)
 
     def init(seed: int) -> State:
         with on_host():
             z = jnp.tile(jnp.array(start or [0.0] * checkpoints, jnp.float32), (groups, 1))
-            return {"z": z, "sum": jnp.zeros_like(z), "optimizer": optimizer.init(z)}
+            sums = {"sum": jnp.zeros_like(z), "seen": seen}
+            return {"z": z, "optimizer": optimizer.init(z), **sums}
 
     def ask(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
         first = generation * settings.every
         stop = min(first + settings.every, settings.steps)
+        line = lines(np.asarray(state["seen"][:generation]))
+        forms = {task: line[task].form for task in tasks}
+        soft_TxF = np.zeros(seen.shape[1:])  # the mean over the steps so far
         for step in range(first, stop):
             with on_host():
                 weights = to_weights(state["z"])
-            found = slopes(np.asarray(weights), step)
-            scores = {name: slope.score for name, slope in found.items()}
-            by_score = _by_score(objective, {**constant, **scores})
-            rise = sum(by_score[name] * slope.by_weights for name, slope in found.items())
+            found = slopes(np.asarray(weights), step, forms)
+            now_TxF = np.stack([found[task].scores_F for task in tasks])
+            soft_TxF += (now_TxF - soft_TxF) / (step - first + 1)
+            hoped = {task: line[task].of(soft_F) for task, soft_F in zip(tasks, soft_TxF)}
+            by_score = _by_score(objective, hoped)
+            rise = sum(by_score[task] * line[task].slope * found[task].by_weights for task in tasks)
             if constraint != "free":
                 # What moves all weights of a group alike moves nothing where they have a sum. It is
                 # taken away, since some optimisers would go by the sign of its rounding.
@@ -130,6 +145,9 @@ def gradient(
                     state = {**state, "sum": state["sum"] + state["z"]}
         late = stop - settings.steps // 2
         z, total = (np.asarray(state[name]).reshape(-1) for name in ("z", "sum"))
+        told = np.array(state["seen"])
+        told[generation] = soft_TxF
+        state = {**state, "seen": told}
         return np.stack([z, total / np.float32(late) if late > 0 else z]), state
 
     def tell(
@@ -137,7 +155,12 @@ def gradient(
     ) -> State:
         return state
 
-    return Strategy(POPULATION, init, ask, tell)
+    def expected_of(generation: int, state: State) -> Mapping[str, float]:
+        seen = np.asarray(state["seen"])
+        line = lines(seen[:generation])
+        return {task: line[task].of(soft_F) for task, soft_F in zip(tasks, seen[generation])}
+
+    return Strategy(POPULATION, init, ask, tell, expected=expected_of)
 
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:

@@ -21,8 +21,7 @@ from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate, Weights, cost
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import space
-from jaxmerge.search.archive import Archive, Request
-from jaxmerge.search.baselines import best
+from jaxmerge.search.archive import Archive, Request, best
 from jaxmerge.search.racing import Race
 from jaxmerge.search.slices import Slices
 from jaxmerge.search.strategies import State, Strategy
@@ -107,7 +106,11 @@ def search(
         z_PxD, state = strategy.ask(seed, generation, state)
         requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
         took = time.perf_counter() - started
-        requests[0] = requests[0]._replace(tokens=strategy.tokens(generation), seconds=took)
+        requests[0] = requests[0]._replace(
+            tokens=strategy.tokens(generation),
+            seconds=took,
+            expected=strategy.expected(generation, state),
+        )
         fitness_P = _evaluated(archive, economy, requests, objective, seed)
         # A process that went astray must not go on: its collectives would match nobody's.
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())

@@ -38,6 +38,10 @@ def _free(generation: int) -> Mapping[str, int]:
     return {}
 
 
+def _nothing(generation: int, state: State) -> Mapping[str, float]:
+    return {}
+
+
 class Strategy(NamedTuple):
     """A strategy as pure functions; all arrays are on the host.
 
@@ -48,6 +52,8 @@ class Strategy(NamedTuple):
         tell: `(seed, generation, z_PxD, fitness_P, state) -> state`; larger fitness is better.
         tokens: `generation -> tokens` that asking for it takes, as a `Candidate` has them, known
             before it is asked for. Scoring is counted by itself.
+        expected: `(generation, state) -> scores` by task that the strategy expects of what it has
+            asked for in the generation, with the state after that; {}: it expects nothing.
     """
 
     population: int
@@ -55,6 +61,7 @@ class Strategy(NamedTuple):
     ask: Callable[[int, int, State], tuple[Float[np.ndarray, "P D"], State]]
     tell: Callable[[int, int, np.ndarray, np.ndarray, State], State]
     tokens: Callable[[int], Mapping[str, int]] = _free
+    expected: Callable[[int, State], Mapping[str, float]] = _nothing
 
 
 def default_population(dimension: int) -> int:

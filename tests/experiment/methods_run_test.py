@@ -34,7 +34,7 @@ def config_of(pool, method, **genes):
     config.merge.genes.update(genes)
     config.objective.tasks, config.heldout = ("choice",), ()
     config.baselines = ("uniform",)
-    config.search.population, config.search.budget = 4, 8
+    config.search.strategy, config.search.population, config.search.budget = "SNES", 4, 8
     config.export.formats = ("orbax",)
     return config
 
