@@ -93,7 +93,7 @@ def summed(method: str, choices: Mapping[str, Any]) -> bool:
     return METHODS[method].kind == "combination" and vector_axis(choices, 2) is None
 
 
-_EVOSAX = (
+_EVOSAX = 'a strategy of evosax, such as "CMA_ES" or "SNES"; or merge.method = "linear"'
     'a strategy of evosax, such as "CMA_ES", "SNES" or "Sep_CMA_ES"; or merge.method = "linear"'
 )
 
