@@ -24,7 +24,7 @@ from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import READERS
 from jaxmerge.errors import JaxmergeError, check_choice
-from jaxmerge.merge import linear
+from jaxmerge.merge import kinship, linear
 from jaxmerge.merge.by_method import ByMethod
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
 from jaxmerge.merge.groups import Groups
@@ -61,6 +61,7 @@ class Pool(NamedTuple):
         residency: where they live; see `load`.
         storage: how; see `load`.
         groups: of leaves that share their weights; None: all do.
+        base: parameters of the base where a method takes one.
     """
 
     names: tuple[str, ...]
@@ -71,6 +72,7 @@ class Pool(NamedTuple):
     residency: str
     storage: str = "exact"
     groups: Groups | None = None
+    base: PyTree | None = None
 
     @property
     def count(self) -> int:
@@ -92,6 +94,15 @@ class Pool(NamedTuple):
             "bytes_read": read - before["bytes_read"],
             "seconds": round(seconds - before["seconds"], 3),
         }
+
+    def kinship(self) -> dict[str, Any] | None:
+        """How alike the checkpoints are, for results.json; None where leaves are not at hand."""
+        if self.residency != "device" or self.storage != "exact":
+            return None
+        gram = kinship.products(self.trees, self.base)
+        norms, cosines = kinship.norms_and_cosines(gram)
+        origin = "base" if self.base is not None else "mean"
+        return {"origin": origin, "norms": norms.tolist(), "cosines": cosines.tolist()}
 
     def stored_error(self, weights_K: Float[np.ndarray, "*G K"]) -> dict[str, Any] | None:
         """How far a merge of what is stored is from that of the exact checkpoints.
@@ -205,6 +216,7 @@ def load(
         residency=residency,
         storage=storage,
         groups=groups,
+        base=trees[members] if members < len(sources) else None,
     )
 
 

@@ -104,6 +104,8 @@ def search(
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
         if climbed:
             findings["soft"] = climbed.findings()
+        if kinship := pool.kinship():
+            findings["kinship"] = kinship
         findings["residency"] = pool.traffic(since=read_before)
         if storage := phases.stored(prepared, tested.winner):
             findings["storage"] = storage

@@ -148,24 +148,32 @@ class LeafMerger:
         found = self._merged(name, np.repeat(row[None], places, axis=0))
         return jax.jit(lambda leaf: leaf[0], out_shardings=self._trees[0][name].sharding)(found)
 
-    def program(self, name: str, count: int) -> tuple[Any, tuple[Any, ...]]:
-        """The program of a leaf for `count` candidates, and its arguments but the rows."""
-        stacked, sharding = self._stacked[name], self._trees[0][name].sharding
-        placed = sharding if isinstance(sharding, NamedSharding) else None
-        leaves = tuple(tree[name] for tree in self._trees)
-        return _program(self.of, stacked, placed), (leaves, self._keys[name])
-
     def _merged(self, name: str, rows_CxR: np.ndarray) -> Array:
-        program, (leaves, keys) = self.program(name, len(rows_CxR))
-        lifted = _lifted(self.of, self._groups, rows_CxR)
-        rows_CxLxR = lifted[:, _spread(self._groups, name, len(keys))]
+        """By the method, as weighted sums, or both where there are candidates of both kinds.
+
+        Which kind a candidate is of is never asked on the devices: those of a mesh would go
+        different ways, and wait for each other where a leaf is sharded.
+        """
+        leaves, keys = tuple(tree[name] for tree in self._trees), self._keys[name]
+        where = leaves[0].sharding if self._mesh else None
+        rows_CxLxR = _lifted(self.of, self._groups, rows_CxR)[
+            :, _spread(self._groups, name, len(keys))
+        ]
+        by_method_C = rows_CxLxR[:, 0, -1] == 1
+        kinds = [kind for kind in (True, False) if np.any(by_method_C == kind)]
+        found = []
+        for kind in kinds:
+            program = _program(self.of, self._stacked[name], where, by_method=kind)
+            found.append(program(leaves, keys, self._placed(rows_CxLxR)))
+            # Between CPU devices, collectives of programs that queue up can wait for each other.
+            if self._mesh and self._mesh.devices.flat[0].platform == "cpu":
+                jax.block_until_ready(found[-1])
+        return found[0] if len(found) == 1 else _either(self._placed(by_method_C), *found)
+
+    def _placed(self, array: np.ndarray) -> Array:
         if self._mesh is None:
-            return program(leaves, keys, rows_CxLxR)
-        over_pop = NamedSharding(self._mesh, PartitionSpec("pop"))
-        found = program(leaves, keys, processes.place(rows_CxLxR, over_pop))
-        # Between CPU devices, collectives of programs that queue up can wait for each other.
-        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
-        return jax.block_until_ready(found) if on_cpu else found
+            return jnp.asarray(array)
+        return processes.place(array, NamedSharding(self._mesh, PartitionSpec("pop")))
 
 
 ByMethod = CombinationMerger | LeafMerger
@@ -244,18 +252,22 @@ def _coefficients(of: Searched) -> Any:
     return jax.jit(lambda rows, geometry: jax.lax.map(lambda r: of_candidate(r, geometry), rows))
 
 
+@jax.jit
+def _either(first_C: Array, one: Array, other: Array) -> Array:
+    """Of each candidate that from `one` or that from `other`."""
+    return jnp.where(first_C.reshape(-1, *(1 for _ in one.shape[1:])), one, other)
+
+
 @functools.cache
-def _program(of: Searched, stacked: bool, where: NamedSharding | None) -> Any:
+def _program(of: Searched, stacked: bool, where: Any, *, by_method: bool) -> Any:
     """`(leaves of base and checkpoints, keys [L, 3], rows [C, L, R]) -> [C, ...]`."""
 
     def of_layer(leaves: tuple[Array, ...], draw: Array, row: Array) -> Array:
         members = leaves[of.with_base :]
+        if not by_method:
+            return weighted_sum(members, row[: of.checkpoints])
         base = leaves[0] if of.with_base else None
-        return jax.lax.cond(
-            row[-1] == 1,
-            lambda: merged(of.method, of.variant, members, base, of.complete(row), draw),
-            lambda: weighted_sum(members, row[: of.checkpoints]).astype(leaves[0].dtype),
-        )
+        return merged(of.method, of.variant, members, base, of.complete(row), draw)
 
     def of_candidate(leaves: tuple[Array, ...], keys: Array, rows_LxR: Array) -> Array:
         if not jnp.issubdtype(leaves[0].dtype, jnp.floating):

@@ -94,8 +94,6 @@ def summed(method: str, choices: Mapping[str, Any]) -> bool:
 
 
 _EVOSAX = 'a strategy of evosax, such as "CMA_ES" or "SNES"; or merge.method = "linear"'
-    'a strategy of evosax, such as "CMA_ES", "SNES" or "Sep_CMA_ES"; or merge.method = "linear"'
-)
 
 
 def check(method: str, genes: Mapping[str, Any], fields: Mapping[str, Any]) -> None:

@@ -84,11 +84,11 @@ def test_a_population_on_eight_devices_is_each_tensor_by_itself(method, compilat
     """By group too; the second population compiles nothing, nor do weighted sums among it."""
     of, trees = made(method)
     merge = merger_of(of, [on_mesh(tree, pop=2, fsdp=2, tensor=2) for tree in trees], GROUPS)
-    merge(rows_of(of, 0, C, 3))
-    rows = rows_of(of, 1, C, 3)
-    rows[1] = of.padded(np.eye(of.checkpoints, dtype=np.float32)[0])
-    before = compilations()
-    found = named_leaves(merge(rows))
+    one_hot = of.padded(np.eye(of.checkpoints, dtype=np.float32)[0])
+    for seed in range(2):
+        rows, before = rows_of(of, seed, C, 3), compilations()
+        rows[1] = one_hot
+        found = named_leaves(merge(rows))
     assert compilations() == before
     assert found["layers/up"].sharding.spec == PartitionSpec("pop", None, "fsdp", "tensor")
     assert_same_bits(found["norm"][0], by_tensor(of, trees, rows[0, 0], "norm", None))
