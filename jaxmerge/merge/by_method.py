@@ -25,7 +25,7 @@ from jaxmerge.merge import draws
 from jaxmerge.merge.combinations import Geometry, geometry
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
-from jaxmerge.merge.linear import Merger, linear, weighted_sum
+from jaxmerge.merge.linear import Merger, ResidentMerger, linear, weighted_sum
 from jaxmerge.merge.methods import METHODS, merged, rule
 from jaxmerge.merge.searched import Searched
 from jaxmerge.trees import PyTree, map_named, named_leaves
@@ -97,6 +97,11 @@ class CombinationMerger:
         cpu = jax.local_devices(backend="cpu")[0]
         with jax.default_device(cpu):
             return np.asarray(_coefficients(self.of)(rows, self.geometry))
+
+    def give_back(self, merged: PyTree) -> None:
+        """See `linear.ResidentMerger`."""
+        if isinstance(self._inner, ResidentMerger):
+            self._inner.give_back(merged)
 
     def pullback(self, gradients: PyTree) -> Float[Array, "C G R"]:
         """Refuses: derivatives by the genes are not made yet."""

@@ -81,8 +81,8 @@ def kinship_section(run: Run, results: Json) -> str:
         "How alike the checkpoints are",
         markup.note(
             f"Of each checkpoint's difference from {origin}, over all parameters: its norm, and "
-            "the cosine with every other. Near 1 two were trained alike, near 0 they change unrelated "
-            "things, below 0 they undo each other."
+            "the cosine with every other. Near 1 two were trained alike, near 0 they change "
+            "unrelated things, below 0 they undo each other."
         ),
         markup.table(("checkpoint", "norm", *names), rows, css="numbers heat"),
     )
