@@ -89,16 +89,21 @@ _COMMAND = """
 """
 
 
-def of_weights(records: Sequence[Mapping[str, Any]], weights: Sequence[float], command: str) -> str:
+def of_weights(
+    records: Sequence[Mapping[str, Any]], weights: Sequence[float], command: str, groups: int = 1
+) -> str:
     """The card of a merge with given weights.
 
     Args:
         records: of the checkpoints, as in pool.json.
         weights: alpha_k, in the same order.
         command: what made it; "" where it was made from Python.
+        groups: G; of several, the weights are their means.
     """
     said = [f"{weight:.6g}" for weight in weights]
-    return _of(records, said, _LINEAR.format(count=len(records)), command)
+    made = _LINEAR.format(count=len(records))
+    made += _GROUPS.format(count=groups).rstrip() if groups > 1 else ""
+    return _of(records, said, made, command)
 
 
 def of_method(

@@ -18,6 +18,7 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.experiment import command_line
 from jaxmerge.experiment.methods import takes_weights
+from jaxmerge.experiment.sources import base_of
 from jaxmerge.merge.methods import METHODS
 from jaxmerge.mergekit import evolve
 from jaxmerge.tasks import BUILDERS, SUBJECTS, TASKS
@@ -188,7 +189,7 @@ def _merge(config: Config, out: str, command: str) -> None:
     found = formats(config.pool.checkpoints)
     own = "orbax" if found == {"orbax"} else "huggingface"
     config.export.formats = (flags.FLAGS.format or own,)
-    if config.export.formats == ("huggingface",) and own == "orbax" and not config.pool.base:
+    if config.export.formats == ("huggingface",) and own == "orbax" and not base_of(config):
         raise JaxmergeError(
             "nothing says which Hugging Face model these checkpoints are of",
             where="--format",

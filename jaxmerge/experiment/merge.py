@@ -29,6 +29,7 @@ from jaxmerge.experiment import given, methods
 from jaxmerge.experiment.given import Given
 from jaxmerge.experiment.records import record_pool, say_unlocked
 from jaxmerge.experiment.sources import (
+    base_of,
     find_checkpoints,
     huggingface_directory,
     start_jax,
@@ -198,7 +199,7 @@ def _views(config: Config, by_leaf: tuple[str, ...]) -> list[tuple[tuple[str, ..
     if formats(config.pool.checkpoints) != {"orbax"} or config.merge.weights_file:
         return [(by_leaf, False)] if by_leaf else []
     by_name = tuple(each for each in by_leaf if each == "orbax")
-    skipped = ("orbax",) if config.pool.base else ("orbax", "huggingface")  # see `export`
+    skipped = ("orbax",) if base_of(config) else ("orbax", "huggingface")  # see `export`
     made = tuple(each for each in by_leaf if each not in skipped)
     return [(each, each is by_name) for each in (by_name, made) if each]
 
@@ -357,7 +358,7 @@ def _by_leaf(
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
             tokenizer=tokenizer_directory(config, sources),
-            card=functools.partial(_card_of_stream, leaves, each.weights, command),
+            card=functools.partial(_card_of_stream, leaves, each, command),
             rope_type=config.pool.rope_type,
             formats=wanted,
             dtype=config.export.dtype,
@@ -376,10 +377,14 @@ def _merged_leaf(leaves: LeafStream, given: Given, name: str) -> jax.Array:
     return linear(trees, given.weights, given.groups)[name]
 
 
-def _card_of_stream(leaves: LeafStream, weights: Sequence[float], command: str) -> str:
-    return _card(leaves.records(), weights, command)
+def _card_of_stream(leaves: LeafStream, merge: Merge, command: str) -> str:
+    groups = merge.given.groups
+    count = len(groups.names) if groups else 1
+    return _card(leaves.records(), merge.weights, command, count)
 
 
-def _card(records: Sequence[Record], weights: Sequence[float], command: str) -> str:
+def _card(
+    records: Sequence[Record], weights: Sequence[float], command: str, groups: int = 1
+) -> str:
     plain = [dataclasses.asdict(record) for record in records]
-    return card.of_weights(plain, list(weights), command)
+    return card.of_weights(plain, list(weights), command, groups)

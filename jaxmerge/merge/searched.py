@@ -108,7 +108,9 @@ def check(method: str, genes: Mapping[str, Any], fields: Mapping[str, Any]) -> N
         JaxmergeError: names the field.
     """
     places = ("device", "host", "disk", "auto") if summed(method, genes) else ("device",)
+    with_base = METHODS[method].base != "required" or fields["pool.base"] != ""
     for where, right, expected in (
+        ("pool.base", with_base, "the checkpoint that the others were made from"),
         ("search.strategy", fields["search.strategy"] != "gradient", _EVOSAX),
         ("search.warm_start", fields["search.warm_start"] != "gradient", '""'),
         ("analyses.pool_sizes", not fields["analyses.pool_sizes"], "()"),

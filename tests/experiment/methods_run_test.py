@@ -131,19 +131,23 @@ def test_every_kind_runs(pool, tmp_path, method, axes):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("method", "change", "named"),
     [
-        ({"search.strategy": "gradient"}, "CMA_ES"),
-        ({"merge.method": "arcee_fusion"}, "takes another number of checkpoints"),
-        ({"merge.method": "model_stock"}, "--mode=merge"),
-        ({"merge.genes.weight": (1, 1)}, "merge.genes.weight"),
-        ({"pool.residency": "disk"}, "pool.residency"),
-        ({"pool.base": ""}, "pool.base"),
+        ("ties", {"search.strategy": "gradient"}, "CMA_ES"),
+        ("arcee_fusion", {}, "takes another number of checkpoints"),
+        ("model_stock", {}, "--mode=merge"),
+        ("ties", {"pool.residency": "disk"}, r"pool\.residency"),
+        ("ties", {"pool.base": ""}, r"pool\.base"),
     ],
 )
-def test_what_does_not_go_is_refused_first(pool, tmp_path, change, named):
-    config = config_of(pool, "ties")
+def test_what_does_not_go_is_refused_first(pool, tmp_path, method, change, named):
+    config = config_of(pool, method)
     config.update_from_flattened_dict(change)
     with pytest.raises(JaxmergeError, match=named):
         search(config, str(tmp_path / "run"), "the command")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_not_given(pool, tmp_path):
+    with pytest.raises(JaxmergeError, match=r"merge\.genes\.weight"):
+        search(config_of(pool, "ties", weight=1.0), str(tmp_path / "run"), "the command")
