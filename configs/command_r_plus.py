@@ -41,5 +41,6 @@ def get_config() -> Config:
     config.evaluate.candidates_per_step = 1  # one model takes all chips
     config.objective.tasks = ("arithmetic", "instructions", "programs")
     config.heldout = ("sorting", "counting")
+    config.search.strategy = "CMA_ES"  # as in the paper
     config.search.budget = 400
     return config

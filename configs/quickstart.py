@@ -15,5 +15,4 @@ def get_config() -> Config:
     config.heldout = ("sorting", "counting")
     config.objective.search_examples = 128
     config.objective.test_examples = 600
-    config.search.budget = 100
     return config

@@ -22,6 +22,7 @@ def get_config():
     config.pool.checkpoints = ("models/*",)
     config.tasks.own = {"builder": "jsonl", "path": "questions.jsonl", "max_new_tokens": 2}
     config.objective.tasks = ("own",)
+    config.search.strategy = "CMA_ES"
     config.search.population, config.search.budget = 4, 4
     config.compilation_cache = ""
     return config
@@ -77,7 +78,7 @@ def test_the_jobs_of_one_line(tmp_path):
     small = "--config.evaluate.batch_size=8"
     shown = typed(f"jaxmerge evaluate models/* {task} {small} --out=runs/scores")
     assert all(name in shown for name in ("questions", "model0", "model1"))
-    shown = typed(f"jaxmerge search models/* {task} {small} --budget=6 --out=runs/mine")
+    shown = typed(f"jaxmerge search models/* {task} {small} --steps=2 --out=runs/mine")
     assert "The searched merge against the best single checkpoint" in shown
     assert (here / "runs/mine/merged/orbax").is_dir()
     assert typed("jaxmerge report runs/mine") == "runs/mine/report.html\n"

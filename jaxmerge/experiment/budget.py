@@ -184,8 +184,9 @@ def evaluations(
     draws = spent(config.search.budget, strategy) if draws is None else draws
     names = baseline_names(config)
     found = sum(BASELINES[name].evaluations(K, draws) for name in names)
+    seen = sum(BASELINES[name].heldout for name in names)
     return {
         "search": K + found + searched + sum(over) + decided,
         "test": K + len(names) + 1 + dropped + len(over) + pairs,
-        "heldout": 2 + ("uniform" in config.baselines) + pairs if config.heldout else 0,
+        "heldout": 2 + seen + pairs if config.heldout else 0,
     }

@@ -37,7 +37,7 @@ class Climb:
         objective: of the tasks' scores.
         individuals: the single checkpoints, scored.
         merges: others that were scored, on which soft scores are compared with true ones too; the
-            search starts next to the last.
+            last is where the search starts.
 
     Attributes:
         evaluations: candidates that a search scores.
@@ -60,7 +60,7 @@ class Climb:
         known = {one.weights: one for one in [*individuals, *merges]}
         soft = [self._soft.scores(_by_group(one, prepared.pool.count)) for one in known.values()]
         self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
-        self._true_NxT = self._true([*known.values()])
+        self._true_NxT, self._start = self._true([*known.values()]), self._true(merges[-1:])
         self._lines = self._lines_of(self._soft_NxTxF, self._true_NxT)
         self._first["read"] = self._first.get("read", 0) + self._soft.read
         of_steps = self._soft.differentiated
@@ -97,9 +97,10 @@ class Climb:
             mine = [one for one in archive.past if (one.origin, one.name) == (origin, name)]
             true_gxT = self._true(mine[:: gradient.POPULATION][: len(seen)])
             # What the steps of a generation saw lies between the scores before and after them.
-            true_gxT[1:] = (true_gxT[1:] + true_gxT[:-1]) / 2
+            before_gxT = np.concatenate([self._start, true_gxT])[: len(seen)]
+            between = (true_gxT + before_gxT) / 2 if len(self._start) else true_gxT
             soft = np.concatenate([self._soft_NxTxF, seen.astype(np.float64)])
-            found = self._lines_of(soft, np.concatenate([self._true_NxT, true_gxT]))
+            found = self._lines_of(soft, np.concatenate([self._true_NxT, between]))
             if origin in ("search", WARM):
                 self._lines = found
             return found
@@ -128,12 +129,12 @@ class Climb:
         """What results.json says of it, by task."""
         return {
             task: {
-                "form": line.form,
-                "spearman": None if math.isnan(line.spearman) else line.spearman,
+                "form": found.form,
+                "spearman": None if math.isnan(found.spearman) else found.spearman,
                 "left_out": self._soft.left_out[task],
                 "by_texts": self._texts.get(task, 0),
             }
-            for task, line in self._lines.items()
+            for task, found in self._lines.items()
         }
 
     def say(self) -> None:

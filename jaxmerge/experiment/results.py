@@ -19,7 +19,7 @@ from jaxmerge.scores.formatting import Bounds
 from jaxmerge.scores.objective import Objective, define
 from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.archive import best as strongest
-from jaxmerge.search.baselines import Found, Setting
+from jaxmerge.search.baselines import BASELINES, Found, Setting
 from jaxmerge.search.loop import decision
 
 _PACKAGES = ("jaxmerge", "jax", "jaxlib", "flax", "orbax-checkpoint", "evosax", "numpy")
@@ -33,14 +33,14 @@ class Tested(NamedTuple):
         baselines: what each baseline chose.
         best: what the search chose.
         candidates: all of these on the test split, in this order.
-        heldout: scores on held-out tasks by method, of those methods that were scored there.
+        heldout: the methods that were scored on held-out tasks as well, by name, the best's first.
     """
 
     individuals: list[Found]
     baselines: list[Found]
     best: Found
     candidates: list[Candidate]
-    heldout: dict[str, dict[str, float]]
+    heldout: dict[str, Candidate]
 
     @property
     def winner(self) -> Candidate:
@@ -63,18 +63,18 @@ def test(
         setting: has the single checkpoints.
         found: of the baselines.
         best: of the search.
-        heldout: whether there are held-out tasks: the search's choice, the best checkpoint and the
-            uniform merge are scored there.
+        heldout: whether there are held-out tasks: the search's choice, the best checkpoint, the
+            uniform merge and what the paper's method chose are scored there.
     """
     alone = [Found(one.name, one, 1, one.cost) for one in setting.individuals]
     candidates = score_on_test(archive, [*alone, *found, best])
-    unseen: dict[str, dict[str, float]] = {}
+    unseen: dict[str, Candidate] = {}
     if heldout:
         single = strongest(setting.individuals, setting.objective)
         favourite = next(one for one in alone if one.candidate == single)
-        uniform = [method for method in found if method.name == "uniform"]
-        scored = archive.evaluate("heldout", [_final(one) for one in (best, favourite, *uniform)])
-        unseen = {candidate.name: candidate.scores for candidate in scored}
+        others = [method for method in found if BASELINES[method.name].heldout]
+        scored = archive.evaluate("heldout", [_final(one) for one in (best, favourite, *others)])
+        unseen = {candidate.name: candidate for candidate in scored}
     return Tested(alone, found, best, candidates, unseen)
 
 
@@ -100,17 +100,13 @@ def collect(
     methods = [*individuals, *baselines, best]
     samples = [directory.examples(candidate) for candidate in candidates]
     entries = [
-        _entry(found, names, objective, candidate, sample, heldout.get(found.name, {}))
+        _entry(found, names, objective, candidate, sample, heldout.get(found.name))
         for found, candidate, sample in zip(methods, candidates, samples)
     ]
-    versus = {}
-    for found, sample in zip(methods[:-1], samples[:-1]):
-        compared = stats.paired(samples[-1], sample, objective)
-        versus[found.name] = {
-            "delta": compared.delta,
-            "ci95": [compared.low, compared.high],
-            "p": compared.p,
-        }
+    versus = {
+        found.name: _compared(samples[-1], sample, objective)
+        for found, sample in zip(methods[:-1], samples[:-1])
+    }
     searched = [
         candidate
         for candidate in directory.candidates
@@ -120,11 +116,15 @@ def collect(
         "tasks": list(objective.tasks),
         "objective": objective.plain(),
         **({"groups": list(groups)} if groups else {}),
-        "heldout_tasks": list(next(iter(heldout.values()), {})),
+        "heldout_tasks": list(heldout[best.name].scores) if heldout else [],
         "bounds": {task: list(ends) for task, ends in bounds.items()},
         "individuals": entries[: len(individuals)],
         "baselines": entries[len(individuals) : -1],
-        "best": {**entries[-1], "vs": versus},
+        "best": {
+            **entries[-1],
+            "vs": versus,
+            **({"heldout_vs": _heldout_versus(directory, heldout)} if heldout else {}),
+        },
         **_front(searched, objective, bounds),
         "evaluations": len(searched),
         "evaluations_by_origin": dict(Counter(candidate.origin for candidate in searched)),
@@ -140,6 +140,25 @@ def collect(
             }.items()
         },
     }
+
+
+def _heldout_versus(
+    directory: RunDirectory, heldout: Mapping[str, Candidate]
+) -> dict[str, dict[str, Any]]:
+    """The first method minus each other, on each held-out task by itself."""
+    (_, best), *others = ((name, directory.examples(one)) for name, one in heldout.items())
+    return {
+        name: {
+            task: _compared({task: best[task]}, {task: sample[task]}, define([task]))
+            for task in best
+        }
+        for name, sample in others
+    }
+
+
+def _compared(ours: stats.Samples, theirs: stats.Samples, objective: Objective) -> dict[str, Any]:
+    compared = stats.paired(ours, theirs, objective)
+    return {"delta": compared.delta, "ci95": [compared.low, compared.high], "p": compared.p}
 
 
 def _curve(
@@ -195,6 +214,12 @@ def table(results: Mapping[str, Any]) -> str:
             if entry["heldout"]
         ]
         lines.append(f"Held out, {task}: " + ", ".join(scored))
+        told = [
+            f"{name} {formats[task].difference(versus[task]['delta'])} "
+            f"{formats[task].differences(versus[task]['ci95'])}"
+            for name, versus in best.get("heldout_vs", {}).items()
+        ]
+        lines += [f"  the search against {', '.join(told)}"] if told else []
     return "\n".join(lines)
 
 
@@ -249,7 +274,7 @@ def _entry(
     objective: Objective,
     tested: Candidate,
     sample: Mapping[str, np.ndarray],
-    heldout: Mapping[str, float],
+    heldout: Candidate | None,
 ) -> dict[str, Any]:
     intervals = {
         task: stats.interval({task: sample[task]}, define([task])) for task in objective.tasks
@@ -269,5 +294,5 @@ def _entry(
         "test": tested.scores,
         "test_objective": objective.of(tested.scores),
         "ci95": {name: list(interval) for name, interval in intervals.items()},
-        "heldout": dict(heldout),
+        "heldout": heldout.scores if heldout else {},
     }

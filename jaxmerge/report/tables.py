@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxmerge.report import markup
 from jaxmerge.report.markup import text
@@ -177,7 +177,26 @@ def heldout_section(run: Run, results: Json) -> str:
             "was not tuned for."
         ),
         markup.table(("model", *map(text, columns)), rows, css="numbers first"),
+        _heldout_differences(run, results["best"].get("heldout_vs", {}), tasks),
     )
+
+
+def _heldout_differences(run: Run, against: Mapping[str, Json], tasks: Sequence[str]) -> str:
+    """The winner minus the others that were scored on held-out tasks; empty without any."""
+    if not against:
+        return ""
+    rows = [
+        (
+            text(name),
+            *(
+                markup.compared(run.formats[task], versus[task]["delta"], versus[task]["ci95"])
+                for task in tasks
+            ),
+        )
+        for name, versus in against.items()
+    ]
+    title = "searched merge minus"
+    return markup.table((title, *map(text, tasks)), rows, css="numbers first")
 
 
 def cost_section(results: Json) -> str:

@@ -141,19 +141,21 @@ class Baseline(NamedTuple):
         evaluations: how many it makes for K checkpoints, and for the draws that the search's tokens
             are enough for.
         after: whether it has the tokens that the search took, and so comes after it.
+        heldout: whether its choice is scored on held-out tasks too.
     """
 
     find: Callable[[Setting], Found]
     evaluations: Callable[[int, int], int]
     after: bool = False
+    heldout: bool = False
 
 
 BASELINES = {
-    "uniform": Baseline(uniform, lambda K, draws: 1),
+    "uniform": Baseline(uniform, lambda K, draws: 1, heldout=True),
     "best-per-task": Baseline(best_per_task, lambda K, draws: 1),
     "greedy": Baseline(greedy, lambda K, draws: K - 1),
     "random": Baseline(random, lambda K, draws: draws, after=True),
-    "paper": Baseline(paper, lambda K, draws: draws, after=True),
+    "paper": Baseline(paper, lambda K, draws: draws, after=True, heldout=True),
 }
 
 

@@ -7,13 +7,14 @@ import pytest
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.rows import Limits
-from jaxmerge.evaluation.soft import FORMS, SoftScore
+from jaxmerge.evaluation.soft import SoftScore
 from jaxmerge.evaluation.tokenizer import Bytes
 from jaxmerge.merge.differences import QuantisedMerger, quantised
 from jaxmerge.merge.groups import groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import merger
 from jaxmerge.merge.rematerialised import RematerialisingMerger
+from jaxmerge.scores.calibration import FORMS
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.tasks import build, kinds
 from jaxmerge.tasks.common import Example, accepting, wants_texts
@@ -57,6 +58,16 @@ def soft_score(tasks, *, mesh=None, of=FINEST, minibatch=8, merge=None):
     )
 
 
+def value(soft, weights, name, form=FORMS[0]):
+    return float(soft.scores(weights)[name][FORMS.index(form)])
+
+
+def slopes(soft, weights, form=FORMS[0]):
+    """At the first step, of the only task."""
+    (found,) = soft.slopes(weights, 0, dict.fromkeys(soft.tasks, form)).values()
+    return found
+
+
 def some_weights():
     count = len(FINEST.names) if FINEST else 1
     return np.random.default_rng(0).dirichlet(np.ones(K) * 3, count).astype(np.float32)
@@ -72,16 +83,15 @@ def some_weights():
 def test_derivatives_equal_differences(name, form):
     """Of all weights by group, along random directions, against central differences."""
     soft = soft_score([TASKS[name]], minibatch=24)
-    soft.forms[name] = form
     weights = some_weights()
-    found = soft.slopes(weights, 0)[name]
-    assert found.score == pytest.approx(soft.score(weights)[name], rel=1e-5)
+    found = slopes(soft, weights, form)
+    np.testing.assert_allclose(found.scores_F, soft.scores(weights)[name], rtol=1e-5)
     rng = np.random.default_rng(1)
     for _ in range(3):
         direction = rng.normal(size=weights.shape).astype(np.float32)
         direction /= np.linalg.norm(direction)
         step = np.float32(2e-2)
-        ahead, behind = (soft.score(weights + s * direction)[name] for s in (step, -step))
+        ahead, behind = (value(soft, weights + s * direction, name, form) for s in (step, -step))
         # In float32, with steps that its rounding allows: their square is what is left out.
         expected = (ahead - behind) / (2 * step)
         assert np.sum(found.by_weights * direction) == pytest.approx(expected, rel=3e-2, abs=2e-4)
@@ -90,10 +100,10 @@ def test_derivatives_equal_differences(name, form):
 def test_scores_are_what_they_say():
     """Probabilities of right answers, and of right choices, as the evaluator's likelihoods."""
     soft = soft_score([TASKS["choice"], TASKS["answer"]], of=None)
-    one = soft.score(np.eye(K, dtype=np.float32)[:1])
-    assert 0 < one["answer"] < 1e-2  # a random model knows nothing
-    assert 0.2 < one["choice"] < 0.8
-    assert soft.score(np.eye(K, dtype=np.float32)[:1], "log")["answer"] < 0
+    first = np.eye(K, dtype=np.float32)[:1]
+    assert 0 < value(soft, first, "answer") < 1e-2  # a random model knows nothing
+    assert 0.2 < value(soft, first, "choice") < 0.8
+    assert value(soft, first, "answer", "log") < 0
 
 
 @pytest.mark.parametrize("axes", [(8, 1, 1, 1), (2, 1, 2, 2)])
@@ -102,11 +112,10 @@ def test_devices_make_no_difference(axes):
     mesh = make_mesh(*axes)
     alone, spread = soft_score([TASKS["choice"]]), soft_score([TASKS["choice"]], mesh=mesh)
     weights = some_weights()
-    assert spread.score(weights)["choice"] == pytest.approx(
-        alone.score(weights)["choice"], rel=1e-4
-    )
-    whole = soft_score([TASKS["choice"]], minibatch=24).slopes(weights, 0)["choice"]
-    parts = soft_score([TASKS["choice"]], mesh=mesh, minibatch=24).slopes(weights, 0)["choice"]
+    found, expected = (value(one, weights, "choice") for one in (spread, alone))
+    assert found == pytest.approx(expected, rel=1e-4)
+    whole = slopes(soft_score([TASKS["choice"]], minibatch=24), weights)
+    parts = slopes(soft_score([TASKS["choice"]], mesh=mesh, minibatch=24), weights)
     np.testing.assert_allclose(parts.by_weights, whole.by_weights, rtol=2e-3, atol=2e-5)
 
 
@@ -137,11 +146,12 @@ def test_wherever_the_pool_lives(kind, axes):
     """Derivatives are those of a pool on the devices; of one in bits, of what the bits say."""
     mesh = make_mesh(*axes)
     weights, tasks = some_weights(), [TASKS["choice"]]
-    there = soft_score(tasks, mesh=mesh, merge=elsewhere(kind, mesh)).slopes(weights, 0)["choice"]
-    here = soft_score(tasks, mesh=mesh).slopes(weights, 0)["choice"]
+    there = slopes(soft_score(tasks, mesh=mesh, merge=elsewhere(kind, mesh)), weights)
+    here = slopes(soft_score(tasks, mesh=mesh), weights)
     # Half a step of 8 bits is 1/254 of the largest difference in a block.
     rtol, atol = (0.05, 2e-3) if kind == "int8" else (1e-4, 1e-6)
-    assert there.score == pytest.approx(here.score, rel=1e-2 if kind == "int8" else 1e-5)
+    rel = 1e-2 if kind == "int8" else 1e-5
+    np.testing.assert_allclose(there.scores_F, here.scores_F, rtol=rel)
     np.testing.assert_allclose(there.by_weights, here.by_weights, rtol=rtol, atol=atol)
 
 
@@ -153,7 +163,8 @@ def test_examples_without_an_answer_are_left_out():
         soft_score([judged])
     beside = soft_score([judged, TASKS["answer"]], of=None)
     assert beside.without == ("judged",)
-    assert beside.slopes(np.full((1, K), 1 / K, np.float32), 0).keys() == {"answer"}
+    assert beside.tasks == ("answer",)
+    assert slopes(beside, np.full((1, K), 1 / K, np.float32)).by_weights.shape == (1, K)
 
 
 def vowels(example, text):
@@ -174,26 +185,16 @@ def test_accepted_texts_stand_for_scores():
     assert first.requests == tuple(Likelihood(prompt, text, ended=True) for text in ("ab", "e"))
     weights = some_weights()
     each = [
-        soft_score([accepting(judged, [texts, (), ()])]).score(weights)["judged"]
+        value(soft_score([accepting(judged, [texts, (), ()])]), weights, "judged")
         for texts in (("ab",), ("e",), ("ab", "e"))
     ]
     assert each[2] == pytest.approx(each[0] + each[1], rel=1e-4)
     both = soft_score([accepting(judged, [("ab", "e"), (), ()])])
     alone = [
-        soft_score([accepting(judged, [texts, (), ()])]).score(weights, "log")["judged"]
+        value(soft_score([accepting(judged, [texts, (), ()])]), weights, "judged", "log")
         for texts in (("ab",), ("e",))
     ]
-    assert both.score(weights, "log")["judged"] == pytest.approx(np.mean(alone), rel=1e-4)
-
-
-def test_forms_follow_the_true_scores():
-    soft = soft_score([TASKS["answer"]], of=None)
-    one_hot = np.eye(K, dtype=np.float32)
-    own = [soft.score(row[None])["answer"] for row in one_hot]
-    assert soft.choose_forms([{"answer": value} for value in own])["answer"] == pytest.approx(1.0)
-    assert soft.forms == {"answer": "probability"}
-    soft.choose_forms([{"answer": 1.0}] * K)  # says nothing
-    assert soft.forms == {"answer": "probability"}
+    assert value(both, weights, "judged", "log") == pytest.approx(np.mean(alone), rel=1e-4)
 
 
 def test_targets_that_are_no_answers_have_no_soft_score(tmp_path):

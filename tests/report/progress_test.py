@@ -74,7 +74,7 @@ def test_without_a_terminal_a_line_now_and_then(clock, capsys):
     # 59.5 at step 95 of those from 0; 6,000 tokens in half a second; 770 evaluations are done, and
     # (10,000 - 770) x 100 + 25 x 600 examples take 0.005 seconds each.
     assert lines[-1] == (
-        "jaxmerge: gen 96/1200, best 59.5 (single 56.9), 12.0k tok/s, 1:18:10 left, "
+        "jaxmerge: gen 96/1200, best 59.5 (single 56.9), 4.61M tokens, 12.0k tok/s, 1:18:10 left, "
         "770/10025 evaluations"
     )
     shown.candidates([_candidate(9, "analysis:leave-one-out", 0.9)])

@@ -12,6 +12,7 @@ from jaxmerge.evaluation.soft import Slope
 from jaxmerge.experiment import climb
 from jaxmerge.experiment.search import search
 from jaxmerge.rundir import Candidate, cost
+from jaxmerge.scores.calibration import Line
 from jaxmerge.scores.objective import define
 from jaxmerge.search import gradient, space
 from tests import tiny
@@ -28,18 +29,26 @@ def test_genotypes_give_their_weights_back(constraint, shrink):
     np.testing.assert_allclose(again[0], weights, atol=1e-6)
 
 
+def straight(seen):
+    """Soft scores are the true ones."""
+    return dict.fromkeys("ab", Line("probability", 1.0, 1.0, 0.0))
+
+
 @pytest.mark.parametrize("constraint", space.CONSTRAINTS)
 def test_the_objective_rises_to_a_known_optimum(constraint):
     """On a soft score that is a parabola in the weights, whose best are known."""
     best = np.array([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]])
 
-    def slopes(weights_GxK, step):
+    def slopes(weights_GxK, step, forms):
         off = weights_GxK.astype(np.float64) - best
-        return {"a": Slope(float(1 - np.sum(off**2)), -2 * off)}
+        return {"a": Slope(np.full(3, 1 - np.sum(off**2)), -2 * off)}
 
     settings = gradient.Settings("adam", 0.1, "cosine", 300, 100)
     strategy = gradient.gradient(
-        slopes, settings, define(["a"]), groups=2, checkpoints=3, constraint=constraint
+        *(slopes, straight, settings, define(["a"])),
+        groups=2,
+        checkpoints=3,
+        constraint=constraint,
     )
     state = strategy.init(0)
     for generation in range(settings.generations):
@@ -80,7 +89,7 @@ def _config(pool):
     config = tiny.run_config(configs.default(), pool)
     config.objective.tasks, config.heldout = ("words", "choice"), ()
     config.tasks.words = {"builder": "sorting"}
-    config.search.strategy, config.space.granularity = "gradient", "leaf"
+    config.search.strategy = "gradient"
     config.search.population = 0
     config.search.steps, config.search.score_every, config.search.minibatch = 6, 2, 4
     config.analyses.leave_one_out = config.analyses.transfer = False
@@ -191,26 +200,46 @@ def test_goes_on_where_it_stopped(finished, tmp_path, kept):
     assert again["tokens"] == found["tokens"]
 
 
-@pytest.mark.parametrize("aggregate", ["worst", "chebyshev"])
-def test_soft_scores_of_tasks_are_not_compared(aggregate):
-    config = configs.default()
-    config.pool.checkpoints = ("a",)
-    config.objective.tasks, config.objective.aggregate = ("sorting", "counting"), aggregate
-    config.search.strategy = "gradient"
-    with pytest.raises(JaxmergeError, match=r"objective\.aggregate"):
-        configs.check(config)
+@pytest.mark.parametrize(("aggregate", "share"), [("mean", 1.0), ("worst", 0.5)])
+def test_the_worst_task_is_climbed(aggregate, share):
+    """Two tasks that each want one of two checkpoints; one gains twice as much, the other starts
+    below it by what its line says."""
+
+    def slopes(weights_GxK, step, forms):
+        (first, second) = weights_GxK[0].astype(np.float64)
+        return {
+            "a": Slope(np.full(3, 2 * first), np.array([[2.0, 0.0]])),
+            "b": Slope(np.full(3, second), np.array([[0.0, 1.0]])),
+        }
+
+    def lines(seen):
+        return {**straight(seen), "b": Line("probability", 1.0, 1.0, 0.5)}
+
+    settings = gradient.Settings("adam", 0.3, "cosine", 400, 400)
+    strategy = gradient.gradient(
+        *(slopes, lines, settings, define(["a", "b"], aggregate=aggregate)),
+        groups=1,
+        checkpoints=2,
+    )
+    z_PxD, state = strategy.ask(0, 0, strategy.init(0))
+    found = space.weights(z_PxD)[0]
+    np.testing.assert_allclose(found[0], share, atol=0.05)
+    assert strategy.expected(0, state)["b"] > 0.5
 
 
 def test_weights_that_change_nothing_stay():
     """Of groups that are equal in all checkpoints, whatever rounding their derivatives have."""
 
-    def slopes(weights_GxK, step):
+    def slopes(weights_GxK, step, forms):
         noise = 1e-3 * np.array([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]])
-        return {"a": Slope(0.5, noise)}
+        return {"a": Slope(np.full(3, 0.5), noise)}
 
     settings = gradient.Settings("adam", 0.1, "constant", 50, 50)
     strategy = gradient.gradient(
-        slopes, settings, define(["a"]), groups=2, checkpoints=3, start=(0.3, -0.2, 0.1)
+        *(slopes, straight, settings, define(["a"])),
+        groups=2,
+        checkpoints=3,
+        start=(0.3, -0.2, 0.1),
     )
     z_PxD, _ = strategy.ask(0, 0, strategy.init(0))
     np.testing.assert_allclose(z_PxD[0, :3], [0.3, -0.2, 0.1], atol=1e-6)
