@@ -17,9 +17,6 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.groups import Groups, groups
 from jaxmerge.trees import PyTree
 
-FIELD = "merge.weights_file"
-
-
 class Given(NamedTuple):
     """The numbers of a merge.
 
@@ -95,6 +92,13 @@ def read(config: Config, abstract: PyTree, layers: str, checkpoints: Sequence[st
             where=str(path),
             expected='the results.json of a search, or {"weights": ..., "genes": ...}',
             found=", ".join(table) if isinstance(table, dict) else type(table).__name__,
+        )
+    if config.merge.method == "linear" and table.get("genes"):
+        raise JaxmergeError(
+            "a linear merge takes the weights as they are",
+            where=f"{path}, genes",
+            expected="weights alone; or another merge.method",
+            found=", ".join(table["genes"]),
         )
     space = config.space
     # Of a config's "auto" the file says whether it is one merge for all leaves.
