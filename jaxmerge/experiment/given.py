@@ -17,6 +17,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.groups import Groups, groups
 from jaxmerge.trees import PyTree
 
+
 class Given(NamedTuple):
     """The numbers of a merge.
 

@@ -186,7 +186,7 @@ def merge_files(
     of_tensors = {}
     for name, leaf in models[0].tensors.items():
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        merged = np.dtype(config.pool.dtype or leaf.dtype) if floating else leaf.dtype
+        merged = jnp.dtype(config.pool.dtype or leaf.dtype) if floating else leaf.dtype
         of_tensors[name] = recipes.Recipe(
             config.merge.method,
             tuple(recipes.Read(k, name) for k in range(len(models))),
@@ -195,7 +195,7 @@ def merge_files(
             _genes(config, *given.first),
             leaf.shape,
             merged,
-            np.dtype(config.export.dtype or merged) if floating else merged,
+            jnp.dtype(config.export.dtype or merged) if floating else merged,
         )
     output = recipes.Output(
         path,

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import jsonschema
 import numpy as np
 import pytest
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import find
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment import merge as merging
@@ -49,11 +51,8 @@ def finished(pool, tmp_path_factory):
 
 
 def leaves_of(path):
-    (source,) = find([str(path)])
-    return {
-        name: np.asarray(leaf)
-        for name, leaf in named_leaves(orbax.restore(source, source.abstract)).items()
-    }
+    stream = LeafStream(find([str(path)]), jax.devices()[0])
+    return {name: np.asarray(stream(name)[0]) for name in named_leaves(stream.abstract)}
 
 
 def test_what_is_searched_is_told(finished):
