@@ -37,7 +37,7 @@ class Slope(NamedTuple):
     """A task's soft scores on a minibatch, and the derivatives of one of them by the weights.
 
     Attributes:
-        scores_F: in each of `calibration.FORMS`.
+        scores_F: in each of `calibration.FORMS`: of all examples, as far as the minibatch says it.
         by_weights: of the form that was asked for.
     """
 
@@ -108,6 +108,9 @@ class SoftScore:
             for name, of in self._tasks.items()
         }
         self._looks = 0  # whole passes over all examples
+        self._above = {  # what each minibatch had above all examples, at the last of them
+            name: np.zeros((len(of.minibatches), len(FORMS))) for name, of in self._tasks.items()
+        }
         # Between CPU devices, collectives of programs that queue up can wait for each other.
         self._one_at_a_time = mesh.devices.flat[0].platform == "cpu"
 
@@ -130,7 +133,9 @@ class SoftScore:
             del gradients  # as large as a model: those of the next task take its place
             sums_CxF, by_C = (processes.fetch(each).astype(np.float64) for each in (sums_CxF, by_C))
             count = of.minibatches[turn].examples
-            found[name] = Slope(sums_CxF.sum(axis=0) / count, by_C.sum(axis=0) / count)
+            # Minibatches are not alike: by what this one was above all at the last look.
+            above_F = self._above[name][turn]
+            found[name] = Slope(sums_CxF.sum(axis=0) / count - above_F, by_C.sum(axis=0) / count)
         self._give_back(merged)
         return found
 
@@ -141,9 +146,10 @@ class SoftScore:
         for name, of in self._tasks.items():
             score = program(self._model, self._mesh, of.kind)
             sums = [self._started(score(merged, *each)) for each in self._arrays[name]]
-            count = sum(each.examples for each in of.minibatches)
-            sums_CxF = np.concatenate([processes.fetch(each).astype(np.float64) for each in sums])
-            found[name] = sums_CxF.sum(axis=0) / count
+            counts = np.array([each.examples for each in of.minibatches])
+            sums_MxF = np.stack([processes.fetch(each).astype(np.float64).sum(0) for each in sums])
+            found[name] = sums_MxF.sum(axis=0) / counts.sum()
+            self._above[name] = sums_MxF / counts[:, None] - found[name]
         self._give_back(merged)
         return found
 

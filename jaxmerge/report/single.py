@@ -5,7 +5,17 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from jaxmerge.report import analyses, answers, markup, merged, page, plots, tables, unfinished
+from jaxmerge.report import (
+    analyses,
+    answers,
+    markup,
+    merged,
+    page,
+    plots,
+    soft,
+    tables,
+    unfinished,
+)
 from jaxmerge.report.reading import Json, Run, models, read
 
 _INTERVALS = (
@@ -63,6 +73,7 @@ def _finished(run: Run, results: Json) -> str:
         merged.kinship_section(run, results),
         tables.scores_section(run, results),
         answers.section(run),
+        soft.section(run, results.get("soft", {})),
         tables.paired_section(run, results),
         tables.heldout_section(run, results),
         analyses.sections(run, results),

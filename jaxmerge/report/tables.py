@@ -196,7 +196,7 @@ def _heldout_differences(run: Run, against: Mapping[str, Json], tasks: Sequence[
         for name, versus in against.items()
     ]
     title = "searched merge minus"
-    return markup.table((title, *map(text, tasks)), rows, css="numbers first")
+    return markup.table((title, *map(text, tasks)), rows, css="numbers")
 
 
 def cost_section(results: Json) -> str:

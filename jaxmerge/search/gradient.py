@@ -32,6 +32,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 # Of optax, but no optimisers: parts that they are made of.
 _PARTS = ("scale", "clip", "clip_by_global_norm", "clip_by_block_rms", "add_decayed_weights")
 
+_LATE = 4  # steps whose soft scores say where the search is
 _STEP = 1e-4  # of the difference that says how the objective changes with a task's score
 
 
@@ -125,14 +126,15 @@ def gradient(
         stop = min(first + settings.every, settings.steps)
         line = lines(np.asarray(state["seen"][:generation]))
         forms = {task: line[task].form for task in tasks}
-        soft_TxF = np.zeros(seen.shape[1:])  # the mean over the steps so far
+        soft_TxF = late_TxF = np.zeros(seen.shape[1:])  # means over all steps, and over late ones
         for step in range(first, stop):
             with on_host():
                 weights = to_weights(state["z"])
             found = slopes(np.asarray(weights), step, forms)
             now_TxF = np.stack([found[task].scores_F for task in tasks])
-            soft_TxF += (now_TxF - soft_TxF) / (step - first + 1)
-            hoped = {task: line[task].of(soft_F) for task, soft_F in zip(tasks, soft_TxF)}
+            soft_TxF = soft_TxF + (now_TxF - soft_TxF) / (step - first + 1)
+            late_TxF = late_TxF + (now_TxF - late_TxF) / min(step - first + 1, _LATE)
+            hoped = {task: line[task].of(soft_F) for task, soft_F in zip(tasks, late_TxF)}
             by_score = _by_score(objective, hoped)
             rise = sum(by_score[task] * line[task].slope * found[task].by_weights for task in tasks)
             if constraint != "free":

@@ -1,12 +1,16 @@
 """Searches along gradients, and what they start from and go on to."""
 
 import dataclasses
+import json
 import shutil
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
 from jaxmerge import config as configs
+from jaxmerge import report
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.experiment import climb
@@ -121,9 +125,14 @@ def test_a_whole_run(finished):
     )
     assert found["best"]["search_objective"] == pytest.approx(np.mean([*best["scores"].values()]))
     assert set(found["soft"]) == {"words", "choice"}
-    assert (
-        "Weights by group" in (workdir / "report.html").read_text() or "groups" not in found["best"]
-    )
+    expected = [sorted(line["expected"] or ()) for line in log]
+    assert expected == [["choice", "words"], []] * 3
+    page = (workdir / "report.html").read_text()
+    assert "What was climbed" in page
+    assert "Weights by group" in page or "groups" not in found["best"]
+    schema = Path(report.__file__).with_name("results.schema.json")
+    written = (workdir / "results.json").read_text()
+    jsonschema.validate(json.loads(written), json.loads(schema.read_text()))
 
 
 def _within(tokens):
