@@ -235,7 +235,7 @@ def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
     return [_merge_of(config, f"merged/{name}", row) for name, row in zip(names, rows)]
 
 
-def _merge_of(config: Config, path: str, weights: Sequence[float]) -> Merge:
+def _merge_of(config: Config, path: str, weights: Sequence[int | float]) -> Merge:
     own = tuple(map(float, weights))
     return Merge(path, own, given.from_config(config, own))
 
