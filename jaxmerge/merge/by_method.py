@@ -85,7 +85,8 @@ class CombinationMerger:
                 else _no_geometry(of.checkpoints, len(own))
                 for (name, leaf), own in zip(named_leaves(like).items(), places.of_leaf.values())
             ]
-            self.geometry = Geometry(*(np.concatenate(parts) for parts in zip(*each)))
+            whole: Any = [np.concatenate(parts) for parts in zip(*each)]
+            self.geometry = Geometry(*whole)
 
     def __call__(self, rows_CxR: Float[np.ndarray, "C *G R"]) -> PyTree:
         """The merged models, as `inner` gives them."""
@@ -137,7 +138,7 @@ class LeafMerger:
         }
         self._stacked = {name: places.names[own[0]] != name for name, own in places.of_leaf.items()}
         first = next(iter(self._trees[0].values())).sharding
-        self._mesh = first.mesh if isinstance(first, NamedSharding) else None
+        self._mesh: Any = first.mesh if isinstance(first, NamedSharding) else None
 
     def __call__(self, rows_CxR: Float[np.ndarray, "C *G R"]) -> PyTree:
         """The merged models, `[C, ...]` spread over the mesh axis `pop`."""
@@ -230,10 +231,9 @@ def _geometry(leaves: tuple[Array, ...], *, stacked: bool, with_base: bool) -> G
 
 def _no_geometry(checkpoints: int, places: int) -> Geometry:
     """Of leaves that are not merged."""
-    return Geometry(
-        np.zeros((places, checkpoints), np.float32),
-        np.zeros((places, checkpoints, checkpoints), np.float32),
-    )
+    shapes = (places, checkpoints), (places, checkpoints, checkpoints)
+    zeros: Any = [np.zeros(shape, np.float32) for shape in shapes]
+    return Geometry(*zeros)
 
 
 @functools.cache
