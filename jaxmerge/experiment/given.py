@@ -49,7 +49,7 @@ class Given(NamedTuple):
         if self.groups is None:
             return self.weights, dict(self.genes)
         numbers = self.groups.of_leaf[name]
-        g = numbers[layer] if len(numbers) > 1 else numbers[0]
+        g = numbers[layer % len(numbers)]
         own = {
             gene: values[g] if isinstance(values, np.ndarray) else values
             for gene, values in self.genes.items()
