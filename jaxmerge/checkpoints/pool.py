@@ -95,14 +95,15 @@ class Pool(NamedTuple):
             "seconds": round(seconds - before["seconds"], 3),
         }
 
-    def kinship(self) -> dict[str, Any] | None:
-        """How alike the checkpoints are, for results.json; None where leaves are not at hand."""
+    def kinship(self) -> dict[str, Any]:
+        """How alike the checkpoints are, for results.json; {} where leaves are not at hand."""
         if self.residency != "device" or self.storage != "exact":
-            return None
+            return {}
         gram = kinship.products(self.trees, self.base)
         norms, cosines = kinship.norms_and_cosines(gram)
         origin = "base" if self.base is not None else "mean"
-        return {"origin": origin, "norms": norms.tolist(), "cosines": cosines.tolist()}
+        said = {"origin": origin, "norms": norms.tolist(), "cosines": cosines.tolist()}
+        return {"kinship": said}
 
     def stored_error(self, weights_K: Float[np.ndarray, "*G K"]) -> dict[str, Any] | None:
         """How far a merge of what is stored is from that of the exact checkpoints.
@@ -197,16 +198,13 @@ def load(
         trees.append(tree)
         on_loaded(records[-1])
     members = len(sources) - (method is not None and method.with_base)
+    merge: Merger
     if method:
         merge = mergers.by_method(method, sources, trees, where, residency, groups, layers)
     elif storage != "exact":
         merge, trees = mergers.quantised_merger(sources, trees, where, groups)
-    elif rematerialise:
-        merge = RematerialisingMerger(trees, rematerialise, groups)
-    elif residency == "device":
-        merge = linear.merger(trees, groups)
     else:
-        merge = mergers.leafwise(sources, trees, where, groups)
+        merge = _exact_merger(sources, trees, where, residency, rematerialise, groups)
     return Pool(
         names=tuple(source.name for source in sources[:members]),
         trees=tuple(trees[:members]),
@@ -218,6 +216,21 @@ def load(
         groups=groups,
         base=trees[members] if members < len(sources) else None,
     )
+
+
+def _exact_merger(
+    sources: Sequence[Source],
+    trees: Sequence[PyTree],
+    where: PyTree,
+    residency: str,
+    rematerialise: str,
+    groups: Groups | None,
+) -> Merger:
+    if rematerialise:
+        return RematerialisingMerger(trees, rematerialise, groups)
+    if residency == "device":
+        return linear.merger(trees, groups)
+    return mergers.leafwise(sources, trees, where, groups)
 
 
 def check_values(

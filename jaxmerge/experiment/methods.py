@@ -219,10 +219,12 @@ def merge_files(
         )
 
 
-def findings(of: Searched) -> dict[str, Any]:
-    """What results.json says of the method of a search."""
+def findings(of: Searched | None) -> dict[str, Any]:
+    """What results.json says of the method of a search; {}: it is over weighted sums."""
+    if of is None:
+        return {}
     fixed = {name: list(gene) if isinstance(gene, tuple) else gene for name, gene in of.fixed}
-    return {
+    method = {
         "name": of.method,
         "paper": METHODS[of.method].paper,
         "variant": of.variant,
@@ -231,6 +233,7 @@ def findings(of: Searched) -> dict[str, Any]:
         "fixed": fixed,
         "seed": of.seed,
     }
+    return {"method": method}
 
 
 def described(config: Config, given: Given) -> str:

@@ -22,6 +22,7 @@ from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.hosts import processes
+from jaxmerge.report.live import Live
 from jaxmerge.rundir import Candidate
 from jaxmerge.scores import formatting
 from jaxmerge.search import baselines
@@ -46,20 +47,13 @@ def search(
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         prepared = prepare(config, workdir, held)
-    directory, pool, method = prepared.directory, prepared.pool, prepared.method
+    directory, pool = prepared.directory, prepared.pool
     read_before = pool.traffic()
     _say(prepared.warnings)
 
     with closing(directory), phases.live(config, prepared) as live:
         answers = Answers(directory, "search")
-        archive = Archive(
-            directory,
-            prepared.evaluators,
-            live.candidates,
-            _individuals_to(answers),
-            genes=[gene.name for gene in method.genes] if method else None,
-            checkpoints=len(pool.names),
-        )
+        archive = _archive(prepared, live, answers)
         with _timed(seconds, "individuals"):
             individuals = baselines.individuals(archive, pool.names)
             odd = answers.warn(individuals, prepared.bounds)
@@ -96,16 +90,14 @@ def search(
             _say([silent] if silent else [])
         said = {"command": command, "warnings": [*prepared.warnings, *odd]}
         findings = {"version": 2, **said, **findings, "analyses": analysed}
-        if method:
-            findings["method"] = methods.findings(method)
+        findings |= methods.findings(prepared.method)
         with _timed(seconds, "export"):
             _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
         if climbed:
             findings["soft"] = climbed.findings()
-        if kinship := pool.kinship():
-            findings["kinship"] = kinship
+        findings |= pool.kinship()
         findings["residency"] = pool.traffic(since=read_before)
         if storage := phases.stored(prepared, tested.winner):
             findings["storage"] = storage
@@ -113,6 +105,19 @@ def search(
         if processes.first():
             report.write(directory.path)
     return findings
+
+
+def _archive(prepared: Prepared, live: Live, answers: Answers) -> Archive:
+    """The log of the run, and what evaluates what is not in it."""
+    method = prepared.method
+    return Archive(
+        prepared.directory,
+        prepared.evaluators,
+        live.candidates,
+        _individuals_to(answers),
+        genes=[gene.name for gene in method.genes] if method else None,
+        checkpoints=len(prepared.pool.names),
+    )
 
 
 def _export_winner(
