@@ -197,8 +197,7 @@ def load(
         records.append(record(source, source.abstract, found))
         trees.append(tree)
         on_loaded(records[-1])
-    members = len(sources) - (method is not None and method.with_base)
-    merge: Merger
+    members = len(sources) - bool(method and method.with_base)
     if method:
         merge = mergers.by_method(method, sources, trees, where, residency, groups, layers)
     elif storage != "exact":
