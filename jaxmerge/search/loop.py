@@ -18,7 +18,7 @@ from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
-from jaxmerge.rundir import Candidate, cost
+from jaxmerge.rundir import Candidate, Weights, cost
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import space
 from jaxmerge.search.archive import Archive, Request, best
@@ -229,7 +229,7 @@ def _decided(
     finalists = [
         (_average(late, economy, objective, half), generations - 1),
         (_average(late, economy, objective, quarter), generations - 1),
-        *((np.array(one.weights, np.float32), one.generation) for one in standing),
+        *((np.array(one.coefficients, np.float32), one.generation) for one in standing),
     ]
     origin, name = decision(mine[0].origin), mine[0].name
     requests = [Request(origin, name, *finalist) for finalist in finalists]
@@ -241,11 +241,11 @@ def _average(
     late: Sequence[Candidate], economy: Economy, objective: Objective, first: int
 ) -> Float[np.ndarray, "*G K"]:
     """The mean weights of the candidates that were selected in the generations from `first` on."""
-    rows: list[tuple[float, ...]] = []
+    rows: list[Weights] = []
     for generation in range(first, late[-1].generation + 1):
         asked = [one for one in late if one.generation == generation]
         order = np.argsort(-_fitness(asked, objective, economy), kind="stable")
-        rows += [asked[i].weights for i in order[: economy.selected]]
+        rows += [asked[i].coefficients for i in order[: economy.selected]]
     return np.mean(rows, axis=0).astype(np.float32)
 
 
