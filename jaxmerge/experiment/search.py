@@ -30,6 +30,7 @@ from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import Setting
 
 
+# Longer than a screen: a run from its start to its end, a phase after the other.
 def search(
     config: Config, workdir: str, command: str = "", held: Held | None = None
 ) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -64,9 +64,8 @@ def search(
 ) -> Candidate:
     """Runs `budget // population` generations at most; returns the best candidate of them.
 
-    The log has every candidate. Started again, the search asks the log before it evaluates: the
-    result is the same wherever it was stopped. The strategy's state, saved every `save_seconds`,
-    spares a run of a single process the asking.
+    Started again, the search asks the log before it evaluates: the result is the same wherever it
+    was stopped. The strategy's state, saved every `save_seconds`, spares a single process that.
 
     Args:
         archive: evaluates on the split `search`.
@@ -105,11 +104,8 @@ def search(
         started = time.perf_counter()
         z_PxD, state = strategy.ask(seed, generation, state)
         requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
-        took = time.perf_counter() - started
         requests[0] = requests[0]._replace(
-            tokens=strategy.tokens(generation),
-            seconds=took,
-            expected=strategy.expected(generation, state),
+            **_of_asking(strategy, generation, state), seconds=time.perf_counter() - started
         )
         fitness_P = _evaluated(archive, economy, requests, objective, seed)
         # A process that went astray must not go on: its collectives would match nobody's.
@@ -121,6 +117,12 @@ def search(
             saved = time.monotonic()
     mine = [past for past in archive.past if (past.origin, past.name) == (origin, name)]
     return best(_decided(archive, economy, mine, objective) if economy else mine, objective)
+
+
+def _of_asking(strategy: Strategy, generation: int, state: State) -> dict[str, Any]:
+    """What the first candidate of a generation has that the others have not."""
+    expected = strategy.expected(generation, state)
+    return {"tokens": strategy.tokens(generation), "expected": expected}
 
 
 def _refuse(where: str, expected: str, found: int) -> NoReturn:
