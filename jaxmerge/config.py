@@ -18,8 +18,9 @@ from jaxmerge import tasks
 from jaxmerge.checkpoints import export, pool
 from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
-from jaxmerge.merge import groups, methods
+from jaxmerge.merge import groups, methods, searched
 from jaxmerge.report import tensorboard
+from jaxmerge.rundir import flat
 from jaxmerge.scores.objective import Objective, define
 from jaxmerge.search import baselines, gradient, racing, space
 
@@ -40,7 +41,8 @@ def default() -> Config:
     # takes any.
     config.pool.checkpoints = ()
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
-    # used; "": that which the checkpoints bring themselves.
+    # used; "": that which the checkpoints bring themselves. Of Orbax checkpoints it may be another,
+    # which methods take the differences from.
     config.pool.base = ""
     # Of Orbax checkpoints. item: the one of a step with several that holds the parameters, such as
     # "items"; subtree: where in it they are, such as "params". "": what is clear by itself is
@@ -115,13 +117,17 @@ def default() -> Config:
     # or several such tuples, for as many merges in one pass over the checkpoints. They are never
     # scaled: if they do not sum to 1, the merge is no average, and a warning says so.
     config.merge.weights = ()
-    # For --mode=merge: a name of jaxmerge.merge.methods.METHODS, such as "ties"; what is merged are
-    # differences from pool.base where it takes a base.
+    # A name of jaxmerge.merge.methods.METHODS, such as "ties"; what is merged are differences from
+    # pool.base where it takes a base. Single checkpoints and baselines are weighted sums still.
     config.merge.method = "linear"
     # Its numbers but the weights, such as merge.genes = {"density": 0.5}: one, or where checkpoints
-    # may differ a tuple; what is missing has the default of the table. Draws depend on `seed`.
+    # may differ a tuple. --mode=merge takes the default of the table for what is missing; a search
+    # looks for it, but for choices and tolerances. Draws depend on `seed`.
     config.merge.genes = ml_collections.ConfigDict()
     config.merge.variant = "paper"  # where papers and mergekit differ; or "mergekit"
+    # Instead of weights and genes: a JSON file with those of one merge. It is the results.json of a
+    # search, whose winner is merged, or a table; see "Weights by group" in docs/merging.md.
+    config.merge.weights_file = ""
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
     config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time
     # For a search whose pool leaves no room for one merged model: a layer's weights are merged when
@@ -243,12 +249,7 @@ def check(config: Config) -> None:
     """
     check_pool(config)
     if config.merge.method != "linear":
-        raise JaxmergeError(
-            "searches are over weighted sums so far",
-            where="merge.method",
-            expected='"linear"; or --mode=merge, which takes every method with given numbers',
-            found=config.merge.method,
-        )
+        searched.check(config.merge.method, dict(config.merge.genes), fields(config))
     check_evaluation(config)
     if config.tensorboard:
         tensorboard.package()
@@ -329,6 +330,12 @@ def check_pool(config: Config) -> None:
             expected="merge.weights alone; or another merge.method",
             found=", ".join(config.merge.genes),
         )
+    if config.merge.weights_file and (config.merge.weights or config.merge.genes):
+        raise JaxmergeError(
+            "these stand in the file",
+            where="merge.weights" if config.merge.weights else "merge.genes",
+            expected="none of them, or no merge.weights_file",
+        )
     if not config.pool.checkpoints:
         raise JaxmergeError(
             "no checkpoints are named",
@@ -345,6 +352,11 @@ def objective(config: Config) -> Objective:
     """
     fields = config.objective
     return define(fields.tasks, [float(weight) for weight in fields.weights], fields.aggregate)
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """The fields by their full names, such as `search.budget`."""
+    return flat(plain(config))
 
 
 def plain(config: Config) -> dict[str, Any]:

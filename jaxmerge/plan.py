@@ -42,7 +42,7 @@ from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.tokenizer import Bytes, Tokenizer
-from jaxmerge.experiment import command_line
+from jaxmerge.experiment import command_line, methods
 from jaxmerge.experiment.budget import build_strategy, evaluations
 from jaxmerge.experiment.build import (
     build_groups,
@@ -217,10 +217,11 @@ def job_of(config: Config) -> Job:
         JaxmergeError: the checkpoints are neither described nor there, or a task is not.
     """
     described = bool(config.pool.model and config.pool.model_args)
-    sources = () if described else find_checkpoints(config)
+    with_base = methods.takes_base(config)
+    sources = () if described else find_checkpoints(config, with_base=with_base)
     model = build_model(config, sources[0] if sources else _ABSENT)
     if sources:
-        abstract, checkpoints = sources[0].abstract, len(sources)
+        abstract, checkpoints = sources[0].abstract, len(sources) - with_base
         directories = model_directories(config, sources)
         named = tokenizer_directory(config, sources)
         tokenizer = build_tokenizer(config, named, model, directories)
@@ -234,7 +235,7 @@ def job_of(config: Config) -> Job:
     return Job(
         model,
         cast(abstract, config.pool.dtype),
-        checkpoints,
+        checkpoints + with_base,
         tokenizer,
         {"search": tasks, "test": tasks, "heldout": heldout},
         evaluations(config, checkpoints, G) | _steps(config),

@@ -37,10 +37,20 @@ _BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
 Weights = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
+# A method's numbers by name; of groups that have their own, each's.
+Genes = dict[str, float | tuple[float, ...]]
+
+
 def as_weights(values: Any) -> Weights:
     """Weights `[K]` or `[G, K]` as a candidate has them."""
     rows = np.asarray(values, np.float64).tolist()
     return tuple(tuple(row) if isinstance(row, list) else row for row in rows)
+
+
+def as_gene(values: Any) -> float | tuple[float, ...]:
+    """A number of a method, or that of each group, as a candidate has it."""
+    found = np.asarray(values, np.float64).tolist()
+    return tuple(found) if isinstance(found, list) else found
 
 
 def cost(tokens: Mapping[str, int] | None) -> int:
@@ -85,6 +95,8 @@ class Candidate:
         dropped: whether it was dropped from a race, as one that can't be among the selected.
         expected: scores by task that the strategy expected of the generation, of its first
             candidate: those that soft scores stand for. None: it expected nothing.
+        genes: of a merge by another method its numbers that are searched, by name; of groups that
+            have their own, each's. None: a weighted sum.
     """
 
     id: int
@@ -101,6 +113,17 @@ class Candidate:
     out_of: dict[str, int] | None = None
     dropped: bool = False
     expected: dict[str, float] | None = None
+    genes: Genes | None = None
+
+    @property
+    def coefficients(self) -> Weights:
+        """What it is merged from: the weights, or see `merge.searched`."""
+        if self.genes is None:
+            return self.weights
+        weights = np.asarray(self.weights, np.float64)
+        numbers = [np.asarray(number, np.float64)[..., None] for number in self.genes.values()]
+        last = np.ones((*weights.shape[:-1], 1))
+        return as_weights(np.concatenate([weights, *numbers, last], axis=-1))
 
     @property
     def cost(self) -> int:
@@ -341,9 +364,13 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
     for number, line in enumerate(lines.splitlines()):
         try:
             fields = json.loads(line)
-            candidate = Candidate(**{**fields, "weights": as_weights(fields["weights"])})
+            genes = fields.get("genes")
+            if genes is not None:
+                genes = {name: as_gene(number) for name, number in genes.items()}
+            weights = as_weights(fields["weights"])
+            candidate = Candidate(**{**fields, "weights": weights, "genes": genes})
             _check_kinds(candidate)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (AttributeError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise JaxmergeError(
                 f"line {number + 1} can't be read",
                 where=where,
@@ -376,7 +403,7 @@ def _check_kinds(candidate: Candidate) -> None:
         and all(type(each) is int and each >= 0 for of in counts for each in of.values()),
         "scores": type(candidate.scores) is dict
         and all(type(each) in (int, float) for each in candidate.scores.values()),
-        "weights": np.ndim(candidate.weights) in (1, 2) and np.size(candidate.weights) > 0,
+        "weights": np.ndim(candidate.weights) in (1, 2),
         "seconds": type(candidate.seconds) in (int, float),
     }
     wrong = [what for what, holds in kinds.items() if not holds]

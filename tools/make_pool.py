@@ -41,6 +41,9 @@ from jaxmerge.tasks import TASKS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "pools/quickstart", "directory to make; it must not exist")
+flags.DEFINE_string(
+    "trunk", "", "directory for the trunk too, the base of TIES and others; must not exist"
+)
 flags.DEFINE_integer("seed", 0, "of the parameters, the examples and their order")
 flags.DEFINE_bool("small", False, "three branches, hardly trained, in a quarter of a minute")
 
@@ -238,20 +241,24 @@ def table(scores: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def make_pool(out: str | os.PathLike[str], seed: int, *, small: bool = False) -> None:
-    """Trains the pool, writes its branches (not the trunk) to `out` and prints their scores.
+def make_pool(
+    out: str | os.PathLike[str], seed: int, *, trunk_to: str = "", small: bool = False
+) -> None:
+    """Trains the pool, writes its branches to `out` and prints their scores.
 
     Args:
         out: directory to make.
+        trunk_to: directory for the trunk; "": it is not kept.
         seed: of the parameters, the examples and their order.
         small: whether it is the pool of --small.
 
     Raises:
-        JaxmergeError: there is something at `out`.
+        JaxmergeError: there is something at `out`, or at `trunk_to`.
     """
     out = epath.Path(out)
-    if out.exists():
-        raise JaxmergeError("there is something here already", where=str(out))
+    for path in (out, *([epath.Path(trunk_to)] if trunk_to else [])):
+        if path.exists():
+            raise JaxmergeError("there is something here already", where=str(path))
     model = decoder(ARCHITECTURE)
     trunk, stages = (SMALL_TRUNK, SMALL_BRANCHES) if small else (TRUNK, BRANCHES)
     pool = train_pool(model, trunk, stages, seed)
@@ -260,6 +267,8 @@ def make_pool(out: str | os.PathLike[str], seed: int, *, small: bool = False) ->
     try:
         for name, params in branches.items():
             orbax.save(partial / name, params, architecture=model.architecture)
+        if trunk_to:
+            orbax.save(orbax.absolute(trunk_to), pool["trunk"], architecture=model.architecture)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -272,7 +281,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it opens
     try:
-        make_pool(FLAGS.out, FLAGS.seed, small=FLAGS.small)
+        make_pool(FLAGS.out, FLAGS.seed, trunk_to=FLAGS.trunk, small=FLAGS.small)
     except JaxmergeError as error:
         print(f"make_pool: {error}", file=sys.stderr)
         sys.exit(2)

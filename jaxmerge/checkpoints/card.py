@@ -89,16 +89,21 @@ _COMMAND = """
 """
 
 
-def of_weights(records: Sequence[Mapping[str, Any]], weights: Sequence[float], command: str) -> str:
+def of_weights(
+    records: Sequence[Mapping[str, Any]], weights: Sequence[float], command: str, groups: int = 1
+) -> str:
     """The card of a merge with given weights.
 
     Args:
         records: of the checkpoints, as in pool.json.
         weights: alpha_k, in the same order.
         command: what made it; "" where it was made from Python.
+        groups: G; of several, the weights are their means.
     """
     said = [f"{weight:.6g}" for weight in weights]
-    return _of(records, said, _LINEAR.format(count=len(records)), command)
+    made = _LINEAR.format(count=len(records))
+    made += _GROUPS.format(count=groups).rstrip() if groups > 1 else ""
+    return _of(records, said, made, command)
 
 
 def of_method(
@@ -167,7 +172,14 @@ def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any])
         records: of the checkpoints, as in pool.json.
         findings: what results.json says.
     """
-    parts = [of_weights(records, list(findings["best"]["weights"].values()), "")]
+    best, method = findings["best"], findings.get("method")
+    weights = list(best["weights"].values())
+    if method:
+        said = [f"{weight:.6g}" if method["weighted"] else "-" for weight in weights]
+        said += ["base"] * (len(records) - len(weights))
+        parts = [of_method(records, said, by_method(method, best["genes"]), "")]
+    else:
+        parts = [of_weights(records, weights, "")]
     if "groups" in findings["best"]:
         parts.append(_GROUPS.format(count=len(findings["groups"])))
     parts.append(_scores(findings))
@@ -177,6 +189,24 @@ def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any])
     if findings["command"]:
         parts.append(_COMMAND.format(command=findings["command"]))
     return "".join(parts)
+
+
+def by_method(method: Mapping[str, Any], genes: Mapping[str, Any]) -> str:
+    """A method and its numbers in words; of numbers by group their mean.
+
+    Args:
+        method: see results.json.
+        genes: of a candidate.
+    """
+    means = {
+        name: sum(gene) / len(gene) if isinstance(gene, list | tuple) else gene
+        for name, gene in genes.items()
+    }
+    said = [f"{name} {gene:.4g}" for name, gene in means.items()]
+    said += [f"{name} {gene}" for name, gene in method["fixed"].items()]
+    variant = ", in mergekit's variant" if method["variant"] == "mergekit" else ""
+    numbers = f", with {', '.join(said)}" if said else ""
+    return f"by `{method['name']}` ({method['paper']}){variant}{numbers}"
 
 
 def _scores(findings: Mapping[str, Any]) -> str:

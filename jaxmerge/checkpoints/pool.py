@@ -15,23 +15,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxmerge import sharding
-from jaxmerge.checkpoints import digest
+from jaxmerge.checkpoints import digest, mergers
 from jaxmerge.checkpoints.digest import LeafDigest, check_digests, fingerprint
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import READERS
 from jaxmerge.checkpoints.unchanged import Unchanged, files_of
 from jaxmerge.errors import JaxmergeError, check_choice
-from jaxmerge.merge import linear
+from jaxmerge.merge import kinship, linear
+from jaxmerge.merge.by_method import ByMethod
 from jaxmerge.merge.differences import BITS, QuantisedMerger, quantised
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger
 from jaxmerge.merge.rematerialised import RematerialisingMerger
-from jaxmerge.trees import PyTree, byte_count, map_named, named_leaves, parameter_count, pruned
+from jaxmerge.merge.searched import Searched
+from jaxmerge.trees import PyTree, byte_count, named_leaves, parameter_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Pool(NamedTuple):
     Attributes:
         names: of the checkpoints.
         trees: their parameters; on disk, `ShapeDtypeStruct` of them.
-        records: what `pool.json` says of them.
+        records: what `pool.json` says of them, and at last of the base where a method takes one.
         architecture: of all of them.
-        merge: gives the merges of C candidates on the devices, from weights `[C, K]`.
+        merge: gives the merges of C candidates on the devices, from weights `[C, K]`, or by a
+            method from rows of `merge.searched`.
         residency: where they live; see `load`.
         storage: how; see `load`.
         groups: of leaves that share their weights; None: all do.
+        base: parameters of the base where a method takes one.
     """
 
     names: tuple[str, ...]
@@ -69,6 +73,7 @@ class Pool(NamedTuple):
     residency: str
     storage: str = "exact"
     groups: Groups | None = None
+    base: PyTree | None = None
 
     @property
     def count(self) -> int:
@@ -90,6 +95,16 @@ class Pool(NamedTuple):
             "bytes_read": read - before["bytes_read"],
             "seconds": round(seconds - before["seconds"], 3),
         }
+
+    def kinship(self) -> dict[str, Any]:
+        """How alike the checkpoints are, for results.json; {} where leaves are not at hand."""
+        if self.residency != "device" or self.storage != "exact":
+            return {}
+        gram = kinship.products(self.trees, self.base)
+        norms, cosines = kinship.norms_and_cosines(gram)
+        origin = "base" if self.base is not None else "mean"
+        said = {"origin": origin, "norms": norms.tolist(), "cosines": cosines.tolist()}
+        return {"kinship": said}
 
     def stored_error(self, weights_K: Float[np.ndarray, "*G K"]) -> dict[str, Any] | None:
         """How far a merge of what is stored is from that of the exact checkpoints.
@@ -113,9 +128,12 @@ class Pool(NamedTuple):
         It is of the exact checkpoints, however they are stored.
 
         Args:
-            weights_K: one for each checkpoint; `[G, K]` where groups have their own.
+            weights_K: one for each checkpoint; `[G, K]` where groups have their own. Of a method a
+                row, see `merge.searched`.
         """
         weights_K = np.asarray(weights_K, np.float32)
+        if isinstance(self.merge, ByMethod):
+            return functools.partial(self.merge.leaf, row=weights_K)
         groups = self.groups if weights_K.ndim == 2 else None
         exact = self.merge.exact if isinstance(self.merge, QuantisedMerger) else self.merge
         if isinstance(exact, LeafwiseMerger):
@@ -138,6 +156,8 @@ def load(
     storage: str = "exact",
     rematerialise: str = "",
     groups: Groups | None = None,
+    method: Searched | None = None,
+    layers: str = "",
     on_loaded: Callable[[Record], None] = lambda record: None,
 ) -> Pool:
     """Restores the checkpoints one after the other, each straight into its shards, and checks them.
@@ -145,7 +165,7 @@ def load(
     What is merged is the same bit for bit, wherever the pool lives.
 
     Args:
-        sources: from `survey.survey`.
+        sources: from `survey.survey`; at last that of the base, where the method takes one.
         mesh: where the pool lies; need not be the mesh that saved it.
         rules: see `sharding.shardings`.
         dtype: cast floating-point leaves to this; "" keeps each as stored.
@@ -156,6 +176,8 @@ def load(
         rematerialise: the `Model.layers` that are merged when the model comes to them, which takes
             a pool on the device; "": whole models are merged.
         groups: of leaves that share their weights, see `linear.ResidentMerger`.
+        method: that candidates are merged by; None: they are weighted sums.
+        layers: of the model, whose leaves are stacked, see `Model.layers`; methods want to know.
         on_loaded: called after each checkpoint.
 
     Raises:
@@ -176,24 +198,39 @@ def load(
         records.append(record(source, source.abstract, found))
         trees.append(tree)
         on_loaded(records[-1])
-    if storage != "exact":
-        merge, trees = _quantised_merger(sources, trees, where, groups)
-    elif rematerialise:
-        merge = RematerialisingMerger(trees, rematerialise, groups)
-    elif residency == "device":
-        merge = linear.merger(trees, groups)
+    members = len(sources) - bool(method and method.with_base)
+    if method:
+        merge = mergers.by_method(method, sources, trees, where, residency, groups, layers)
+    elif storage != "exact":
+        merge, trees = mergers.quantised_merger(sources, trees, where, groups)
     else:
-        merge = _leafwise(sources, trees, where, groups)
+        merge = _exact_merger(sources, trees, where, residency, rematerialise, groups)
     return Pool(
-        names=tuple(source.name for source in sources),
-        trees=tuple(trees),
+        names=tuple(source.name for source in sources[:members]),
+        trees=tuple(trees[:members]),
         records=tuple(records),
         architecture=sources[0].architecture,
         merge=merge,
         residency=residency,
         storage=storage,
         groups=groups,
+        base=trees[members] if members < len(sources) else None,
     )
+
+
+def _exact_merger(
+    sources: Sequence[Source],
+    trees: Sequence[PyTree],
+    where: PyTree,
+    residency: str,
+    rematerialise: str,
+    groups: Groups | None,
+) -> Merger:
+    if rematerialise:
+        return RematerialisingMerger(trees, rematerialise, groups)
+    if residency == "device":
+        return linear.merger(trees, groups)
+    return mergers.leafwise(sources, trees, where, groups)
 
 
 def check_values(
@@ -276,15 +313,11 @@ def _to_host(_: str, leaf: jax.Array) -> jax.Array:
     return jax.block_until_ready(jax.device_put(leaf, pinned))
 
 
-def _forget(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
 # By residency: what `load` keeps of a leaf.
 _KEEP = {
     "device": lambda _, leaf: leaf,
     "host": _to_host,
-    "disk": lambda _, leaf: _forget(leaf),
+    "disk": lambda _, leaf: mergers.forgotten(leaf),
 }
 RESIDENCIES = tuple(_KEEP)
 STORAGES = ("exact", *BITS)
@@ -331,47 +364,3 @@ def _keep_difference(
 ) -> Any:
     """What the storage keeps of a leaf; the leaf itself is given up before the next is read."""
     return jax.block_until_ready(quantised(leaf, base[name], storage))
-
-
-def _stored_leaves(tree: PyTree, base: PyTree) -> dict[str, Any]:
-    names = list(named_leaves(base))
-    return dict(zip(names, jax.tree.structure(base).flatten_up_to(tree)))
-
-
-def _quantised_merger(
-    sources: Sequence[Source], trees: Sequence[PyTree], where: PyTree, groups: Groups | None
-) -> tuple[QuantisedMerger, list[PyTree]]:
-    """The merge of what is stored, and what the checkpoints are like on disk, as the exact ones."""
-    others = [_stored_leaves(tree, trees[0]) for tree in trees[1:]]
-    alike = [jax.tree.map(_forget, trees[0])] * len(trees)
-    exact = _leafwise(sources, alike, where, groups)
-    return QuantisedMerger(trees[0], others, exact, groups), alike
-
-
-def _leafwise(
-    sources: Sequence[Source], trees: Sequence[PyTree], where: PyTree, groups: Groups | None
-) -> LeafwiseMerger:
-    """The merge of trees that are not on the devices."""
-    kept = [named_leaves(tree) for tree in trees]
-    places = named_leaves(where)
-
-    def read(k: int, name: str) -> jax.Array:
-        leaf = kept[k][name]
-        if isinstance(leaf, jax.Array):
-            return jax.device_put(leaf, places[name])
-        return read_leaf(sources[k], name, places[name]).astype(leaf.dtype)
-
-    like = map_named(
-        lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]),
-        trees[0],
-    )
-    return LeafwiseMerger(like, read, len(sources), groups)
-
-
-def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:
-    """One leaf of a checkpoint, as stored; see `load` for what is checked of a whole one."""
-    placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        pruned(source.abstract, name.__eq__),
-    )
-    return named_leaves(READERS[source.format].restore(source, placed))[name]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from jaxmerge.checkpoints.digest import LeafDigest, digests
-from jaxmerge.checkpoints.pool import Record, check_values, read_leaf, record
+from jaxmerge.checkpoints.mergers import read_leaf
+from jaxmerge.checkpoints.pool import Record, check_values, record
 from jaxmerge.checkpoints.source import Source
 
 

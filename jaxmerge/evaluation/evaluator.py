@@ -24,6 +24,7 @@ from jaxmerge.evaluation.batches import Limits
 from jaxmerge.evaluation.respond import Outputs, Prepared, Responder
 from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.hosts import processes
+from jaxmerge.merge.by_method import CombinationMerger
 from jaxmerge.merge.differences import QuantisedMerger
 from jaxmerge.merge.linear import Merger, ResidentMerger
 from jaxmerge.models.model import Model
@@ -236,7 +237,7 @@ class Evaluator:
         filling = np.repeat(weights_CxK[-1:], self.candidates_per_step - len(weights_CxK), axis=0)
         merged = self._merge(np.concatenate([weights_CxK, filling]))
         outputs = [self._responder.launch(each, merged) for each in prepared]
-        if isinstance(self._merge, ResidentMerger):
+        if isinstance(self._merge, ResidentMerger | CombinationMerger):
             self._merge.give_back(merged)
         return outputs
 

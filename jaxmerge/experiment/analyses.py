@@ -109,19 +109,24 @@ def weight_vs_score(study: Study) -> Plain:
 
 
 def leave_one_out(study: Study) -> list[Plain]:
-    """The winner without each of its checkpoints, on the test split.
+    """The winner without each of its checkpoints, on the test split; other numbers stay.
 
     w'_k = w_k sum_j w_j / sum_(j != dropped) w_j: the others keep their proportions, and all have
     the sum of before, in each group of leaves that has weights of its own. Left out are checkpoints
     of weight 0, where nothing changes, and those without which the others' sum is 0 or of the other
     sign, where no scale brings it back.
     """
-    weights_K = np.array(study.winner.candidate.weights)
-    used = np.flatnonzero(np.any(weights_K.reshape(-1, weights_K.shape[-1]) != 0, axis=0))
-    rows = {k: _without(weights_K, k) for k in used.tolist()}
-    dropped = [k for k, row in rows.items() if row is not None]
+    K = len(study.names)
+    winning = np.array(study.winner.candidate.coefficients)
+    weights_K, genes = winning[..., :K], winning[..., K:]
+    used = np.flatnonzero(np.any(weights_K.reshape(-1, K) != 0, axis=0))
+    others = {k: _without(weights_K, k) for k in used.tolist()}
+    rows = {
+        k: np.concatenate([row, genes], axis=-1) for k, row in others.items() if row is not None
+    }
+    dropped = [*rows]
     requests = [_request(LEAVE_ONE_OUT, study.names[k], rows[k]) for k in dropped]
-    (winner,) = _evaluated(study, "test", [_request(LEAVE_ONE_OUT, "winner", weights_K)])
+    (winner,) = _evaluated(study, "test", [_request(LEAVE_ONE_OUT, "winner", winning)])
     whole = study.directory.examples(winner)
     entries = []
     for k, candidate in zip(dropped, _evaluated(study, "test", requests)):
@@ -151,7 +156,7 @@ def pool_size(study: Study) -> list[Plain]:
     order = sorted(range(len(own)), key=lambda k: -own[k])
     sizes = [*sorted(study.pool_sizes), len(order)]
     found = [*(study.search_over(order[:m]) for m in sizes[:-1]), study.winner]
-    requests = [_request(POOL_SIZE, each.name, each.candidate.weights) for each in found]
+    requests = [_request(POOL_SIZE, each.name, each.candidate.coefficients) for each in found]
     return [
         {
             "m": m,
@@ -185,7 +190,7 @@ def transfer(study: Study) -> list[Plain]:
     pairs = list(combinations(study.objective.tasks, 2))
     chosen = [best(scored, study.objective.over(pair)) for pair in pairs]
     requests = [
-        _request(TRANSFER, "+".join(pair), candidate.weights)
+        _request(TRANSFER, "+".join(pair), candidate.coefficients)
         for pair, candidate in zip(pairs, chosen)
     ]
     tested = [dict(candidate.scores) for candidate in _evaluated(study, "test", requests)]
@@ -222,13 +227,13 @@ def _without(
     return rest_K * (total / remains) if np.all(total * remains > 0) else None
 
 
-def _request(origin: str, name: str, weights: Any) -> Request:
-    return Request(origin, name, np.asarray(weights, np.float32))
+def _request(origin: str, name: str, coefficients: Any) -> Request:
+    return Request(origin, name, np.asarray(coefficients, np.float32))
 
 
 def _evaluated(study: Study, split: str, requests: Sequence[Request]) -> list[Candidate]:
-    """The requests as evaluated candidates; weights that the run has scored there, not again."""
-    scored = {line.weights: line for line in study.archive.past if line.split == split}
+    """The requests as evaluated candidates; what the run has scored there, not again."""
+    scored = {line.coefficients: line for line in study.archive.past if line.split == split}
     keys = [request.key for request in requests]
     new = {key: request for key, request in zip(keys, requests) if key not in scored}
     scored |= dict(zip(new, study.archive.evaluate(split, list(new.values()))))

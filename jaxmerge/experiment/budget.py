@@ -12,6 +12,7 @@ from jaxtyping import Float
 from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment.methods import searched, takes_weights
 from jaxmerge.search import gradient, strategies
 from jaxmerge.search.baselines import BASELINES, PAPER
 from jaxmerge.search.loop import Economy
@@ -72,20 +73,22 @@ def build_strategy(
         JaxmergeError: names the field.
     """
     init = config.search.init
-    if init and len(init) != checkpoints:
+    if init and (len(init) != checkpoints or not takes_weights(config.merge.method)):
         raise JaxmergeError(
             "needs one value per checkpoint",
             where="search.init",
-            expected=f"{checkpoints} values",
+            expected=f"{checkpoints} values" if takes_weights(config.merge.method) else "()",
             found=str(len(init)),
         )
     if config.search.strategy == gradient.NAME:  # what it asks for is known when the pool is there
         return _unasked(gradient.POPULATION)
     chosen = range(checkpoints) if chosen is None else chosen
-    dimension = groups * len(chosen)
+    of = searched(config, checkpoints)
+    dimension = groups * (of.numbers if of else len(chosen))
     population = config.search.population or strategies.default_population(dimension)
     if start is None and init:
-        start = np.array([init[k] for k in chosen] * groups, np.float32)
+        own = [init[k] for k in chosen] + [0.0] * (len(of.genes) if of else 0)
+        start = np.array(own * groups, np.float32)
     return strategies.evosax(
         config.search.strategy,
         dimension,

@@ -18,6 +18,7 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.experiment import command_line
 from jaxmerge.experiment.methods import takes_weights
+from jaxmerge.experiment.sources import base_of
 from jaxmerge.merge.methods import METHODS
 from jaxmerge.mergekit import evolve
 from jaxmerge.tasks import BUILDERS, SUBJECTS, TASKS
@@ -188,7 +189,7 @@ def _merge(config: Config, out: str, command: str) -> None:
     found = formats(config.pool.checkpoints)
     own = "orbax" if found == {"orbax"} else "huggingface"
     config.export.formats = (flags.FLAGS.format or own,)
-    if config.export.formats == ("huggingface",) and own == "orbax" and not config.pool.base:
+    if config.export.formats == ("huggingface",) and own == "orbax" and not base_of(config):
         raise JaxmergeError(
             "nothing says which Hugging Face model these checkpoints are of",
             where="--format",
@@ -203,7 +204,9 @@ def _merge(config: Config, out: str, command: str) -> None:
     check_choice("--method", config.merge.method, tuple(METHODS))
     if flags.FLAGS.weights:
         config.merge.weights = _numbers(flags.FLAGS.weights, "--weights")
-    elif not config.merge.weights and takes_weights(config.merge.method):
+    elif not (config.merge.weights or config.merge.weights_file) and takes_weights(
+        config.merge.method
+    ):
         K = count(config.pool.checkpoints)
         config.merge.weights = (1 / K,) * K
     path = Path(out).absolute()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from jaxmerge import config as configs
@@ -26,9 +25,11 @@ from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment import methods
+from jaxmerge.experiment import given, methods
+from jaxmerge.experiment.given import Given
 from jaxmerge.experiment.records import record_pool, say_unlocked
 from jaxmerge.experiment.sources import (
+    base_of,
     find_checkpoints,
     huggingface_directory,
     start_jax,
@@ -47,7 +48,8 @@ class Merge(NamedTuple):
     """One merge that the config asks for."""
 
     path: str  # in the run directory
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # of a file the means over groups
+    given: Given  # its numbers
 
 
 def merge(config: Config, workdir: str, command: str = "", out: str = "") -> list[Path]:
@@ -76,7 +78,7 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     if config.merge.method != "linear":
         return _by_method(config, workdir, command, out)
     in_blocks, by_leaf = _paths(config)
-    as_stored = formats(config.pool.checkpoints) == {"orbax"}
+    as_stored = formats(config.pool.checkpoints) == {"orbax"} and not config.merge.weights_file
     sources = find_checkpoints(config, by_tensor=bool(in_blocks), as_stored=as_stored)
     # Before anything is written: it may refuse what can be merged by tensor, or as it is stored.
     parts = [
@@ -122,41 +124,48 @@ def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Pat
     sources = find_checkpoints(
         config,
         by_tensor=by_tensor,
-        as_stored=only_orbax and not with_base,  # a base has the decoder's leaves
+        # A base, and numbers by group, are of the decoder's leaves.
+        as_stored=only_orbax and not with_base and not config.merge.weights_file,
         with_base=with_base,
     )
     merges = _merges(config, sources[:count])
     for each in merges:
-        methods.check(config, each.weights, count)
+        methods.check(config, each.given, count)
     if out:
         _check_place(Path(out), Path(workdir), merges, config.export.formats)
     written, records = [], ()
     with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
         say_unlocked(directory)
         for each in merges:
+            text = functools.partial(_method_card, config, each, command)
+            path = directory.path / each.path
+            if by_tensor:
+                place = Path(out) if out else path / "huggingface"
+                record = "merge.json" if len(merges) == 1 else f"merge-{path.name}.json"
+                records = methods.merge_files(
+                    config, place, sources, each.given, directory, record=record, card=text
+                )
+                written.append(place)
+                continue
             if out and Path(out).exists():
                 return [Path(out)]
-            text = functools.partial(_method_card, config, each.weights, command)
-            path = directory.path / each.path
-            paths, records = methods.merge(
-                config, path, sources, each.weights, by_tensor=by_tensor, card=text
-            )
+            paths, records = methods.merge(config, path, sources, each.given, card=text)
             written += paths
         record_pool(directory, records)
-    if out:
+    if out and not by_tensor:
         written[0].rename(out)
+    if out:
         return [Path(out)]
     return sorted(written, key=lambda path: config.export.formats.index(path.name))
 
 
-def _method_card(
-    config: Config, weights: Sequence[float], command: str, records: Sequence[Record]
-) -> str:
+def _method_card(config: Config, merge: Merge, command: str, records: Sequence[Record]) -> str:
     plain = [dataclasses.asdict(record) for record in records]
-    said = [f"{weight:.6g}" for weight in weights] or ["-"] * len(plain)
+    weighted = methods.takes_weights(config.merge.method)
+    said = [f"{weight:.6g}" for weight in merge.weights] if weighted else ["-"] * len(plain)
     if methods.takes_base(config):
         said = [*said[: len(plain) - 1], "base"]
-    return card.of_method(plain, said, methods.described(config), command)
+    return card.of_method(plain, said, methods.described(config, merge.given), command)
 
 
 def set_up_host(config: Config) -> None:
@@ -175,7 +184,7 @@ def set_up_host(config: Config) -> None:
 def _paths(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The formats that are written in blocks, and those that are written leaf by leaf."""
     wanted = tuple(config.export.formats)
-    if formats(config.pool.checkpoints) != {"huggingface"}:
+    if formats(config.pool.checkpoints) != {"huggingface"} or config.merge.weights_file:
         return (), wanted
     in_blocks = tuple(name for name in wanted if name == "huggingface")
     return in_blocks, tuple(name for name in wanted if name not in in_blocks)
@@ -187,10 +196,10 @@ def _views(config: Config, by_leaf: tuple[str, ...]) -> list[tuple[tuple[str, ..
     Orbax checkpoints are merged by name, whatever model they are of, and written as they came. All
     other formats are made of the decoder's leaves.
     """
-    if formats(config.pool.checkpoints) != {"orbax"}:
+    if formats(config.pool.checkpoints) != {"orbax"} or config.merge.weights_file:
         return [(by_leaf, False)] if by_leaf else []
     by_name = tuple(each for each in by_leaf if each == "orbax")
-    skipped = ("orbax",) if config.pool.base else ("orbax", "huggingface")  # see `export`
+    skipped = ("orbax",) if base_of(config) else ("orbax", "huggingface")  # see `export`
     made = tuple(each for each in by_leaf if each not in skipped)
     return [(each, each is by_name) for each in (by_name, made) if each]
 
@@ -198,6 +207,8 @@ def _views(config: Config, by_leaf: tuple[str, ...]) -> list[tuple[tuple[str, ..
 def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
     """The merges that are asked for, each with one weight per checkpoint."""
     weights, names = tuple(config.merge.weights), tuple(config.merge.names)
+    if config.merge.weights_file:
+        return [_from_file(config, sources)]
     several = any(isinstance(each, tuple | list) for each in weights)
     rows = weights if several else (weights,)
     if methods.takes_weights(config.merge.method):
@@ -211,7 +222,7 @@ def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
             found=str(weights),
         )
     if not several and not names:
-        return [Merge("merged", tuple(map(float, weights)))]
+        return [_merge_of(config, "merged", weights)]
     names = names or tuple(map(str, range(len(rows))))
     one_directory = all(re.fullmatch(r"[^./\\\0][^/\\\0]*", name) for name in names)
     if len({*names}) != len(rows) or not one_directory:
@@ -221,7 +232,20 @@ def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
             expected=f"{len(rows)} names",
             found=str(names),
         )
-    return [Merge(f"merged/{name}", tuple(map(float, row))) for name, row in zip(names, rows)]
+    return [_merge_of(config, f"merged/{name}", row) for name, row in zip(names, rows)]
+
+
+def _merge_of(config: Config, path: str, weights: Sequence[int | float]) -> Merge:
+    own = tuple(map(float, weights))
+    return Merge(path, own, given.from_config(config, own))
+
+
+def _from_file(config: Config, sources: Sequence[Source]) -> Merge:
+    """The merge of `merge.weights_file`."""
+    stacked = "layers" if sources[0].architecture.get("layers") else ""
+    names = [source.name for source in sources]
+    found = given.read(config, sources[0].abstract, stacked, names)
+    return Merge("merged", found.means, found)
 
 
 def _check_place(out: Path, workdir: Path, merges: Sequence[Merge], wanted: Sequence[str]) -> None:
@@ -326,16 +350,15 @@ def _by_leaf(
     finished = all((directory / each.path / name).is_dir() for each in merges for name in wanted)
     for each in merges:
         leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
-        weights = np.asarray(each.weights, np.float32)
         written += export(
             directory / each.path,
             leaves.abstract,
-            functools.partial(_merged_leaf, leaves, weights),
+            functools.partial(_merged_leaf, leaves, each.given),
             source=sources[0],
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
             tokenizer=tokenizer_directory(config, sources),
-            card=functools.partial(_card_of_stream, leaves, each.weights, command),
+            card=functools.partial(_card_of_stream, leaves, each, command),
             rope_type=config.pool.rope_type,
             formats=wanted,
             dtype=config.export.dtype,
@@ -349,14 +372,19 @@ def _by_leaf(
     return written, records
 
 
-def _merged_leaf(leaves: LeafStream, weights: np.ndarray, name: str) -> jax.Array:
-    return linear(leaves(name), weights)
+def _merged_leaf(leaves: LeafStream, given: Given, name: str) -> jax.Array:
+    trees = [{name: leaf} for leaf in leaves(name)]
+    return linear(trees, given.weights, given.groups)[name]
 
 
-def _card_of_stream(leaves: LeafStream, weights: Sequence[float], command: str) -> str:
-    return _card(leaves.records(), weights, command)
+def _card_of_stream(leaves: LeafStream, merge: Merge, command: str) -> str:
+    groups = merge.given.groups
+    count = len(groups.names) if groups else 1
+    return _card(leaves.records(), merge.weights, command, count)
 
 
-def _card(records: Sequence[Record], weights: Sequence[float], command: str) -> str:
+def _card(
+    records: Sequence[Record], weights: Sequence[float], command: str, groups: int = 1
+) -> str:
     plain = [dataclasses.asdict(record) for record in records]
-    return card.of_weights(plain, list(weights), command)
+    return card.of_weights(plain, list(weights), command, groups)

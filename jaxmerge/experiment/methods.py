@@ -1,4 +1,6 @@
-"""Merges by any method of the table: a tensor of every checkpoint at a time, and the base's.
+"""Merges by any method of the table, and searches over them, as a config says.
+
+A merge with given numbers takes a tensor of every checkpoint at a time, and the base's.
 
 Thresholds, norms and angles are of a whole tensor, so blocks of a tensor would not do. Memory holds
 the largest tensor of every checkpoint, its base and its merge; `merge.methods` says which methods
@@ -15,16 +17,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
 
-from jaxmerge.checkpoints import huggingface
+from jaxmerge.checkpoints import directory
 from jaxmerge.checkpoints.export import export
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment.given import Given
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.merge.methods import METHODS, check_inputs, complete, merge_tensor
+from jaxmerge.merge.searched import Searched
+from jaxmerge.merge.searched import searched as find_searched
+from jaxmerge.rundir import RunDirectory
+from jaxmerge.search import space
+from jaxmerge.streaming import recipes
 from jaxmerge.trees import named_leaves
 
 
@@ -39,12 +49,47 @@ def takes_base(config: Config) -> bool:
     return base == "required" or (base == "optional" and bool(config.pool.base))
 
 
-def check(config: Config, weights: Sequence[float], checkpoints: int) -> None:
+def searched(config: Config, checkpoints: int) -> Searched | None:
+    """What a search sets of `merge.method`; None: weights alone, of weighted sums.
+
+    Args:
+        config: of the run.
+        checkpoints: K, without the base.
+
+    Raises:
+        JaxmergeError: names the field.
+    """
+    merge = config.merge
+    if merge.method == "linear":
+        return None
+    return find_searched(
+        merge.method,
+        dict(merge.genes),
+        checkpoints,
+        with_base=takes_base(config) and bool(config.pool.base),
+        variant=merge.variant,
+        seed=config.seed,
+    )
+
+
+def ranges(of: Searched) -> list[space.Range]:
+    """Where a search looks for a method's numbers; what has no default starts in the middle."""
+    return [
+        space.Range(
+            (gene.low + gene.high) / 2 if gene.default is None else gene.default,
+            gene.low,
+            gene.high,
+        )
+        for gene in of.genes
+    ]
+
+
+def check(config: Config, given: Given, checkpoints: int) -> None:
     """Refuses what a method does not take, before anything is read.
 
     Args:
         config: of the run.
-        weights: of a merge; (): it has none.
+        given: numbers of a merge.
         checkpoints: how many there are, the base not among them.
 
     Raises:
@@ -52,7 +97,8 @@ def check(config: Config, weights: Sequence[float], checkpoints: int) -> None:
     """
     method = config.merge.method
     check_inputs(method, checkpoints, with_base=takes_base(config) and bool(config.pool.base))
-    numbers, _ = complete(method, _genes(config, weights), checkpoints)
+    weights, genes = given.first
+    numbers, _ = complete(method, _genes(config, weights, genes), checkpoints)
     for name, values in numbers.items():
         if not all(map(math.isfinite, values.ravel().tolist())):
             raise JaxmergeError(
@@ -67,91 +113,174 @@ def merge(
     config: Config,
     path: Path,
     sources: Sequence[Source],
-    weights: Sequence[float],
+    given: Given,
     *,
-    by_tensor: bool,
     card: Callable[[Sequence[Record]], str],
 ) -> tuple[list[Path], tuple[Record, ...]]:
-    """Writes one merge.
+    """Writes one merge, leaf by leaf of the decoder, or of Orbax checkpoints as they are stored.
 
     Args:
         config: of the run.
         path: the directory `merged`, which gets a directory for each format.
         sources: the checkpoints, and after them the base where the method takes one.
-        weights: of the checkpoints; (): the method has none.
-        by_tensor: whether leaves are the tensors of Hugging Face directories.
+        given: numbers of the merge.
         card: text of the README.md, from what `pool.json` says of the sources.
 
     Returns:
         The checkpoints that were written, and what `pool.json` says.
     """
     leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
-    layers = 0 if by_tensor else int(sources[0].architecture.get("layers") or 0)
-    leaf = functools.partial(_leaf, config, weights, leaves, layers)
-
-    def text() -> str:
-        return card(leaves.records())
-
-    like = huggingface_directory(config, sources)
-    options = {name: config.export[name] for name in ("dtype", "shard_bytes")}
-    options |= {"like": like, "tokenizer": tokenizer_directory(config, sources), "card": text}
-    written = [path / "huggingface"]
-    if not by_tensor:
-        written = export(
-            path,
-            leaves.abstract,
-            leaf,
-            source=sources[0],
-            formats=tuple(config.export.formats),
-            architecture=sources[0].architecture,
-            rope_type=config.pool.rope_type,
-            **options,
-        )
-    elif not written[0].exists():
-        layout = huggingface.layout(like, by_tensor=True)
-        huggingface.save(written[0], layout, leaf, abstract=leaves.abstract, **options)
+    layers = int(sources[0].architecture.get("layers") or 0)
+    written = export(
+        path,
+        leaves.abstract,
+        functools.partial(_leaf, config, given, leaves, layers),
+        source=sources[0],
+        formats=tuple(config.export.formats),
+        architecture=sources[0].architecture,
+        rope_type=config.pool.rope_type,
+        dtype=config.export.dtype,
+        shard_bytes=config.export.shard_bytes,
+        like=huggingface_directory(config, sources),
+        tokenizer=tokenizer_directory(config, sources),
+        card=lambda: card(leaves.records()),
+    )
     if not leaves.read:  # the merge was there: the checkpoints are compared with what it says
         for name in named_leaves(leaves.abstract):
             leaves(name)
     return written, leaves.records()
 
 
-def described(config: Config) -> str:
+def merge_files(
+    config: Config,
+    path: Path,
+    sources: Sequence[Source],
+    given: Given,
+    run: RunDirectory,
+    *,
+    record: str,
+    card: Callable[[Sequence[Record]], str],
+) -> tuple[Record, ...]:
+    """Writes one merge of Hugging Face directories, tensor by tensor; goes on where it stopped.
+
+    Args:
+        config: of the run.
+        path: the directory to make.
+        sources: see `merge`; `card` too.
+        given: numbers of the merge, without groups.
+        run: its run directory.
+        record: file there that says which files are finished.
+
+    Returns:
+        What `pool.json` says.
+    """
+    models = [
+        recipes.Model(
+            source.name,
+            source.path,
+            named_leaves(source.abstract),
+            functools.partial(directory.read_values, source.tensors),
+            source.tensors,
+        )
+        for source in sources
+    ]
+    last = len(models) - 1
+    with_base = takes_base(config)
+    of_tensors = {}
+    for name, leaf in models[0].tensors.items():
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        merged = jnp.dtype(config.pool.dtype or leaf.dtype) if floating else leaf.dtype
+        of_tensors[name] = recipes.Recipe(
+            config.merge.method,
+            tuple(recipes.Read(k, name) for k in range(len(models))),
+            tuple(range(len(models) - with_base)),
+            last if with_base else None,
+            _genes(config, *given.first),
+            leaf.shape,
+            merged,
+            jnp.dtype(config.export.dtype or merged) if floating else merged,
+        )
+    output = recipes.Output(
+        path,
+        huggingface_directory(config, sources),
+        lambda new: None,
+        card,
+        tokenizer_directory(config, sources),
+        record,
+    )
+    total = recipes.bytes_read(of_tensors, models)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        return recipes.write(
+            of_tensors,
+            models,
+            output,
+            run,
+            seed=given.seed,
+            variant=config.merge.variant,
+            shard_bytes=config.export.shard_bytes,
+            progress=bar.update,
+        )
+
+
+def findings(of: Searched | None) -> dict[str, Any]:
+    """What results.json says of the method of a search; {}: it is over weighted sums."""
+    if of is None:
+        return {}
+    fixed = {name: list(gene) if isinstance(gene, tuple) else gene for name, gene in of.fixed}
+    method = {
+        "name": of.method,
+        "paper": METHODS[of.method].paper,
+        "variant": of.variant,
+        "weighted": of.weighted,
+        "searched": [gene.name for gene in of.genes],
+        "fixed": fixed,
+        "seed": of.seed,
+    }
+    return {"method": method}
+
+
+def described(config: Config, given: Given) -> str:
     """The method and its genes, as a card says them."""
-    genes = ", ".join(f"{name} {value}" for name, value in sorted(dict(config.merge.genes).items()))
+    _, of_first = given.first
+    said = dict(sorted(of_first.items()))
+    genes = ", ".join(f"{name} {value}" for name, value in said.items())
+    genes += " in the first group of leaves; others have their own" if given.groups else ""
     named = f"`{config.merge.method}` ({METHODS[config.merge.method].paper})"
     variant = ", in mergekit's variant" if config.merge.variant == "mergekit" else ""
     return f"by {named}{variant}" + (f", with {genes}" if genes else "")
 
 
-def _genes(config: Config, weights: Sequence[float]) -> dict[str, Any]:
-    genes: Mapping[str, Any] = dict(config.merge.genes)
+def _genes(config: Config, weights: Any, genes: Mapping[str, Any]) -> dict[str, Any]:
     if "weight" in genes:
         raise JaxmergeError(
             "weights have a field of their own",
             where="merge.genes.weight",
             expected="merge.weights",
         )
-    return {**genes, "weight": tuple(weights)} if weights else dict(genes)
+    if not takes_weights(config.merge.method):
+        return dict(genes)
+    return {**genes, "weight": tuple(np.asarray(weights).tolist())}
 
 
-def _leaf(
-    config: Config, weights: Sequence[float], leaves: LeafStream, layers: int, name: str
-) -> jax.Array:
+def _leaf(config: Config, given: Given, leaves: LeafStream, layers: int, name: str) -> jax.Array:
     tensors = leaves(name)
     if not jnp.issubdtype(tensors[0].dtype, jnp.floating):
         return tensors[0]
     if layers and name.startswith("layers/"):
         each = [
-            _merged(config, weights, [tensor[layer] for tensor in tensors], f"{name}/{layer}")
+            _merged(config, given, [tensor[layer] for tensor in tensors], name, layer)
             for layer in range(layers)
         ]
         return jnp.stack(each)
-    return _merged(config, weights, tensors, name)
+    return _merged(config, given, tensors, name)
 
 
 def _merged(
-    config: Config, weights: Sequence[float], tensors: Sequence[jax.Array], name: str
+    config: Config,
+    given: Given,
+    tensors: Sequence[jax.Array],
+    name: str,
+    layer: int | None = None,
 ) -> jax.Array:
     *members, last = tensors
     with_base = takes_base(config)
@@ -159,8 +288,8 @@ def _merged(
         config.merge.method,
         members if with_base else tensors,
         last if with_base else None,
-        _genes(config, weights),
-        name=name,
-        seed=config.seed,
+        _genes(config, *given.of(name, layer or 0)),
+        name=name if layer is None else f"{name}/{layer}",
+        seed=given.seed,
         variant=config.merge.variant,
     )

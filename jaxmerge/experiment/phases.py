@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.config import Config
-from jaxmerge.experiment import analyses, climb
+from jaxmerge.experiment import analyses, climb, methods
 from jaxmerge.experiment.analyses import Study
 from jaxmerge.experiment.budget import (
     WARM,
@@ -98,7 +98,7 @@ def search(
     run = functools.partial(
         loop.search,
         archive,
-        to_weights=_to_weights(config, prepared.pool.count),
+        to_weights=_to_coefficients(config, prepared),
         objective=objective,
         seed=config.seed,
         save_seconds=search.save_seconds,
@@ -161,7 +161,7 @@ def analyse(
             budget = climbed.evaluations
         else:
             strategy = build_strategy(config, len(names), chosen, groups)
-        to_weights = _to_weights(config, groups)
+        to_weights = _to_coefficients(config, prepared)
         best = loop.search(
             archive,
             strategy,
@@ -184,8 +184,10 @@ def analyse(
         search_over=search_over,
         pool_sizes=config.analyses.pool_sizes,
     )
+    weighted = prepared.method is None or prepared.method.weighted
     wanted = {
-        "leave_one_out": config.analyses.leave_one_out,
+        **dict.fromkeys(("nonzero", "weight_vs_score"), weighted),
+        "leave_one_out": config.analyses.leave_one_out and weighted,
         "pool_size": bool(config.analyses.pool_sizes),
         "transfer": config.analyses.transfer,
     }
@@ -211,11 +213,22 @@ def stored(prepared: Prepared, winner: Candidate) -> dict[str, Any] | None:
     return {**error, "scores": scores}
 
 
-def _to_weights(config: Config, groups: int) -> loop.ToWeights:
-    """Genotypes to merge weights, as the config says."""
-    fields = config.space
-    return lambda z: space.weights(
-        z, fields.constraint, fields.bounds, groups=groups, shrink=fields.shrink
+def _to_coefficients(config: Config, prepared: Prepared) -> loop.ToWeights:
+    """Genotypes to merge weights, or to a method's rows, as the config says."""
+    fields, method, groups = config.space, prepared.method, prepared.pool.count
+    if method is None:
+        return lambda z: space.weights(
+            z, fields.constraint, fields.bounds, groups=groups, shrink=fields.shrink
+        )
+    return lambda z: space.rows(
+        z,
+        method.checkpoints,
+        methods.ranges(method),
+        fields.constraint,
+        fields.bounds,
+        weighted=method.weighted,
+        groups=groups,
+        shrink=fields.shrink,
     )
 
 

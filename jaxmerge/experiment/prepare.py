@@ -19,6 +19,7 @@ from jaxmerge.evaluation.evaluator import Evaluator
 from jaxmerge.evaluation.remember import Remembering
 from jaxmerge.evaluation.soft import SoftScore
 from jaxmerge.evaluation.tokenizer import Tokenizer
+from jaxmerge.experiment import methods
 from jaxmerge.experiment.budget import build_strategy, check_budget, check_pool_sizes
 from jaxmerge.experiment.build import (
     bounds_of,
@@ -40,6 +41,7 @@ from jaxmerge.experiment.sources import (
     tokenizer_directory,
 )
 from jaxmerge.hosts import processes
+from jaxmerge.merge.searched import Searched
 from jaxmerge.models.model import Model
 from jaxmerge.planning.here import residency_here, room_of
 from jaxmerge.planning.residency import Room
@@ -64,6 +66,7 @@ class Prepared(NamedTuple):
     warnings: tuple[str, ...]  # of the objective's tasks
     tasks: tuple[Task, ...]  # of the objective
     soften: Callable[[Sequence[Task]], SoftScore]  # what a search along gradients climbs
+    method: Searched | None = None  # that candidates are merged by; None: they are weighted sums
 
 
 def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
@@ -83,15 +86,18 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
     parts = Held() if held is None else held
     parts.release(made_of(config))
-    sources = parts.part("sources", lambda: find_checkpoints(config))
+    with_base = methods.takes_base(config)
+    sources = parts.part("sources", lambda: find_checkpoints(config, with_base=with_base))
+    K = len(sources) - with_base
+    method = methods.searched(config, K)
     model, tokenizer = parts.part("model", lambda: _model_and_tokenizer(config, sources))
     mesh = _mesh(config)
     tasks, heldout = parts.part("tasks", lambda: _tasks(config))
     groups = build_groups(config, model, sources[0].abstract)
     G = len(groups.names) if groups else 1
-    strategy = parts.part("strategy", lambda: build_strategy(config, len(sources), groups=G))
+    strategy = parts.part("strategy", lambda: build_strategy(config, K, groups=G))
     check_budget(strategy, "search.budget", config.search.budget)
-    check_pool_sizes(config, len(sources), G)
+    check_pool_sizes(config, K, G)
     step = least_step(config, sources, model, mesh, groups)
     room, residency = parts.part("residency", lambda: _residency(config, step))
     population = strategy.population
@@ -109,6 +115,8 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
             storage=config.pool.storage,
             rematerialise=step.layers,
             groups=groups,
+            method=method,
+            layers=model.layers,
         ),
     )
     splits = {"search": (tasks, "search"), "test": (tasks, "test"), "heldout": (heldout, "test")}
@@ -129,6 +137,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         (*warnings_of(tasks), *_moved(directory)),
         tuple(tasks),
         functools.partial(_soft, config, pool, model, tokenizer, mesh, like),
+        method,
     )
 
 
@@ -159,7 +168,7 @@ def _recorded(config: Config, workdir: str, pool: Pool, tasks: Sequence[Task]) -
     """The run directory, with a record of the pool and the tasks."""
     directory = open_directory(config, workdir, orbax="orbax" in config.export.formats)
     try:
-        record_pool(directory, pool.records)
+        record_pool(directory, pool.records, base=len(pool.records) > len(pool.names))
         record_tasks(directory, tasks)
     except JaxmergeError:
         directory.close()
@@ -205,9 +214,12 @@ def made_of(config: Config) -> dict[str, Any]:
     """The fields that each part of a run is made of which others can share; the dearest first."""
     plain = configs.plain(config)
     objective, search = plain["objective"], plain["search"]
-    sources = [plain["pool"], plain["export"]["formats"]]
+    sources = [plain["pool"], plain["export"]["formats"], plain["merge"]["method"]]
     grain = [configs.granularity(config), plain["space"]["patterns"]]
-    pool = [sources, plain["mesh"], plain["merge"]["rematerialise"], grain]
+    fields = ("rematerialise", "method", "genes", "variant")
+    merged = [plain["merge"][field] for field in fields]
+    merged += [plain["seed"]] if plain["merge"]["method"] != "linear" else []
+    pool = [sources, plain["mesh"], merged, grain]
     sizes = [objective["search_examples"], objective["test_examples"]]
     tasks = [plain["tasks"], objective["tasks"], plain["heldout"], sizes]
     strategy = [search[field] for field in ("strategy", "population", "init", "sigma", "params")]
@@ -216,7 +228,7 @@ def made_of(config: Config) -> dict[str, Any]:
         "pool": pool,
         "residency": pool,
         "evaluators": [pool, tasks, plain["evaluate"], search["population"], of_gradient],
-        "strategy": [sources, strategy, grain],
+        "strategy": [sources, strategy, grain, merged],
         "sources": sources,
         "model": sources,
         "tasks": tasks,

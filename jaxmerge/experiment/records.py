@@ -80,12 +80,19 @@ def _check_shared(directory: RunDirectory) -> None:
         )
 
 
-def record_pool(directory: RunDirectory, of_pool: Sequence[Record]) -> None:
-    """Writes pool.json; refuses a directory whose candidates were made of other checkpoints."""
+def record_pool(directory: RunDirectory, of_pool: Sequence[Record], *, base: bool = False) -> None:
+    """Writes pool.json; refuses a directory whose candidates were made of other checkpoints.
+
+    Args:
+        directory: of the run.
+        of_pool: the checkpoints.
+        base: whether the last is the base, which stands by itself there.
+    """
     records = [dataclasses.asdict(record) for record in of_pool]
     known = directory.read_json("pool.json")
     if known is not None:
-        for before, now in zip(known["checkpoints"], records):
+        before_all = known["checkpoints"] + ([known["base"]] if "base" in known else [])
+        for before, now in zip(before_all, records):
             if before["fingerprint"] != now["fingerprint"]:
                 raise JaxmergeError(
                     "the checkpoint is not the one that this run directory was started with",
@@ -93,7 +100,8 @@ def record_pool(directory: RunDirectory, of_pool: Sequence[Record]) -> None:
                     expected=f"fingerprint {before['fingerprint']}",
                     found=now["fingerprint"],
                 )
-    directory.write_json("pool.json", {"checkpoints": records})
+    apart = {"base": records.pop()} if base else {}
+    directory.write_json("pool.json", {"checkpoints": records, **apart})
 
 
 def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:

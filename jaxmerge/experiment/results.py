@@ -265,7 +265,7 @@ def _front(
 
 
 def _final(found: Found) -> Request:
-    return Request("final", found.name, np.asarray(found.candidate.weights, np.float32))
+    return Request("final", found.name, np.asarray(found.candidate.coefficients, np.float32))
 
 
 def _entry(
@@ -286,6 +286,7 @@ def _entry(
         "id": found.candidate.id,
         "weights": dict(zip(names, found.candidate.by_checkpoint)),
         **({"groups": grouped} if isinstance(grouped[0], tuple) else {}),
+        **({} if found.candidate.genes is None else {"genes": found.candidate.genes}),
         "evaluations": found.evaluations,
         "tokens": found.tokens,
         "search": found.candidate.scores,

@@ -16,12 +16,13 @@ from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
 from jaxmerge.evaluation.evaluator import Sample
-from jaxmerge.experiment import phases, results, speech
+from jaxmerge.experiment import methods, phases, results, speech
 from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.hosts import processes
+from jaxmerge.report.live import Live
 from jaxmerge.rundir import Candidate
 from jaxmerge.scores import formatting
 from jaxmerge.search import baselines
@@ -29,6 +30,7 @@ from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import Setting
 
 
+# Longer than a screen: a run from its start to its end, a phase after the other.
 def search(
     config: Config, workdir: str, command: str = "", held: Held | None = None
 ) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def search(
 
     with closing(directory), phases.live(config, prepared) as live:
         answers = Answers(directory, "search")
-        archive = Archive(directory, prepared.evaluators, live.candidates, _individuals_to(answers))
+        archive = _archive(prepared, live, answers)
         with _timed(seconds, "individuals"):
             individuals = baselines.individuals(archive, pool.names)
             odd = answers.warn(individuals, prepared.bounds)
@@ -89,12 +91,14 @@ def search(
             _say([silent] if silent else [])
         said = {"command": command, "warnings": [*prepared.warnings, *odd]}
         findings = {"version": 2, **said, **findings, "analyses": analysed}
+        findings |= methods.findings(prepared.method)
         with _timed(seconds, "export"):
             _export_winner(config, prepared, tested.winner, findings)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
         if climbed:
             findings["soft"] = climbed.findings()
+        findings |= pool.kinship()
         findings["residency"] = pool.traffic(since=read_before)
         if storage := phases.stored(prepared, tested.winner):
             findings["storage"] = storage
@@ -102,6 +106,19 @@ def search(
         if processes.first():
             report.write(directory.path)
     return findings
+
+
+def _archive(prepared: Prepared, live: Live, answers: Answers) -> Archive:
+    """The log of the run, and what evaluates what is not in it."""
+    method = prepared.method
+    return Archive(
+        prepared.directory,
+        prepared.evaluators,
+        live.candidates,
+        _individuals_to(answers),
+        genes=[gene.name for gene in method.genes] if method else None,
+        checkpoints=len(prepared.pool.names),
+    )
 
 
 def _export_winner(
@@ -112,7 +129,7 @@ def _export_winner(
     export(
         directory.path / "merged",
         pool.trees[0],
-        pool.merged(np.array(winner.weights, np.float32)),
+        pool.merged(np.array(winner.coefficients, np.float32)),
         source=prepared.sources[0],
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.export import check_like
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import survey
@@ -79,15 +80,16 @@ def where_of(config: Config) -> dict[str, Any]:
     """How the checkpoints of a pool are found and read, for `survey.find`."""
     pool = config.pool
     return {
-        **{"subtree": pool.subtree, "item": pool.item, "base": pool.base},
+        **{"subtree": pool.subtree, "item": pool.item, "base": base_of(config)},
         # The user's own model has the leaves that the checkpoints have.
         **{"rope_type": pool.rope_type, "as_stored": bool(pool.model)},
     }
 
 
 def base_of(config: Config) -> str:
-    """The directory that `pool.base` names; "": none."""
-    return os.path.expanduser(config.pool.base)
+    """The Hugging Face directory that `pool.base` names; "": none, or it is an Orbax checkpoint."""
+    named = os.path.expanduser(config.pool.base)
+    return "" if named and orbax.recognises(orbax.absolute(named)) else named
 
 
 def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:

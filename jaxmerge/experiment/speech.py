@@ -23,6 +23,7 @@ from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.experiment.sources import huggingface_directory, where_of
 from jaxmerge.planning.here import room_of
 from jaxmerge.rundir import Candidate
+from jaxmerge.search.archive import stacked
 from jaxmerge.sharding import all_devices, make_mesh
 from jaxmerge.tasks.requests import Generate, Prompt
 from jaxmerge.trees import byte_count
@@ -39,9 +40,8 @@ def of_search(config: Config, prepared: Prepared, winner: Candidate) -> str:
         return ""
     evaluator = prepared.evaluators["search"]
     members = _heaviest(np.array(winner.by_checkpoint))
-    weights = np.array(winner.weights, np.float32)
-    rows = [*(np.eye(weights.shape[-1], dtype=np.float32)[k] for k in members), weights]
-    weights_PxK = np.stack([np.broadcast_to(row, weights.shape) for row in rows])
+    alone = np.eye(len(winner.by_checkpoint), dtype=np.float32)
+    weights_PxK = stacked([*(alone[k] for k in members), winner.coefficients])
     asked = [each for each in evaluator.first_requests(len(PROMPTS)) if isinstance(each, Generate)]
     prompts = [each.prompt for each in asked] or [Prompt(text) for text in PROMPTS]
     tokens = min([TOKENS, *(each.max_new_tokens for each in asked)])

@@ -76,6 +76,10 @@ class LeafwiseMerger:
         merged = self._merged(name, like, np.repeat(weights_K[None], pop, axis=0))
         return jax.jit(lambda leaf: leaf[0], out_shardings=like.sharding)(merged)
 
+    def leaves(self, name: str) -> list[Array]:
+        """That leaf of every checkpoint."""
+        return [self._leaf(k, name) for k in range(self._K)]
+
     def programs(self, count: int) -> list[str]:
         """The compiled text of what adds a checkpoint's leaf for `count` candidates, by leaf."""
         added = [adding(like, count) for like in named_leaves(self._like).values()]

@@ -34,6 +34,7 @@ class Gene:
         default: None: there is none, so that it must be given.
         low, high: between which a search looks for it; other values may be given.
         per_checkpoint: whether each checkpoint has its own.
+        tolerance: whether it bounds an error, so that there is nothing to search.
     """
 
     name: str
@@ -41,6 +42,13 @@ class Gene:
     low: float = 0.0
     high: float = 1.0
     per_checkpoint: bool = False
+    tolerance: bool = False
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search sets it, unless it is given; weights are by themselves."""
+        chooses = isinstance(self.default, bool)
+        return not (chooses or self.tolerance or self.name == "weight")
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,12 @@ METHODS: dict[str, Method] = {
         "mergekit", combinations.nuslerp, geometry=True),
     "multislerp": Method(
         "combination", "optional", (2, None),
-        (_WEIGHT, Gene("normalize_weights", True), Gene("eps", 1e-8, 1e-12, 1e-4)),
+        (_WEIGHT, Gene("normalize_weights", True), Gene("eps", 1e-8, 1e-12, 1e-4, tolerance=True)),
         "mergekit", combinations.multislerp, geometry=True),
     "karcher": Method(
         "combination", "none", (2, None),
-        (Gene("max_iter", 10.0, 1.0, 100.0), Gene("tol", 1e-5, 1e-8, 1e-3)),
+        (Gene("max_iter", 10.0, 1.0, 100.0, tolerance=True),
+         Gene("tol", 1e-5, 1e-8, 1e-3, tolerance=True)),
         "arXiv 2603.04972", combinations.karcher, geometry=True),
     "task_arithmetic": Method(
         "combination", "required", (1, None), (_WEIGHT, _SUM, _LAMBDA), "arXiv 2212.04089",
@@ -192,12 +201,29 @@ def merge_tensor(
     placed_base = None if base is None else jnp.asarray(base)
     if not placed[0].size:
         return placed[0] if placed_base is None else placed_base
-    every = {**numbers, **choices}
-    if METHODS[method].kind == "mask":
-        key = jnp.asarray(draws.key(seed, name))
-        return METHODS[method].rule(placed, placed_base, every, key, variant)
-    found = coefficients(method, variant, every, placed, placed_base)
-    return _combined(tuple(placed), placed_base, found, axis=vector_axis(every, placed[0].ndim))
+    key = jnp.asarray(draws.key(seed, name))
+    return merged(method, variant, placed, placed_base, {**numbers, **choices}, key)
+
+
+def merged(
+    method: str,
+    variant: str,
+    tensors: Sequence[Array],
+    base: Array | None,
+    genes: Mapping[str, Any],
+    key: Array,
+) -> Array:
+    """`merge_tensor` of what has been checked, where all may be traced but the choices.
+
+    Args:
+        genes: all of them, see `complete`.
+        key: see `draws.key`.
+    """
+    row = METHODS[method]
+    if row.kind == "mask":
+        return row.rule(tensors, base, genes, key, variant)
+    found = coefficients(method, variant, genes, tensors, base)
+    return _combined(tuple(tensors), base, found, axis=vector_axis(genes, tensors[0].ndim))
 
 
 def check_inputs(method: str, checkpoints: int, *, with_base: bool) -> None:
@@ -247,9 +273,8 @@ def complete(
     for name, gene in table.items():
         value = genes.get(name, gene.default)
         if value is None:
-            raise JaxmergeError(
-                f"{method} needs this", where=f"merge.genes.{name}", expected=_said(gene)
-            )
+            said = "a number" + " for each checkpoint" * gene.per_checkpoint
+            raise JaxmergeError(f"{method} needs this", where=f"merge.genes.{name}", expected=said)
         if isinstance(gene.default, bool):
             if not isinstance(value, bool | np.bool_):
                 raise JaxmergeError(
@@ -277,10 +302,6 @@ def _number(gene: Gene, value: Any, checkpoints: int) -> Array:
             found=f"shape {found.shape}",
         )
     return jnp.broadcast_to(found, wanted)
-
-
-def _said(gene: Gene) -> str:
-    return "a number for each checkpoint" if gene.per_checkpoint else "a number"
 
 
 def _check_tensors(name: str, tensors: Sequence[Any]) -> None:
@@ -328,7 +349,7 @@ def coefficients(
     if METHODS[method].geometry:
         axis = vector_axis(genes, tensors[0].ndim)
         found = _geometry(tuple(tensors), base, axis=axis)
-    return _rule(method, variant, choices)(found, numbers)
+    return rule(method, variant, choices)(found, numbers)
 
 
 def vector_axis(genes: Mapping[str, Any], ndim: int) -> int | None:
@@ -339,16 +360,18 @@ def vector_axis(genes: Mapping[str, Any], ndim: int) -> int | None:
 
 
 @functools.cache
-def _rule(method: str, variant: str, choices: tuple[tuple[str, bool], ...]) -> Any:
+def rule(method: str, variant: str, choices: tuple[tuple[str, bool], ...]) -> Any:
+    """`(geometry, numbers) -> c` of a combination, compiled; see `coefficients`."""
+
     def of_vectors(geometry: Any, numbers: Mapping[str, Array]) -> Array:
         return METHODS[method].rule(geometry, {**numbers, **dict(choices)}, variant)
 
-    def rule(geometry: Any, numbers: Mapping[str, Array]) -> Array:
+    def of_tensor(geometry: Any, numbers: Mapping[str, Array]) -> Array:
         if geometry is None or geometry.norms.ndim == 1:
             return of_vectors(geometry, numbers)
         return jax.vmap(of_vectors, in_axes=(0, None))(geometry, numbers)
 
-    return jax.jit(rule)
+    return jax.jit(of_tensor)
 
 
 @functools.partial(jax.jit, static_argnames="axis")

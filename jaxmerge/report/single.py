@@ -5,7 +5,17 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from jaxmerge.report import analyses, answers, markup, page, plots, soft, tables, unfinished
+from jaxmerge.report import (
+    analyses,
+    answers,
+    markup,
+    merged,
+    page,
+    plots,
+    soft,
+    tables,
+    unfinished,
+)
 from jaxmerge.report.reading import Json, Run, as_written, models, read
 
 _INTERVALS = (
@@ -59,7 +69,9 @@ def _finished(run: Run, results: Json) -> str:
         _tradeoff_section(run, tested=True),
         _search_section(run),
         tables.weights_section(run, results),
-        tables.groups_section(run, results),
+        merged.method_section(results),
+        merged.groups_section(run, results),
+        merged.kinship_section(run, results),
         tables.scores_section(run, results),
         answers.section(run),
         soft.section(run, results.get("soft", {})),

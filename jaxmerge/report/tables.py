@@ -76,6 +76,7 @@ def weights_section(run: Run, results: Json) -> str:
     """The winner's weight of each checkpoint, beside what the checkpoint scores by itself."""
     best, form = results["best"], run.formats["objective"]
     own = {entry["name"]: entry for entry in results["individuals"]}
+    weighted = results.get("method", {}).get("weighted", True)
     weights = [best["weights"].get(checkpoint["name"], 0.0) for checkpoint in run.pool]
     reached = [entry["test_objective"] for entry in (best, *own.values())]
     tops = {task: max(entry["test"][task] for entry in own.values()) for task in results["tasks"]}
@@ -88,7 +89,7 @@ def weights_section(run: Run, results: Json) -> str:
     rows = []
     for checkpoint, weight in zip(run.pool, weights):
         name = checkpoint["name"]
-        shown = markup.bar(weight, weights, "weight", markup.number(weight))
+        shown = markup.bar(weight, weights, "weight", markup.number(weight)) if weighted else ""
         alone = scores(own[name], "single") if name in own else []
         rows.append((text(name), shown, *alone))
     total = f'<span class="number">sum {markup.number(sum(weights))}</span>'
@@ -101,27 +102,6 @@ def weights_section(run: Run, results: Json) -> str:
             "checkpoint of each task is bold."
         ),
         markup.table(("checkpoint", "weight", *columns), rows, css="bars"),
-    )
-
-
-def groups_section(run: Run, results: Json) -> str:
-    """The winner's weights of each group of leaves that has its own, as a heat map."""
-    best = results["best"]
-    if "groups" not in best:
-        return ""
-    reached = max(abs(weight) for row in best["groups"] for weight in row)
-    rows = [
-        (text(group), *(markup.shaded(weight, reached, markup.number(weight)) for weight in row))
-        for group, row in zip(results["groups"], best["groups"])
-    ]
-    columns = [text(checkpoint["name"]) for checkpoint in run.pool]
-    return markup.section(
-        "Weights by group",
-        markup.note(
-            f"Each of {len(rows)} groups of leaves has weights of its own. The darker, the larger; "
-            "the table above has their means."
-        ),
-        markup.table(("group", *columns), rows, css="numbers heat"),
     )
 
 

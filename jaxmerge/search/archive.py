@@ -19,7 +19,7 @@ from jaxtyping import Float
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator, Sample
 from jaxmerge.evaluation.remember import Remembering
-from jaxmerge.rundir import Candidate, RunDirectory, Weights, as_weights
+from jaxmerge.rundir import Candidate, RunDirectory, Weights, as_gene, as_weights
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search.slices import Keep, Slices, score
 
@@ -36,7 +36,7 @@ class Request(NamedTuple):
 
     origin: str
     name: str
-    weights: np.ndarray  # [K] or [G, K], float32
+    coefficients: np.ndarray  # weights [K] or [G, K], or rows of `merge.searched`; float32
     generation: int = 0
     tokens: Mapping[str, int] | None = None
     seconds: float = 0.0
@@ -44,8 +44,8 @@ class Request(NamedTuple):
 
     @property
     def key(self) -> Weights:
-        """The weights as a candidate has them."""
-        return as_weights(np.asarray(self.weights, np.float32))
+        """The coefficients as a candidate has them."""
+        return as_weights(np.asarray(self.coefficients, np.float32))
 
 
 class _Group(NamedTuple):
@@ -78,6 +78,8 @@ class Archive:
         evaluators: by split.
         on_candidates: told of every group of candidates, as soon as their scores are known.
         on_samples: told what a request that is evaluated now has said, before that is recorded.
+        genes: names of the numbers that a search over a method sets; None: it is over weights.
+        checkpoints: K, which tells such rows from weights.
     """
 
     def __init__(
@@ -86,9 +88,13 @@ class Archive:
         evaluators: Mapping[str, Evaluator | Remembering],
         on_candidates: Callable[[Sequence[Candidate]], None] = lambda candidates: None,
         on_samples: Callable[[Request, Mapping[str, Sample]], None] = lambda asked, samples: None,
+        *,
+        genes: Sequence[str] | None = None,
+        checkpoints: int = 0,
     ):
         self._directory, self._evaluators, self._tell = directory, evaluators, on_candidates
         self._tell_samples = on_samples
+        self._genes, self._K = genes, checkpoints
         self._next = 0  # the id of the next candidate to be asked for
 
     @property
@@ -107,7 +113,7 @@ class Archive:
         if len(done) < len(requests):
             requests = [  # with the weights that recorded scores belong to
                 *(
-                    asked._replace(weights=np.array(one.weights, np.float32))
+                    asked._replace(coefficients=np.array(one.coefficients, np.float32))
                     for one, asked in zip(done, requests)
                 ),
                 *requests[len(done) :],
@@ -123,7 +129,7 @@ class Archive:
         if done:
             self._tell(done)
         if groups:
-            known |= {one.weights: one for one in done}
+            known |= {one.coefficients: one for one in done}
             done += self._evaluate(split, requests, groups, known)
         return done
 
@@ -186,7 +192,7 @@ class Archive:
     def _known(self, split: str) -> dict[Weights, Candidate]:
         """By weights, those that were scored on all examples of the split."""
         past = [one for one in self.past if one.split == split]
-        return {one.weights: one for one in past if one.out_of is None}
+        return {one.coefficients: one for one in past if one.out_of is None}
 
     def _evaluate(
         self,
@@ -197,7 +203,7 @@ class Archive:
     ) -> list[Candidate]:
         evaluator, done = self._evaluators[split], []
         fresh = [requests[i].key for group in groups for i in group.fresh]
-        steps = evaluator.steps(_stacked(fresh)) if fresh else iter(())
+        steps = evaluator.steps(stacked(fresh)) if fresh else iter(())
         started = time.perf_counter()
         for group in groups:
             new: dict[Weights, _Scored] = {}
@@ -219,7 +225,7 @@ class Archive:
                     one = _Scored(self._directory.examples(earlier), earlier.scores)
                 scored.append(one if i in group.fresh else _Scored(one.row, one.scores))
             recorded = self._record(split, asked, scored)
-            known |= {one.weights: one for one in recorded}
+            known |= {one.coefficients: one for one in recorded}
             done += recorded
         return done
 
@@ -236,11 +242,12 @@ class Archive:
             for task, N in evaluator.examples.items()
         }
         asked = {request.key for request in requests}
-        for earlier in [one for one in self.past if one.split == "search" and one.weights in asked]:
-            same = [p for p, request in enumerate(requests) if request.key == earlier.weights]
+        past = [one for one in self.past if one.split == "search"]
+        for earlier in [one for one in past if one.coefficients in asked]:
+            same = [p for p, request in enumerate(requests) if request.key == earlier.coefficients]
             for task, row in self._directory.examples(earlier).items():
                 known[task][same] = np.where(np.isnan(row), known[task][same], row)
-        weights_PxK = _stacked([request.key for request in requests])
+        weights_PxK = stacked([request.key for request in requests])
         raced = score(evaluator, slices, chosen, weights_PxK, known, keep)
         scored = [
             _Scored(
@@ -252,6 +259,14 @@ class Archive:
             for p in range(len(requests))
         ]
         return self._record("search", requests, scored)
+
+    def _parts(self, request: Request) -> dict[str, Any]:
+        """Weights and genes of a request, as a candidate has them."""
+        row = np.array(request.key)
+        if self._genes is None or row.shape[-1] == self._K:
+            return {"weights": request.key, "genes": None}
+        genes = {name: as_gene(row[..., self._K + i]) for i, name in enumerate(self._genes)}
+        return {"weights": as_weights(row[..., : self._K]), "genes": genes}
 
     def _record(
         self, split: str, requests: Sequence[Request], scored: Sequence[_Scored]
@@ -270,7 +285,7 @@ class Archive:
                     name=request.name,
                     split=split,
                     row=row + i,
-                    weights=request.key,
+                    **self._parts(request),
                     scores=one.scores,
                     n=n,
                     seconds=round(request.seconds + one.seconds, 6),
@@ -312,9 +327,15 @@ def _added(scoring: dict[str, int], asking: Mapping[str, int] | None) -> dict[st
     return scoring | {kind: scoring.get(kind, 0) + count for kind, count in more.items()}
 
 
-def _stacked(keys: Sequence[Weights]) -> Float[np.ndarray, "P *G K"]:
-    """Weights of several candidates; where groups have their own, those of all of them."""
+def stacked(keys: Sequence[Any]) -> Float[np.ndarray, "P *G K"]:
+    """Coefficients of several candidates as one array.
+
+    Where some have rows of groups, all have; weights beside rows of a method are filled up with
+    zeros, see `merge.searched`.
+    """
     rows = [np.array(key, np.float32) for key in keys]
+    width = max(row.shape[-1] for row in rows)
+    rows = [np.pad(r, [(0, 0)] * (r.ndim - 1) + [(0, width - r.shape[-1])]) for r in rows]
     shape = max((row.shape for row in rows), key=len)
     return np.stack([np.broadcast_to(row, shape) for row in rows])
 
@@ -327,15 +348,15 @@ def _mean(scores_N: Float[np.ndarray, " N"]) -> float:
 def _check_same(candidate: Candidate, request: Request, split: str) -> None:
     asked = (request.origin, request.name, request.generation, split)
     found = (candidate.origin, candidate.name, candidate.generation, candidate.split)
-    recorded = np.array(candidate.weights)
-    same_weights = recorded.shape == np.shape(request.weights) and np.allclose(
-        recorded, request.weights, rtol=0, atol=_SAME_WEIGHTS
+    recorded, wanted = np.array(candidate.coefficients), request.coefficients
+    same_weights = recorded.shape == np.shape(wanted) and np.allclose(
+        recorded, wanted, rtol=0, atol=_SAME_WEIGHTS
     )
     if asked != found or not same_weights:
         raise JaxmergeError(
             "the log holds another candidate than the one this run asks for here; was the run "
             "directory, the pool or the jaxmerge version changed?",
             where=f"candidates.jsonl, candidate {candidate.id}",
-            expected=f"{asked}, weights {np.round(request.weights, 4).tolist()}",
-            found=f"{found}, weights {np.round(candidate.weights, 4).tolist()}",
+            expected=f"{asked}, weights {np.round(wanted, 4).tolist()}",
+            found=f"{found}, weights {np.round(recorded, 4).tolist()}",
         )

@@ -78,6 +78,7 @@ Slopes = Callable[[Float[np.ndarray, "G K"], int, Mapping[str, str]], Mapping[st
 Lines = Callable[[Float[np.ndarray, "generations T F"]], Mapping[str, Line]]
 
 
+# Longer than a screen: the functions of a strategy, which share what they are made of.
 def gradient(
     slopes: Slopes,
     lines: Lines,

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
-from jaxmerge.rundir import Candidate, cost
+from jaxmerge.rundir import Candidate, Weights, cost
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import space
 from jaxmerge.search.archive import Archive, Request, best
@@ -64,9 +64,8 @@ def search(
 ) -> Candidate:
     """Runs `budget // population` generations at most; returns the best candidate of them.
 
-    The log has every candidate. Started again, the search asks the log before it evaluates: the
-    result is the same wherever it was stopped. The strategy's state, saved every `save_seconds`,
-    spares a run of a single process the asking.
+    Started again, the search asks the log before it evaluates: the result is the same wherever it
+    was stopped. The strategy's state, saved every `save_seconds`, spares a single process that.
 
     Args:
         archive: evaluates on the split `search`.
@@ -105,11 +104,8 @@ def search(
         started = time.perf_counter()
         z_PxD, state = strategy.ask(seed, generation, state)
         requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
-        took = time.perf_counter() - started
         requests[0] = requests[0]._replace(
-            tokens=strategy.tokens(generation),
-            seconds=took,
-            expected=strategy.expected(generation, state),
+            **_of_asking(strategy, generation, state), seconds=time.perf_counter() - started
         )
         fitness_P = _evaluated(archive, economy, requests, objective, seed)
         # A process that went astray must not go on: its collectives would match nobody's.
@@ -121,6 +117,12 @@ def search(
             saved = time.monotonic()
     mine = [past for past in archive.past if (past.origin, past.name) == (origin, name)]
     return best(_decided(archive, economy, mine, objective) if economy else mine, objective)
+
+
+def _of_asking(strategy: Strategy, generation: int, state: State) -> dict[str, Any]:
+    """What the first candidate of a generation has that the others have not."""
+    expected = strategy.expected(generation, state)
+    return {"tokens": strategy.tokens(generation), "expected": expected}
 
 
 def _refuse(where: str, expected: str, found: int) -> NoReturn:
@@ -229,7 +231,7 @@ def _decided(
     finalists = [
         (_average(late, economy, objective, half), generations - 1),
         (_average(late, economy, objective, quarter), generations - 1),
-        *((np.array(one.weights, np.float32), one.generation) for one in standing),
+        *((np.array(one.coefficients, np.float32), one.generation) for one in standing),
     ]
     origin, name = decision(mine[0].origin), mine[0].name
     requests = [Request(origin, name, *finalist) for finalist in finalists]
@@ -241,11 +243,11 @@ def _average(
     late: Sequence[Candidate], economy: Economy, objective: Objective, first: int
 ) -> Float[np.ndarray, "*G K"]:
     """The mean weights of the candidates that were selected in the generations from `first` on."""
-    rows: list[tuple[float, ...]] = []
+    rows: list[Weights] = []
     for generation in range(first, late[-1].generation + 1):
         asked = [one for one in late if one.generation == generation]
         order = np.argsort(-_fitness(asked, objective, economy), kind="stable")
-        rows += [asked[i].weights for i in order[: economy.selected]]
+        rows += [asked[i].coefficients for i in order[: economy.selected]]
     return np.mean(rows, axis=0).astype(np.float32)
 
 

@@ -2,13 +2,14 @@
 
 A genotype z has one value per checkpoint, of each group of leaves that has weights of its own, and
 z = 0 is the uniform soup under every constraint. The unit of z is the uniform weight 1/K (for
-softmax, a factor e), so that one step size suits all. The functions take arrays of NumPy or of JAX.
+softmax, a factor e), so that one step size suits all. Of a method's own numbers z = 0 is the
+default, and the unit half their range. The functions take arrays of NumPy or of JAX.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -58,12 +59,73 @@ def mapped(
     z'_g = m + (1 - shrink) (clip(z_g) - m), m being the mean over groups: with a shrink of 1 all
     groups have the same weights.
     """
+    return CONSTRAINTS[constraint](_pulled(z, bounds, shrink))
+
+
+def _pulled(z: Any, bounds: tuple[float, float], shrink: float) -> Any:
     xp = z.__array_namespace__()
     clipped = xp.clip(z, *bounds)
     if shrink:
         middle = xp.mean(clipped, axis=-2, keepdims=True)
         clipped = middle + (1 - shrink) * (clipped - middle)
-    return CONSTRAINTS[constraint](clipped)
+    return clipped
+
+
+class Range(NamedTuple):
+    """Where a search looks for a number of a method.
+
+    Attributes:
+        start: its value at z = 0.
+        low, high: the ends.
+    """
+
+    start: float
+    low: float
+    high: float
+
+
+def numbers(z: Any, ranges: Sequence[Range]) -> Any:
+    """Numbers of genotypes `[..., M]`: start + z (high - low) / 2, reflected at the ends.
+
+    So a step from an end goes inwards, whichever sign it has; no value is at an end for long.
+    """
+    xp = z.__array_namespace__()
+    start, low, high = (xp.asarray(ends, dtype=z.dtype) for ends in zip(*ranges))
+    walked = ((start - low) / (high - low) + z / 2) % 2
+    return low + (high - low) * (1 - xp.abs(1 - walked))
+
+
+def rows(
+    z_PxD: Float[np.ndarray, "P D"],
+    checkpoints: int,
+    ranges: Sequence[Range],
+    constraint: str = "softmax",
+    bounds: tuple[float, float] = (-8.0, 8.0),
+    *,
+    weighted: bool = True,
+    groups: int = 1,
+    shrink: float = 0.0,
+) -> Float[np.ndarray, "P *G R"]:
+    """What a population of genotypes is merged from by a method: K weights, M numbers, and 1.
+
+    Args:
+        z_PxD: genotypes; of G groups one after the other, of each weights before numbers.
+        checkpoints: K.
+        ranges: of the M numbers.
+        constraint: see `weights`; the rest too.
+        weighted: whether checkpoints have weights; else genotypes have none, and rows 1/K.
+    """
+    check(constraint, bounds, shrink)
+    z = np.asarray(z_PxD, np.float64)
+    z = z.reshape(len(z), groups, -1) if groups > 1 else z
+    shrink = shrink if groups > 1 else 0.0
+    own = z[..., :checkpoints] if weighted else np.zeros((*z.shape[:-1], checkpoints))
+    parts = [mapped(own, constraint, bounds, shrink)]
+    if ranges:
+        of_numbers = z[..., checkpoints if weighted else 0 :]
+        parts.append(numbers(_pulled(of_numbers, bounds, shrink), ranges))
+    parts.append(np.ones((*z.shape[:-1], 1)))
+    return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
 def weights(

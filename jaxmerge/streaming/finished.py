@@ -25,7 +25,7 @@ Checksums = Mapping[str, str]  # of tensors, by name
 
 
 class Finished:
-    """The record of finished files, `merge.json` in the run directory.
+    """The record of finished files in the run directory, `merge.json`.
 
     It is written anew after each file, when the file is on disk.
 
@@ -33,6 +33,7 @@ class Finished:
         directory: of the run.
         tensors: of each checkpoint; a record of other files than these is not heeded.
         outputs: directories of the merges.
+        name: of the record; several merges of a run may each have their own.
     """
 
     def __init__(
@@ -40,14 +41,15 @@ class Finished:
         directory: RunDirectory,
         tensors: Sequence[Mapping[str, Tensor]],
         outputs: Sequence[Path],
+        name: str = NAME,
     ):
-        self._directory = directory
+        self._directory, self._name = directory, name
         run = directory.path.absolute()
         head = {
             "inputs": [_identity(each) for each in tensors],
             "outputs": [os.path.relpath(output.absolute(), run) for output in outputs],
         }
-        known = directory.read_json(NAME) or {}
+        known = directory.read_json(name) or {}
         self._inputs_before = known.get("inputs", head["inputs"])
         same = all(known.get(key) == value for key, value in head.items())
         self._record: dict[str, Any] = {**head, "files": known["files"] if same else {}}
@@ -66,7 +68,7 @@ class Finished:
         of_outputs = known | {str(number): each for number, each in outputs.items()}
         entry = {"bytes": file.size, "inputs": list(inputs), "outputs": of_outputs}
         self._record["files"][file.name] = entry
-        self._directory.write_json(NAME, self._record)
+        self._directory.write_json(self._name, self._record)
 
     def inputs(self, file: WeightsFile) -> list[dict[str, str]]:
         """Checksums of the tensors that a file was made of, of each checkpoint."""

@@ -23,10 +23,11 @@ from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.safetensors import Tensor
 from jaxmerge.checkpoints.unchanged import Unchanged
 from jaxmerge.errors import JaxmergeError, way_out
+from jaxmerge.merge.combinations import Variant
 from jaxmerge.merge.methods import merge_tensor
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming.files import Writing
-from jaxmerge.streaming.finished import Finished, damaged
+from jaxmerge.streaming.finished import NAME, Finished, damaged
 from jaxmerge.trees import byte_count, parameter_count
 
 # Makes matrices of other rows out of those that were read, one for one.
@@ -94,12 +95,16 @@ class Output(NamedTuple):
         rest: called with the directory before it has its name, to add and change what is not a
             tensor.
         card: the text of README.md.
+        tokenizer: directory of another tokenizer and chat template; "": those of `like`.
+        record: file of the run directory that says which files are finished.
     """
 
     path: Path
     like: str
     rest: Callable[[Path], None]
     card: Callable[[Sequence[Record]], str]
+    tokenizer: str = ""
+    record: str = NAME
 
 
 def write(
@@ -109,6 +114,7 @@ def write(
     run: RunDirectory,
     *,
     seed: int = 0,
+    variant: Variant = "mergekit",
     shard_bytes: int = 5 * 10**9,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Record, ...]:
@@ -122,6 +128,7 @@ def write(
         output: where it goes.
         run: where it is recorded which files are finished, and with which checksums.
         seed: of methods that draw.
+        variant: see `merge.methods.merge_tensor`.
         shard_bytes: no file holds more, unless a single tensor does.
         progress: called with bytes that have been read and merged since.
 
@@ -141,7 +148,7 @@ def write(
     }
     wide = {name: dtype for name, dtype in stored.items() if dtype.itemsize == 8}
     files = huggingface.split(tensors, shard_bytes, wide)
-    finished = Finished(run, [model.files for model in models], [output.path])
+    finished = Finished(run, [model.files for model in models], [output.path], output.record)
     if output.path.exists():
         finished.check_inputs(output.path)
     read_from = (each.file for model in models for each in model.files.values())
@@ -155,12 +162,15 @@ def write(
             elif output.path.exists():
                 raise damaged(output.path / file.name)
             else:
-                _write_file(file, place, recipes, models, finished, seed, progress)
+                make = functools.partial(_made, models, seed, variant)
+                _write_file(file, place, recipes, models, finished, make, progress)
         unchanged.check()
         records = _records(files, models, finished)
         if not output.path.exists():
             text = functools.partial(output.card, records)
-            huggingface.publish(place, output.path, files, output.like, text, rest=output.rest)
+            huggingface.publish(
+                place, output.path, files, output.like, text, output.tokenizer, output.rest
+            )
     except OSError as error:
         raise JaxmergeError(
             "the merge can't be written",
@@ -193,7 +203,7 @@ def _write_file(
     recipes: Mapping[str, Recipe],
     models: Sequence[Model],
     finished: Finished,
-    seed: int,
+    make: Callable[[str, Recipe], _Made],
     progress: Callable[[int], object],
 ) -> None:
     inputs: list[dict[str, str]] = [{} for _ in models]
@@ -201,7 +211,7 @@ def _write_file(
     with Writing([place], file) as writing:
         for name in file.tensors:
             recipe = recipes[name]
-            made = _made(models, seed, name, recipe)
+            made = make(name, recipe)
             writing.write(0, name, 0, np.asarray(made.value).reshape(-1))
             outputs[name] = digest.digests({name: made.value})[name].checksum
             for read, found in zip(recipe.reads, made.digests):
@@ -210,7 +220,7 @@ def _write_file(
     finished.add(file, inputs, {0: outputs})
 
 
-def _made(models: Sequence[Model], seed: int, name: str, recipe: Recipe) -> _Made:
+def _made(models: Sequence[Model], seed: int, variant: Variant, name: str, recipe: Recipe) -> _Made:
     """Reads, casts, aligns and merges."""
     leaves = [_read(models[each.model], each.tensor) for each in recipe.reads]
     digests = [digest.digests({"": leaf})[""] for leaf in leaves]
@@ -233,12 +243,12 @@ def _made(models: Sequence[Model], seed: int, name: str, recipe: Recipe) -> _Mad
         recipe.genes,
         name=name,
         seed=seed,
-        variant="mergekit",
+        variant=variant,
     ).astype(recipe.written)
     if not bool(jnp.isfinite(value).all()):
         raise JaxmergeError(
             f"tensor {name} comes out with NaN or infinite values in {recipe.written}",
-            expected="out_dtype: bfloat16 or float32, or other parameters",
+            expected="bfloat16 or float32 as the dtype that is written, or other numbers",
         )
     return _Made(value, digests)
 

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxmerge.checkpoints import orbax, pool
-from jaxmerge.checkpoints.pool import read_leaf
+from jaxmerge.checkpoints.mergers import read_leaf
 from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.decoder import SHARDING_RULES

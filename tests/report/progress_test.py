@@ -1,7 +1,7 @@
 """The progress line: what it says, on a terminal of 80 columns and without one."""
 
-import fcntl
 import dataclasses
+import fcntl
 import os
 import pty
 import re

@@ -293,9 +293,9 @@ class Table(Archive):
 
     def evaluate(self, split: str, requests: Sequence[Request]) -> list[Candidate]:
         (request,) = requests
-        self.asked.append(tuple(np.flatnonzero(request.weights).tolist()))
+        self.asked.append(tuple(np.flatnonzero(request.coefficients).tolist()))
         score = {"sums": self.scores.get(self.asked[-1], 0.0)}
-        weights = tuple(map(float, request.weights))
+        weights = tuple(map(float, request.coefficients))
         return [dataclasses.replace(_rated(0, score), weights=weights)]
 
 

@@ -57,3 +57,28 @@ def test_some_of_the_checkpoints():
     spread = space.spread(np.array([[0.75, 0.25], [0.5, 0.5]], np.float32), [3, 0], 4)
     np.testing.assert_array_equal(spread, [[0.25, 0, 0, 0.75], [0.5, 0, 0, 0.5]])
     assert spread.dtype == np.float32
+
+
+RANGES = [space.Range(1.0, 0.05, 1.0), space.Range(1.0, 0.0, 2.0)]
+
+
+def test_numbers_start_at_their_defaults_and_are_reflected_at_the_ends():
+    np.testing.assert_allclose(space.numbers(np.zeros(2), RANGES), [1, 1])
+    found = space.numbers(np.array([[0.5, 0.5], [-0.5, -0.5]]), RANGES)
+    np.testing.assert_allclose(found, [[0.7625, 1.5], [0.7625, 0.5]])
+    far = space.numbers(np.linspace(-9, 9, 181)[:, None] * np.ones(2), RANGES)
+    assert (far >= np.array([0.05, 0]) - 1e-12).all()
+    assert (far <= np.array([1, 2]) + 1e-12).all()
+
+
+def test_rows_of_a_method_are_weights_numbers_and_one():
+    z_PxD = np.zeros((2, 2 * (3 + 1)))
+    z_PxD[1, 3] = 0.5  # the number of the first group
+    found = space.rows(z_PxD, 3, RANGES[1:], groups=2)
+    third = 1 / 3
+    np.testing.assert_allclose(found[0], [[third] * 3 + [1, 1]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(found[1, 0], [third] * 3 + [1.5, 1], rtol=1e-6)
+    pulled = space.rows(z_PxD, 3, RANGES[1:], groups=2, shrink=1.0)
+    np.testing.assert_allclose(pulled[1, :, 3], [1.25, 1.25], rtol=1e-6)
+    alone = space.rows(np.zeros((1, 1)), 2, RANGES[1:], weighted=False)
+    np.testing.assert_allclose(alone, [[0.5, 0.5, 1, 1]])

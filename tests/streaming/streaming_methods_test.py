@@ -1,5 +1,7 @@
 """Merges by other methods than the weighted sum, from checkpoints to a checkpoint."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from jaxmerge.checkpoints.survey import find
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment.merge import merge
 from jaxmerge.merge.methods import merge_tensor
+from jaxmerge.streaming import recipes
 from tests.streaming.streaming_test import BF16, config_of, save, tensors_of
 
 
@@ -147,7 +150,66 @@ def test_a_base_is_needed(tmp_path):
         merge(config, str(tmp_path / "run"))
 
 
-def test_a_search_says_which_methods_it_takes(tmp_path):
-    config = config_by(make(tmp_path), "ties")
-    with pytest.raises(JaxmergeError, match="weighted sums so far"):
-        configs.check(config)
+def test_a_merge_that_was_stopped_keeps_its_finished_files(tmp_path, monkeypatch):
+    """Two merges of one run, each of two files; the second is stopped in its second file."""
+    make(tmp_path)
+    config = config_by(tmp_path, "ties", ((1, 1, 1), (1, 2, 3)), density=0.5)
+    config.export.shard_bytes = 400  # a tensor is 384 bytes
+    config.merge.names = ("one", "two")
+    whole = merge(config, str(tmp_path / "whole"))
+    made = []
+    of_tensor = recipes.merge_tensor
+
+    def counted(*args, **kwargs):
+        made.append(kwargs["name"])
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return of_tensor(*args, **kwargs)
+
+    monkeypatch.setattr(recipes, "merge_tensor", counted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(config, str(tmp_path / "run"))
+    again = merge(config, str(tmp_path / "run"))
+    assert made == ["v", "w", "v", "w", "w"]
+    for one, other in zip(whole, again):
+        for name, tensor in tensors_of(one).items():
+            np.testing.assert_array_equal(tensors_of(other)[name], tensor)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_weights_by_group_of_a_table(tmp_path, method):
+    """From a file, of decoder leaves; what has no layer has a group of its own."""
+    shape = transformers.LlamaConfig.from_dict(LLAMA)
+    for k, path in enumerate(("base", "pool/a", "pool/b")):
+        torch.manual_seed(k)
+        transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / path)
+    of_group = {"rest": [0.5, 0.5], "layer 0": [1.0, 0.0], "layer 1": [0.25, 0.75]}
+    table = {"weights": of_group, "genes": {"density": {"rest": 1, "layer 0": 1, "layer 1": 0.5}}}
+    config = config_by(tmp_path, method)
+    if method == "linear":
+        del table["genes"]
+    config.space.granularity = "layer"
+    config.merge.weights_file = str(tmp_path / "table.json")
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    (written,) = merge(config, str(tmp_path / "run"))
+    base, *tuned = (tensors_of(tmp_path / path) for path in ("base", "pool/a", "pool/b"))
+    found = tensors_of(written)
+    for name, group in (
+        ("model.norm.weight", "rest"),
+        ("model.layers.0.mlp.up_proj.weight", "layer 0"),
+        ("model.layers.1.mlp.up_proj.weight", "layer 1"),
+    ):
+        genes = {"weight": of_group[group]}
+        genes |= {"density": table["genes"]["density"][group]} if method == "ties" else {}
+        expected = merge_tensor(
+            method,
+            [x[name] for x in tuned],
+            base[name] if method == "ties" else None,
+            genes,
+            name=name,
+        )
+        np.testing.assert_array_equal(found[name], expected)
+    table["weights"] = {"rest": [0.5, 0.5]}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    with pytest.raises(JaxmergeError, match="layer 0"):
+        merge(config, str(tmp_path / "other"))

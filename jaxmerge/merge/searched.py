@@ -1,0 +1,184 @@
+"""What a search sets of a method: the checkpoints' weights, and those of its numbers left open.
+
+A candidate of a method is a row `[K + M + 1]`: K weights, M genes, and 1; or such a row for each
+group of leaves that has its own, `[G, K + M + 1]`. A row of K weights alone is a weighted sum,
+whatever the method: single checkpoints and baselines are. Filled up with zeros it has the same
+length, and its last number says that it is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.merge.methods import METHODS, Gene, check_inputs, complete, vector_axis
+
+
+class Searched(NamedTuple):
+    """A method, and which of its numbers a search sets.
+
+    Attributes:
+        method: a name in `METHODS`.
+        checkpoints: K; the base is not among them.
+        with_base: whether there is a base.
+        genes: what is searched beside the weights, M of them, each one number for all checkpoints.
+        fixed: all other genes of the method but the weights, by name.
+        variant: see `methods.merge_tensor`; `seed` too.
+    """
+
+    method: str
+    checkpoints: int
+    with_base: bool
+    genes: tuple[Gene, ...]
+    fixed: tuple[tuple[str, bool | float | tuple[float, ...]], ...]
+    variant: Literal["paper", "mergekit"] = "paper"
+    seed: int = 0
+
+    @property
+    def weighted(self) -> bool:
+        """Whether checkpoints have weights, rather than all the same say."""
+        return any(gene.name == "weight" for gene in METHODS[self.method].genes)
+
+    @property
+    def numbers(self) -> int:
+        """How many a search sets of each group."""
+        return self.checkpoints * self.weighted + len(self.genes)
+
+    @property
+    def width(self) -> int:
+        """Of a row."""
+        return self.checkpoints + len(self.genes) + 1
+
+    @property
+    def choices(self) -> dict[str, bool]:
+        """The genes that choose."""
+        return {name: gene for name, gene in self.fixed if isinstance(gene, bool)}
+
+    @property
+    def summed(self) -> bool:
+        """See `summed`."""
+        return summed(self.method, self.choices)
+
+    def padded(self, rows: Float[np.ndarray, "*_ _"]) -> Float[np.ndarray, "*_ R"]:
+        """Rows of weights alone as rows of the length of all others."""
+        missing = self.width - rows.shape[-1]
+        return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)]).astype(np.float32)
+
+    def complete(self, row: Any) -> dict[str, Any]:
+        """All genes of a row `[R]`, as the rules take them; it may be traced."""
+        K, found = self.checkpoints, dict[str, Any](self.choices)
+        for name, gene in self.fixed:
+            if name not in found:
+                found[name] = jnp.asarray(gene, jnp.float32)
+        if self.weighted:
+            found["weight"] = row[:K]
+        for place, gene in enumerate(self.genes, start=K):
+            number = row[place]
+            found[gene.name] = jnp.broadcast_to(number, (K,)) if gene.per_checkpoint else number
+        return found
+
+
+def summed(method: str, choices: Mapping[str, Any]) -> bool:
+    """Whether a method's merge is a weighted sum, with the same coefficients for all of a tensor.
+
+    Args:
+        method: a name in `METHODS`.
+        choices: its genes that choose, where they are not at their defaults.
+    """
+    return METHODS[method].kind == "combination" and vector_axis(choices, 2) is None
+
+
+_EVOSAX = 'a strategy of evosax, such as "CMA_ES" or "SNES"; or merge.method = "linear"'
+
+
+def check(method: str, genes: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Refuses what a search over another method than the weighted sum does not go with.
+
+    Args:
+        method: a name in `METHODS`.
+        genes: those that are given.
+        fields: of a config, by their full names.
+
+    Raises:
+        JaxmergeError: names the field.
+    """
+    places = ("device", "host", "disk", "auto") if summed(method, genes) else ("device",)
+    with_base = METHODS[method].base != "required" or fields["pool.base"] != ""
+    for where, right, expected in (
+        ("pool.base", with_base, "the checkpoint that the others were made from"),
+        ("search.strategy", fields["search.strategy"] != "gradient", _EVOSAX),
+        ("search.warm_start", fields["search.warm_start"] != "gradient", '""'),
+        ("analyses.pool_sizes", not fields["analyses.pool_sizes"], "()"),
+        ("pool.storage", fields["pool.storage"] == "exact", '"exact"'),
+        ("pool.residency", fields["pool.residency"] in places, '"device"'),
+        ("merge.rematerialise", not fields["merge.rematerialise"], "False"),
+    ):
+        if not right:
+            raise JaxmergeError(
+                f"a search over {method} does not go with this",
+                where=where,
+                expected=expected,
+                found=str(fields[where]),
+            )
+
+
+def searched(
+    method: str,
+    fixed: Mapping[str, Any],
+    checkpoints: int,
+    *,
+    with_base: bool,
+    variant: Literal["paper", "mergekit"] = "paper",
+    seed: int = 0,
+) -> Searched:
+    """What a search over a method sets: the weights, and every number that is not given.
+
+    Choices and tolerances stay at their defaults unless they are given.
+
+    Args:
+        method: a name in `METHODS`.
+        fixed: genes that are given.
+        checkpoints: K, without the base.
+        with_base: whether there is a base.
+        variant: see `methods.merge_tensor`; `seed` too.
+
+    Raises:
+        JaxmergeError: the method takes other checkpoints or genes, or nothing is left to search.
+    """
+    check_inputs(method, checkpoints, with_base=with_base)
+    if "weight" in fixed:
+        raise JaxmergeError(
+            "weights are what is searched",
+            where="merge.genes.weight",
+            expected="no weights; or --mode=merge with merge.weights",
+        )
+    table = METHODS[method].genes
+    open_genes = tuple(gene for gene in table if gene.searched and gene.name not in fixed)
+    # The middle of the range stands for what has no default, to have the rest checked.
+    stand_ins = {gene.name: (gene.low + gene.high) / 2 for gene in table if gene.default is None}
+    numbers, choices = complete(method, {**stand_ins, **fixed}, checkpoints)
+    open_names = {"weight", *(gene.name for gene in open_genes)}
+    rest = {name: _plain(name, x) for name, x in numbers.items() if name not in open_names}
+    kept = tuple({**rest, **choices}.items())
+    found = Searched(method, checkpoints, with_base, open_genes, kept, variant, seed)
+    if not found.numbers:
+        raise JaxmergeError(
+            f"nothing of {method} is left to search",
+            where="merge.genes" if fixed else "merge.method",
+            expected="a number that is not given in merge.genes, or another merge.method; "
+            "--mode=merge makes the one merge that there is",
+            found=", ".join(f"{name} = {gene}" for name, gene in fixed.items()),
+        )
+    return found
+
+
+def _plain(name: str, gene: Any) -> float | tuple[float, ...]:
+    values = np.asarray(gene).tolist()
+    if not np.isfinite(values).all():
+        raise JaxmergeError("this is not finite", where=f"merge.genes.{name}", found=str(values))
+    return tuple(values) if isinstance(values, list) else values

@@ -1,0 +1,152 @@
+"""Searches over other methods than the weighted sum, from config to export and back."""
+
+import json
+
+import jax
+import jsonschema
+import numpy as np
+import pytest
+
+from jaxmerge import config as configs
+from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints.stream import LeafStream
+from jaxmerge.checkpoints.survey import find
+from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment import merge as merging
+from jaxmerge.experiment.search import search
+from jaxmerge.trees import named_leaves
+from tests import tiny
+from tests.command import ROOT
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Two checkpoints and, beside them, their base."""
+    directory = tmp_path_factory.mktemp("pool")
+    trees = tiny.trees(3)
+    for name, tree in zip(("members/a", "members/b", "base"), trees):
+        orbax.save(directory / name, tree, architecture=tiny.model().architecture)
+    return directory
+
+
+def config_of(pool, method, **genes):
+    config = tiny.run_config(configs.default(), pool / "members")
+    config.pool.base = str(pool / "base")
+    config.merge.method = method
+    config.merge.genes.update(genes)
+    config.objective.tasks, config.heldout = ("choice",), ()
+    config.baselines = ("uniform",)
+    config.search.strategy, config.search.population, config.search.budget = "SNES", 4, 8
+    config.export.formats = ("orbax",)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(pool, tmp_path_factory):
+    """A search over TIES, with a density given and a lambda not, by layer."""
+    workdir = tmp_path_factory.mktemp("ties")
+    config = config_of(pool, "ties", density=0.6)
+    config.space.granularity = "layer"
+    return workdir, search(config, str(workdir), "the command")
+
+
+def leaves_of(path):
+    stream = LeafStream(find([str(path)]), jax.devices()[0])
+    return {name: np.asarray(stream(name)[0]) for name in named_leaves(stream.abstract)}
+
+
+def test_what_is_searched_is_told(finished):
+    workdir, found = finished
+    schema = json.loads((ROOT / "jaxmerge/report/results.schema.json").read_text())
+    jsonschema.validate(json.loads((workdir / "results.json").read_text()), schema)
+    assert found["method"]["searched"] == ["lambda"]
+    assert found["method"]["fixed"]["density"] == pytest.approx([0.6, 0.6])
+    log = tiny.log(workdir)
+    of_search = [line for line in log if line["origin"] == "search"]
+    assert len(of_search) == 8
+    drawn = np.array([line["genes"]["lambda"] for line in of_search])
+    assert drawn.shape == (8, 3)  # groups: two layers, and the rest
+    assert len(np.unique(drawn)) == drawn.size
+    assert ((drawn >= 0) & (drawn <= 2)).all()
+    assert {line["genes"] is None for line in log if line["origin"] != "search"} == {True, False}
+    assert all(line["genes"] is None for line in log if line["origin"] == "individual")
+    (best,) = [line for line in of_search if line["id"] == found["best"]["id"]]
+    assert list(found["best"]["genes"]["lambda"]) == best["genes"]["lambda"]
+    page = (workdir / "report.html").read_text()
+    assert "ties" in page
+    assert "lambda" in page
+
+
+def test_the_export_is_what_was_evaluated_and_what_a_merge_with_its_numbers_gives(
+    finished, pool, tmp_path
+):
+    """Merged leaf by leaf with the numbers that the log has, to the same bits."""
+    workdir, _ = finished
+    exported = leaves_of(workdir / "merged" / "orbax")
+    config = config_of(pool, "ties")
+    config.merge.weights_file = str(workdir / "results.json")
+    config.space.granularity = "layer"
+    (again,) = merging.merge(config, str(tmp_path / "again"))
+    for name, leaf in leaves_of(again).items():
+        np.testing.assert_array_equal(leaf, exported[name])
+
+
+def test_it_goes_on_to_the_same_end(finished, pool, tmp_path):
+    """From any line of the log."""
+    workdir, _ = finished
+    config = config_of(pool, "ties", density=0.6)
+    config.space.granularity = "layer"
+    lines = (workdir / "candidates.jsonl").read_text().splitlines(keepends=True)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    for name in ("config.json", "pool.json", "tasks.json"):
+        (directory / name).write_bytes((workdir / name).read_bytes())
+    (directory / "candidates.jsonl").write_text("".join(lines[:7]))
+    for split in ("search",):
+        (directory / "examples" / split).mkdir(parents=True)
+        data = (workdir / "examples" / split / "choice.f32").read_bytes()
+        (directory / "examples" / split / "choice.f32").write_bytes(data)
+    search(config, str(directory), "the command")
+    assert tiny.log(directory) == tiny.log(workdir)
+
+
+@pytest.mark.parametrize(
+    ("method", "axes"),
+    [("slerp", {}), ("task_arithmetic", {"pop": 2, "fsdp": 2}), ("dare_ties", {"pop": 2})],
+)
+def test_every_kind_runs(pool, tmp_path, method, axes):
+    """Combinations, from disk too; draws; what has no weights."""
+    config = config_of(pool, method)
+    config.mesh.update(axes)
+    if method == "slerp":
+        config.pool.base, config.pool.residency = "", "disk"
+    found = search(config, str(tmp_path), "the command")
+    best = found["best"]
+    assert set(best["genes"]) == {"slerp": {"t"}, "task_arithmetic": {"lambda"}}.get(
+        method, {"density", "lambda"}
+    )
+    assert found["method"]["weighted"] == (method != "slerp")
+    assert len({*map(str, (line["genes"] for line in tiny.log(tmp_path)))}) > 8
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "named"),
+    [
+        ("ties", {"search.strategy": "gradient"}, "CMA_ES"),
+        ("arcee_fusion", {}, "takes another number of checkpoints"),
+        ("model_stock", {}, "--mode=merge"),
+        ("ties", {"pool.residency": "disk"}, r"pool\.residency"),
+        ("ties", {"pool.base": ""}, r"pool\.base"),
+    ],
+)
+def test_what_does_not_go_is_refused_first(pool, tmp_path, method, change, named):
+    config = config_of(pool, method)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(JaxmergeError, match=named):
+        search(config, str(tmp_path / "run"), "the command")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_not_given(pool, tmp_path):
+    with pytest.raises(JaxmergeError, match=r"merge\.genes\.weight"):
+        search(config_of(pool, "ties", weight=1.0), str(tmp_path / "run"), "the command")
