@@ -171,7 +171,14 @@ def _by_group(path: Path, what: str, values: Any, names: Sequence[str]) -> np.nd
     try:
         found = np.array(rows, np.float64)
     except (TypeError, ValueError) as error:
-        raise JaxmergeError("these are no numbers", where=f"{path}, {what}") from error
+        raise JaxmergeError(
+            "these are no numbers", where=f"{path}, {what}", expected="numbers"
+        ) from error
     if not np.isfinite(found).all():
-        raise JaxmergeError("numbers are finite", where=f"{path}, {what}", found=str(rows))
+        raise JaxmergeError(
+            "numbers are finite",
+            where=f"{path}, {what}",
+            expected="finite numbers",
+            found=str(rows),
+        )
     return found

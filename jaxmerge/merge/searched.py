@@ -180,5 +180,10 @@ def searched(
 def _plain(name: str, gene: Any) -> float | tuple[float, ...]:
     values = np.asarray(gene).tolist()
     if not np.isfinite(values).all():
-        raise JaxmergeError("this is not finite", where=f"merge.genes.{name}", found=str(values))
+        raise JaxmergeError(
+            "this is not finite",
+            where=f"merge.genes.{name}",
+            expected="finite numbers",
+            found=str(values),
+        )
     return tuple(values) if isinstance(values, list) else values
