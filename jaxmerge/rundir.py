@@ -29,8 +29,6 @@ _CHOSEN = tuple(
 )
 # Fields of a config that say where a run computes, not what: it can go on elsewhere.
 _WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
-
-
 _BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
 
 # One merge weight per checkpoint, in pool order; of groups that have weights of their own, each's.
@@ -391,12 +389,12 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
 def _check_kinds(one: Candidate) -> None:
     whole = (one.id, one.generation, one.row, *one.n.values(), *(one.out_of or {}).values())
     kinds = [{*map(type, whole)}, {type(one.origin), type(one.name), type(one.split)}]
-    if kinds != [{int}, {str}] or min(whole) < 0 or not all(map(_is_number, one.scores.values())):
+    if (
+        kinds != [{int}, {str}]
+        or min(whole) < 0
+        or {*map(type, one.scores.values())} - {int, float}
+    ):
         raise ValueError("numbers, names or scores are of another kind")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
