@@ -62,7 +62,7 @@ def searched(config: Config, workdir: Path, held: Held) -> Found:
         archive = Archive(directory, prepared.evaluators)
         alone = baselines.individuals(archive, prepared.pool.names)
         objective = prepared.objective.measured_by([one.scores for one in alone])
-        winner, _ = phases.search(config, prepared, archive, objective, alone)
+        winner, _ = phases.search(config, prepared, archive, objective, alone, [])
         took = [sum((one.tokens or {}).values()) for one in archive.past]
         dropped = sum(one.dropped for one in archive.past)
         (tested,) = results.score_on_test(archive, [winner])

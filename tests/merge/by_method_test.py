@@ -1,5 +1,7 @@
 """The merge of a population by every method that has something to search, on a mesh."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def tree_of(rng: np.random.Generator, dtype: str = "bfloat16") -> dict:
     return {"layers": {"up": jnp.asarray(rng.normal(size=(L, *SHAPE)), dtype)}}
 
 
-def on_mesh(tree: dict, **axes: int) -> dict:
+def on_mesh(tree: dict, **axes: Any) -> dict:
     spec = PartitionSpec(None, "fsdp", "tensor")
     return jax.device_put(tree, NamedSharding(make_mesh(**axes), spec))
 
@@ -128,7 +130,10 @@ def test_combinations_of_a_pool_on_disk():
     of, trees = made("multislerp")
     trees = [on_mesh(tree, pop=2) for tree in trees]
     places, leaves = every_place(trees[0], "layers"), [named_leaves(tree) for tree in trees]
-    inner = LeafwiseMerger(trees[0], lambda k, name: leaves[k][name], len(trees), places)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), trees[0]
+    )
+    inner = LeafwiseMerger(like, lambda k, name: leaves[k][name], len(trees), places)
     merge = CombinationMerger(of, inner, inner.leaves, trees[0], places, None)
     rows = rows_of(of, 0, C)
     for name, leaf in named_leaves(merger_of(of, trees)(rows)).items():
