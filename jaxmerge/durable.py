@@ -36,11 +36,15 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync(path.parent)
+
+
+def appear(new: Path, target: Path) -> None:
+    """Gives a directory its name when all that is in it is on disk: it appears whole."""
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
+    new.rename(target)
+    _sync(target.parent)
 
 
 def sync(stream: Any) -> None:
@@ -143,6 +147,14 @@ class Lock:
         if self.missing:
             self._holder.unlink(missing_ok=True)
         self._stream.close()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _runs(process: int) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxmerge import config as configs
-from jaxmerge.checkpoints import card, survey
+from jaxmerge.checkpoints import card, lora_export, survey
 from jaxmerge.checkpoints.export import export
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.source import Source
@@ -26,10 +26,11 @@ from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment import methods
+from jaxmerge.experiment import adapters, methods
 from jaxmerge.experiment.records import record_pool, say_unlocked
 from jaxmerge.experiment.sources import (
     find_checkpoints,
+    host_alone,
     huggingface_directory,
     start_jax,
     tokenizer_directory,
@@ -86,6 +87,8 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
         for wanted, stored in _views(config, by_leaf)
     ]
     merges = _merges(config, sources)
+    if "lora" in config.export.formats:
+        lora_export.check_weights([each.weights for each in merges])
     for warning in filter(None, map(_warning, merges)):
         print(f"jaxmerge: {warning}", file=sys.stderr)
     if out:
@@ -160,16 +163,9 @@ def _method_card(
 
 
 def set_up_host(config: Config) -> None:
-    """Has JAX run on the host alone, each program in the thread that calls it.
-
-    For processes in which there is nothing but a merge in blocks: its workers keep the cores busy,
-    and programs of a millisecond gain nothing from being cut up. To be called before JAX starts.
-    """
-    if _paths(config)[1] or config.merge.method != "linear":
-        return
-    os.environ["NPROC"] = "1"  # threads of XLA on the CPU
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    """See `sources.host_alone`; for merges from file to file alone."""
+    if not _paths(config)[1]:
+        host_alone()
 
 
 def _paths(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -327,6 +323,7 @@ def _by_leaf(
     for each in merges:
         leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
         weights = np.asarray(each.weights, np.float32)
+        text = functools.partial(_card_of_stream, leaves, each.weights, command)
         written += export(
             directory / each.path,
             leaves.abstract,
@@ -335,15 +332,15 @@ def _by_leaf(
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
             tokenizer=tokenizer_directory(config, sources),
-            card=functools.partial(_card_of_stream, leaves, each.weights, command),
+            card=text,
+            adapter=adapters.writer(config, sources, each.weights, text),
             rope_type=config.pool.rope_type,
             formats=wanted,
             dtype=config.export.dtype,
             shard_bytes=config.export.shard_bytes,
         )
         if finished and compare and each is merges[-1]:
-            for name in named_leaves(leaves.abstract):
-                leaves(name)
+            _read_all(leaves)
         if leaves.read:  # not of a merge that was there
             records = leaves.records()
     return written, records
@@ -353,7 +350,14 @@ def _merged_leaf(leaves: LeafStream, weights: np.ndarray, name: str) -> jax.Arra
     return linear(leaves(name), weights)
 
 
+def _read_all(leaves: LeafStream) -> None:
+    for name in named_leaves(leaves.abstract):
+        leaves(name)
+
+
 def _card_of_stream(leaves: LeafStream, weights: Sequence[float], command: str) -> str:
+    if not leaves.read:  # of an adapter, whose factors alone were read
+        _read_all(leaves)
     return _card(leaves.records(), weights, command)
 
 

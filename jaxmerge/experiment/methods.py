@@ -19,11 +19,17 @@ import jax.numpy as jnp
 from jaxmerge.checkpoints import huggingface
 from jaxmerge.checkpoints.export import export
 from jaxmerge.checkpoints.pool import Record
+from jaxmerge.checkpoints.rows import resized
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
+from jaxmerge.experiment.sources import (
+    huggingface_directory,
+    like_by_tensor,
+    rows_of,
+    tokenizer_directory,
+)
 from jaxmerge.merge.methods import METHODS, check_inputs, complete, merge_tensor
 from jaxmerge.trees import named_leaves
 
@@ -105,7 +111,8 @@ def merge(
             **options,
         )
     elif not written[0].exists():
-        layout = huggingface.layout(like, by_tensor=True)
+        stored = huggingface.layout(like_by_tensor(config, sources), by_tensor=True)
+        layout = resized(stored, rows_of(sources))
         huggingface.save(written[0], layout, leaf, abstract=leaves.abstract, **options)
     if not leaves.read:  # the merge was there: the checkpoints are compared with what it says
         for name in named_leaves(leaves.abstract):
