@@ -324,7 +324,8 @@ def coefficients(
     found = None
     if METHODS[method].geometry:
         axis = vector_axis(genes, tensors[0].ndim)
-        found = _geometry(tuple(tensors), base, axis=axis)
+        measured = _geometry_here if selection.on_host((tensors, base)) else _geometry
+        found = measured(tuple(tensors), base, axis=axis)
     return _rule(method, variant, choices)(found, numbers)
 
 
@@ -348,8 +349,7 @@ def _rule(method: str, variant: str, choices: tuple[tuple[str, bool], ...]) -> A
     return jax.jit(rule)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _geometry(
+def _geometry_of(
     tensors: Sequence[Array], base: Array | None, *, axis: int | None
 ) -> combinations.Geometry:
     vectors = [
@@ -357,6 +357,15 @@ def _geometry(
         for tensor in tensors
     ]
     return combinations.geometry(vectors, range(vectors[0].ndim) if axis is None else (axis,))
+
+
+_geometry = jax.jit(_geometry_of, static_argnames="axis")
+# XLA takes half of the register unless told; the sums are the same bits in any order.
+_geometry_here = jax.jit(
+    _geometry_of,
+    static_argnames="axis",
+    compiler_options={"xla_cpu_prefer_vector_width": 512},
+)
 
 
 @functools.partial(jax.jit, static_argnames="axis")

@@ -1,11 +1,13 @@
 """Merges from file to file in which each tensor is made in a way of its own, a tensor at a time.
 
-What is in memory is one tensor of each model that it is made of.
+What is in memory is one tensor of each model that it is made of; of small tensors, several at a
+time are read, merged and written.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +26,13 @@ from jaxmerge.checkpoints.safetensors import Tensor
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.merge.methods import merge_tensor
 from jaxmerge.rundir import RunDirectory
+from jaxmerge.streaming import ahead
+from jaxmerge.streaming.block import pages
 from jaxmerge.streaming.files import Writing
 from jaxmerge.streaming.finished import Finished, damaged
 from jaxmerge.trees import byte_count, parameter_count
 
+_MEMORY = 2**30  # bytes that tensors that are worked on at a time take, unless one takes more
 # Makes matrices of other rows out of those that were read, one for one.
 Align = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -194,14 +199,20 @@ def _write_file(
     inputs: list[dict[str, str]] = [{} for _ in models]
     outputs = {}
     with Writing([place], file) as writing:
-        for name in file.tensors:
-            recipe = recipes[name]
-            made = _made(models, seed, name, recipe)
+
+        def make(name: str) -> tuple[LeafDigest, list[LeafDigest]]:
+            made = _made(models, seed, name, recipes[name])
             writing.write(0, name, 0, np.asarray(made.value).reshape(-1))
-            outputs[name] = digest.digests({name: made.value})[name].checksum
-            for read, found in zip(recipe.reads, made.digests):
+            return digest.digests({name: made.value})[name], made.digests
+
+        def size(name: str) -> int:
+            return 3 * _bytes_read(recipes[name], models) // 2  # with thresholds and the result
+
+        for name, (output, of_reads) in ahead.done([*file.tensors], make, size, _MEMORY):
+            outputs[name] = output.checksum
+            for read, found in zip(recipes[name].reads, of_reads):
                 inputs[read.model][read.tensor] = found.checksum
-            progress(_bytes_read(recipe, models))
+            progress(_bytes_read(recipes[name], models))
     finished.add(file, inputs, {0: outputs})
 
 
@@ -257,9 +268,11 @@ def _the_same(
 
 def _read(model: Model, tensor: str) -> Array:
     shape = model.tensors[tensor]
-    values = np.empty(shape.shape, shape.dtype)
-    model.values(tensor, 0, values.reshape(-1))
-    return jnp.asarray(values)
+    # In pages of its own, which JAX takes over instead of copying them.
+    size = math.prod(shape.shape) * shape.dtype.itemsize
+    values = pages(max(size, 1))[:size].view(shape.dtype)
+    model.values(tensor, 0, values)
+    return jnp.asarray(values.reshape(shape.shape))
 
 
 def _records(
