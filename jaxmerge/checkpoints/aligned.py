@@ -99,7 +99,7 @@ def align(
 
 def with_rows(architecture: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
     """An architecture with another number of rows, where it says how many there are."""
-    changed = {key: rows for key in ("vocab", "vocab_size") if key in architecture}
+    changed: dict[str, Any] = {key: rows for key in ("vocab", "vocab_size") if key in architecture}
     nested = architecture.get("text_config")
     if isinstance(nested, dict) and "vocab_size" in nested:
         changed["text_config"] = {**nested, "vocab_size": rows}

@@ -143,7 +143,7 @@ def combined(
     taken: list[Taken] = []
     for index in range(size):
         text = text_of.get(index)
-        if text in rules:
+        if text is not None and text in rules:
             taken.append(rules[text].taken)
         elif text is None and index < rows[source]:  # a row that nothing is read from
             taken.append(((source, index),))
