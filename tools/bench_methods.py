@@ -64,10 +64,13 @@ def run_method(arguments: list[str], directory: Path) -> float:
 
 
 def _run(arguments: list[str], directory: Path) -> None:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(arguments, cwd=directory, env=environment, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=directory, env=_offline(), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+
+
+def _offline() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
 def _clear(directory: Path) -> None:
@@ -79,8 +82,10 @@ def peak_memory(arguments: list[str], directory: Path) -> int:
     """Bytes resident at the peak of a command's process, mapped files included."""
     peak = 0
     # Its own high-water mark: ru_maxrss of a child begins with that of the process it came from.
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(arguments, cwd=directory, **silent) as process:
+    null = subprocess.DEVNULL
+    with subprocess.Popen(
+        arguments, cwd=directory, stdout=null, stderr=null, env=_offline()
+    ) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
