@@ -78,6 +78,7 @@ def get_config() -> Config:
     config.baselines = ("uniform", "best-per-task", "greedy")
     # From the average of the best checkpoint per task, by their scores on the search split.
     config.search.init = (-2, -1, 0, 2, 2, 0, 2, -1)
+    config.search.strategy = "CMA_ES"
     config.search.sigma = 0.7
     config.search.budget = 40
     return config

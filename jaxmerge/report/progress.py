@@ -106,13 +106,13 @@ class Progress:
         if self._single:
             single = f"single {self._single}"
             parts.append(f"best {self._best} ({single})" if self._best else f"best {single}")
-        if last.origin == "search":
-            parts += [f"soft {self._soft}"] if self._soft else []
-            parts.append(f"{tqdm.format_sizeof(self._took)} tokens")
+        climbing = last.origin == "search" and bool(self._soft)
+        if climbing:
+            parts.append(f"soft {self._soft}, {tqdm.format_sizeof(self._took)} tokens")
         seconds = sum(one.seconds for one in self._recent)
         if seconds:
             tokens = sum(one.cost for one in self._recent)
-            parts.append(f"{tqdm.format_sizeof(tokens / seconds)} tok/s")
+            parts += [f"{tqdm.format_sizeof(tokens / seconds)} tok/s"] if not climbing else []
             parts.append(f"{tqdm.format_interval(self._left())} left")
         return ", ".join(parts)
 

@@ -133,6 +133,12 @@ def paper(setting: Setting) -> Found:
     return Found("paper", chosen, len(mine), sum(one.cost for one in mine))
 
 
+def _generations(checkpoints: int, draws: int) -> int:
+    """Evaluations of the whole generations, one at least."""
+    population = strategies.default_population(checkpoints)
+    return max(1, draws // population) * population
+
+
 class Baseline(NamedTuple):
     """A method.
 
@@ -155,7 +161,7 @@ BASELINES = {
     "best-per-task": Baseline(best_per_task, lambda K, draws: 1),
     "greedy": Baseline(greedy, lambda K, draws: K - 1),
     "random": Baseline(random, lambda K, draws: draws, after=True),
-    "paper": Baseline(paper, lambda K, draws: draws, after=True, heldout=True),
+    "paper": Baseline(paper, _generations, after=True, heldout=True),
 }
 
 

@@ -1,6 +1,7 @@
 """The progress line: what it says, on a terminal of 80 columns and without one."""
 
 import fcntl
+import dataclasses
 import os
 import pty
 import re
@@ -74,11 +75,21 @@ def test_without_a_terminal_a_line_now_and_then(clock, capsys):
     # 59.5 at step 95 of those from 0; 6,000 tokens in half a second; 770 evaluations are done, and
     # (10,000 - 770) x 100 + 25 x 600 examples take 0.005 seconds each.
     assert lines[-1] == (
-        "jaxmerge: gen 96/1200, best 59.5 (single 56.9), 4.61M tokens, 12.0k tok/s, 1:18:10 left, "
+        "jaxmerge: gen 96/1200, best 59.5 (single 56.9), 12.0k tok/s, 1:18:10 left, "
         "770/10025 evaluations"
     )
     shown.candidates([_candidate(9, "analysis:leave-one-out", 0.9)])
     assert capsys.readouterr().err == ""
+
+
+def test_along_gradients_the_soft_score_and_the_tokens_are_shown(clock, capsys):
+    """What the iterates are expected to score stands beside the best true score."""
+    shown = _followed(0, clock)
+    clock.now += 31
+    first, second = (_candidate(i, "search", 0.6) for i in range(2))
+    shown.candidates([dataclasses.replace(first, expected={"sums": 0.645}), second])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "best 60.0 (single 56.9), soft 64.5, 12.0k tokens, " in line
 
 
 def test_what_is_no_search_is_named(clock, capsys):
