@@ -23,9 +23,9 @@ def test_the_largest_are_those_of_a_stable_sort(size):
             expected = top(values, count)
             differ = found != expected
             assert not values[differ].any()  # but for zeros, which count for nothing
-            here = selection.largest_here(np.asarray(selection.bits(values)), count)
+            here = selection.largest_here(np.asarray(selection.bits(jnp.asarray(values))), count)
             assert here.threshold == found_of(values, count).threshold
-            np.testing.assert_array_equal(np.asarray(here(values)), found)
+            np.testing.assert_array_equal(np.asarray(here(jnp.asarray(values))), found)
             if count < size:
                 assert smallest(values, jnp.uint32(count)) == np.sort(values)[count]
 
