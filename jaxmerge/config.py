@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from jaxmerge import tasks
-from jaxmerge.checkpoints import export, pool
+from jaxmerge.checkpoints import aligned, export, lora_export, pool
 from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
 from jaxmerge.merge import groups, methods, searched
@@ -61,6 +61,10 @@ def default() -> Config:
     # the base or of the first Hugging Face checkpoint, unless adapters bring one that extends it;
     # or bytes where the model has 256 tokens. A directory's is exported too.
     config.pool.tokenizer = ""
+    # Of members whose tokens differ: "base", all have the tokens of the base, or else of the first
+    # checkpoint; "union", the others' tokens come after those. Rows of the embeddings are matched
+    # by token. "": such members are refused.
+    config.pool.vocabulary = ""
     config.pool.chat = False  # put each prompt into the tokenizer's chat template
     config.pool.chat_template = ""  # which, of several; "": `default`, or the only one
     config.pool.system = ""  # system message of the chat template; "": the template's own
@@ -199,9 +203,12 @@ def default() -> Config:
 
     config.export = ml_collections.ConfigDict()
     # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint. Also
-    # maxtext, maxtext_unscanned, gemma and tunix, see docs/trainers.md.
+    # maxtext, maxtext_unscanned, gemma and tunix, see docs/trainers.md; and lora: adapters of one
+    # base as one adapter.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
+    # Of that adapter: the best of this rank; 0: as high as the merge takes, which is exact.
+    config.export.lora_rank = 0
     # Memory of the check that a merge still speaks, see jaxmerge.evaluation.speech: of one that was
     # searched, it takes none; merges with given weights whose models are larger are not asked. 0:
     # none is asked.
@@ -257,6 +264,7 @@ def check(config: Config) -> None:
         pool.check_rematerialise(config.pool.residency, config.pool.storage)
     space.check(config.space.constraint, config.space.bounds, config.space.shrink)
     groups.check(granularity(config), config.space.patterns)
+    lora_export.check_settings(config.export.formats, constraint=config.space.constraint)
     search = config.search
     gradient.check(settings(config))
     check_least("search.budget_tokens", search.budget_tokens, 0)
@@ -320,7 +328,7 @@ def check_evaluation(config: Config) -> None:
 
 def check_pool(config: Config) -> None:
     """The part of `check` that a merge with given weights needs too."""
-    export.check(config.export.formats, config.export.dtype)
+    export.check(config.export.formats, config.export.dtype, config.export.lora_rank)
     check_choice("merge.method", config.merge.method, tuple(methods.METHODS))
     check_choice("merge.variant", config.merge.variant, methods.VARIANTS)
     if config.merge.method == "linear" and config.merge.genes:
@@ -336,6 +344,8 @@ def check_pool(config: Config) -> None:
             where="merge.weights" if config.merge.weights else "merge.genes",
             expected="none of them, or no merge.weights_file",
         )
+    aligned.check(config.pool.vocabulary, config.pool.tokenizer or config.pool.model)
+    lora_export.check_settings(config.export.formats, method=config.merge.method)
     if not config.pool.checkpoints:
         raise JaxmergeError(
             "no checkpoints are named",

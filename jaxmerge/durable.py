@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxmerge.errors import JaxmergeError, at
 
@@ -36,11 +36,15 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync(path.parent)
+
+
+def appear(new: Path, target: Path) -> None:
+    """Gives a directory its name when all that is in it is on disk: it appears whole."""
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
+    new.rename(target)
+    _sync(target.parent)
 
 
 def sync(stream: Any) -> None:
@@ -145,6 +149,14 @@ class Lock:
         self._stream.close()
 
 
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _runs(process: int) -> bool:
     """Whether there is another process of this number on this machine."""
     try:
@@ -154,3 +166,24 @@ def _runs(process: int) -> bool:
     except PermissionError:
         return True
     return process != os.getpid()
+
+
+def open_or_create(file: Path) -> IO[bytes]:
+    """A file to be written into, in the middle too; it is made if it is missing."""
+    try:
+        return open(file, "r+b")
+    except FileNotFoundError:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return open(file, "w+b")
+
+
+def whole_lines(log: Path) -> bytes:
+    """All complete lines; what a kill left of the last one is cut off."""
+    with at(log):
+        data = log.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            with open(log, "r+b") as stream:
+                stream.truncate(end)
+                sync(stream)
+    return data[:end]

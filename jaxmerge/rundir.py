@@ -12,12 +12,23 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxmerge.durable import HOLDER, Lock, as_json, parsed, read_json, replacing, sync, there
+from jaxmerge.durable import (
+    HOLDER,
+    Lock,
+    as_json,
+    open_or_create,
+    parsed,
+    read_json,
+    replacing,
+    sync,
+    there,
+    whole_lines,
+)
 from jaxmerge.errors import JaxmergeError, at
 
 TRACES = "error-*.log"  # of errors that nobody foresaw, see `jaxmerge.entry`
@@ -179,7 +190,7 @@ class RunDirectory:
                 self.write_json("config.json", config)
                 with at(self._log):
                     self._log.touch()
-            log = from_writer(lambda: _whole_lines(self._log))
+            log = from_writer(lambda: whole_lines(self._log))
             self.candidates = _candidates(log, str(self._log))
         except JaxmergeError:
             self.close()
@@ -222,7 +233,7 @@ class RunDirectory:
         for task, scores_CxN in scores.items():
             data = np.ascontiguousarray(scores_CxN, "<f4")
             file = self._examples(first.split, task)
-            with at(file), _open_or_create(file) as stream:
+            with at(file), open_or_create(file) as stream:
                 stream.seek(first.row * data.shape[1] * 4)
                 stream.write(data.tobytes())
                 sync(stream)
@@ -335,26 +346,6 @@ def _read_values(file: Path, count: int, offset: int) -> bytes:
     """Float32 of a file, as many of them as there are."""
     with at(file):
         return np.fromfile(file, "<f4", count=count, offset=offset).tobytes()
-
-
-def _open_or_create(file: Path) -> IO[bytes]:
-    try:
-        return open(file, "r+b")
-    except FileNotFoundError:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return open(file, "w+b")
-
-
-def _whole_lines(log: Path) -> bytes:
-    """All complete lines; what a kill left of the last one is cut off."""
-    with at(log):
-        data = log.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            with open(log, "r+b") as stream:
-                stream.truncate(end)
-                sync(stream)
-    return data[:end]
 
 
 def _candidates(lines: bytes, where: str) -> list[Candidate]:

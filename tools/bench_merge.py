@@ -1,6 +1,7 @@
 """Merges from file to file against mergekit and against the machine's limits, in turn in one run.
 
     python tools/bench_merge.py [--checkpoints=8] [--layers=15] [--rounds=5] [--out=bench.json]
+    python tools/bench_merge.py --methods=ties,slerp     these alone, without the weighted sum
 
 Makes random Llama models in bfloat16 (254M parameters with 15 layers) in --directory, and an
 environment with mergekit beside them. What is measured, from a warm page cache:
@@ -8,6 +9,8 @@ environment with mergekit beside them. What is measured, from a warm page cache:
 - `jaxmerge`: the command, start-up included; `jaxmerge work`: the merge in a process that has
   started and compiled.
 - `mergekit`: its command; `mergekit work`: the merge in a process that has made a small one before.
+- `jaxmerge ties`, `mergekit ties` and so on: both commands with the same YAML. TIES is of all
+  checkpoints but the first, which is the base, with density 0.5; SLERP of the first two.
 - `limit`: the inputs through plain reads, by as many threads as there are cores, and then the
   output through plain writes and fsync.
 - `kernel`: the merge of eight checkpoints in memory, block after block by all cores, and the same
@@ -28,12 +31,10 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from bench_kernels import Kernels, Population, seconds
+from bench_methods import OUT, add_method, peak_memory
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints.safetensors import make_header
@@ -190,27 +192,11 @@ def jaxmerge_command(models: list[Path], out: Path) -> list[str]:
 
 def run_jaxmerge(models: list[Path], directory: Path) -> float:
     """Seconds of jaxmerge's command."""
-    out = directory / "jaxmerge-out"
+    out = directory / OUT
     arguments = jaxmerge_command(models, out)
     took = seconds(lambda: subprocess.run(arguments, check=True, capture_output=True))
     shutil.rmtree(out)
     return took
-
-
-def peak_memory(models: list[Path], directory: Path) -> int:
-    """Bytes resident at the peak of the command's process, mapped files included."""
-    out, peak = directory / "jaxmerge-out", 0
-    # Its own high-water mark: ru_maxrss of a child begins with that of the process it came from.
-    with subprocess.Popen(jaxmerge_command(models, out), stdout=subprocess.DEVNULL) as process:
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-            peak = max(peak, int(found[1]) * 1024 if found else 0)
-            time.sleep(0.005)
-    if process.returncode:
-        raise SystemExit(f"the merge of {len(models)} checkpoints failed")
-    shutil.rmtree(out)
-    return peak
 
 
 def linked_twice(models: list[Path], directory: Path) -> list[Path]:
@@ -274,18 +260,47 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-mergekit", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench_merge.json"))
+    parser.add_argument("--methods", default="linear,ties,slerp", help="that are measured")
     args = parser.parse_args()
     directory = args.directory.absolute()
     models = make_models(directory, args.checkpoints, Size(args.layers))
-    small = make_models(directory, args.checkpoints, _SMALL)
-    peaks = {
-        str(len(each)): peak_memory(each, directory)
-        for each in (models, linked_twice(models, directory))
-    }
+    commands = None if args.no_mergekit else install_mergekit(directory)
+    peaks: dict[str, int] = {}
+    timed: dict[str, Callable[[], float]] = {}
+    same = None
+    methods = args.methods.split(",")
+    if "linear" in methods:
+        same = add_linear(timed, peaks, models, directory, commands)
+    for method in methods:
+        if method != "linear":
+            add_method(timed, peaks, method, models, directory, commands)
+    for warm in timed.values():
+        warm()
+    rounds = [{name: _by_itself(run) for name, run in timed.items()} for _ in range(args.rounds)]
+    found = {name: statistics.median(taken[name] for taken in rounds) for name in timed}
+    bits = same() if same else None
+    report(found, models, peaks, bits, args.rounds)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": _CORES}
+    record = {"argv": sys.argv, "machine": machine, "peak": peaks, "same bits": bits}
+    args.out.write_text(json.dumps({**record, "rounds": rounds, "medians": found}, indent=2) + "\n")
+
+
+def add_linear(
+    timed: dict[str, Callable[[], float]],
+    peaks: dict[str, int],
+    models: list[Path],
+    directory: Path,
+    commands: Path | None,
+) -> Callable[[], bool] | None:
+    """Adds what is measured of the weighted sum; what says whether kernel and C agree."""
+    small = make_models(directory, len(models), _SMALL)
+    for each in (models, linked_twice(models, directory)):
+        arguments = jaxmerge_command(each, directory / OUT)
+        peaks[f"jaxmerge, {len(each)} checkpoints"] = peak_memory(arguments, directory)
     merging.set_up_host(jaxmerge_config(models))
-    kernels = Kernels(directory, args.checkpoints)
-    population = Population(args.checkpoints)
-    timed: dict[str, Callable[[], float]] = {
+    kernels = Kernels(directory, len(models))
+    population = Population(len(models))
+    timed |= {
         "limit": lambda: limit(models, directory),
         "jaxmerge": lambda: run_jaxmerge(models, directory),
         "jaxmerge work": lambda: work(models, directory),
@@ -297,19 +312,10 @@ def main() -> None:
     if kernels.library:
         timed["kernel in C"] = lambda: kernels.c(1)
         timed["C, P=16"] = lambda: kernels.c(16)
-    if not args.no_mergekit:
-        commands = install_mergekit(directory)
+    if commands:
         timed["mergekit"] = lambda: run_mergekit(commands, models, directory)
         timed["mergekit work"] = lambda: mergekit_work(commands, models, small, directory)
-    for warm in timed.values():
-        warm()
-    rounds = [{name: _by_itself(run) for name, run in timed.items()} for _ in range(args.rounds)]
-    found = {name: statistics.median(taken[name] for taken in rounds) for name in timed}
-    same = kernels.agree() if kernels.library else None
-    report(found, models, peaks, same, args.rounds)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": _CORES}
-    record = {"argv": sys.argv, "machine": machine, "peak": peaks, "same bits": same}
-    args.out.write_text(json.dumps({**record, "rounds": rounds, "medians": found}, indent=2) + "\n")
+    return kernels.agree if kernels.library else None
 
 
 def report(
@@ -325,10 +331,14 @@ def report(
     print(f"{len(models)} checkpoints, {size / 1e9:.2f} GB, medians of {rounds}, {_CORES} cores")
     print(f"{versions}, mergekit {_MERGEKIT}; python {' '.join(sys.argv)}")
     for name, took in found.items():
-        print(f"{name:16}{took:8.3f} s")
+        print(f"{name:20}{took:8.3f} s")
     ratios = {
         "mergekit / jaxmerge": ("mergekit", "jaxmerge"),
         "mergekit work / jaxmerge work": ("mergekit work", "jaxmerge work"),
+        **{
+            f"mergekit / jaxmerge, {m}": (f"mergekit {m}", f"jaxmerge {m}")
+            for m in ("ties", "slerp")
+        },
         "jaxmerge work / limit": ("jaxmerge work", "limit"),
         "C / kernel": ("kernel in C", "kernel"),
         "kernel P=16 / P=1": ("kernel P=16", "kernel"),
@@ -338,8 +348,8 @@ def report(
     for name, (one, other) in ratios.items():
         if one in found and other in found:
             print(f"{name:32}{found[one] / found[other]:8.2f}")
-    for count, peak in peaks.items():
-        print(f"peak memory of the command, {count} checkpoints {peak / 1e6:.0f} MB")
+    for name, peak in peaks.items():
+        print(f"peak memory of the command, {name}: {peak / 1e6:.0f} MB")
     print(f"kernel and C have the same bits: {same}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,6 +81,12 @@ _WARNINGS = """
 {warnings}
 """
 
+_ADAPTER = """
+## Adapter
+
+This is {said}.
+"""
+
 _COMMAND = """
 ## Command
 
@@ -104,6 +111,18 @@ def of_weights(
     made = _LINEAR.format(count=len(records))
     made += _GROUPS.format(count=groups).rstrip() if groups > 1 else ""
     return _of(records, said, made, command)
+
+
+def of_adapter(card: str, base: str, said: str) -> str:
+    """The card of a merge that is written as an adapter.
+
+    Args:
+        card: of the merge.
+        base: of the adapters, as they name it.
+        said: the rank, and how far from the merge it is.
+    """
+    head = f"library_name: peft\nbase_model: {json.dumps(base)}"
+    return card.replace("library_name: transformers", head, 1) + _ADAPTER.format(said=said)
 
 
 def of_method(

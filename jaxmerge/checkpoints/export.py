@@ -10,17 +10,19 @@ from typing import Any
 
 import jax
 
-from jaxmerge.checkpoints import directory, huggingface, orbax, trainers
+from jaxmerge.checkpoints import directory, huggingface, lora_export, orbax, trainers
+from jaxmerge.checkpoints.rows import resized
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_least
 from jaxmerge.hosts import processes
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
-FORMATS = ("orbax", "huggingface", *trainers.FORMS)
+FORMATS = ("orbax", "huggingface", lora_export.NAME, *trainers.FORMS)
 
 
-def check(formats: Sequence[str], dtype: str) -> None:
-    """Raises `JaxmergeError` for a format or dtype that can't be written."""
+def check(formats: Sequence[str], dtype: str, lora_rank: int = 0) -> None:
+    """Raises `JaxmergeError` for a format, dtype or rank that can't be written."""
+    check_least("export.lora_rank", lora_rank, 0)
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise JaxmergeError(
@@ -45,6 +47,7 @@ def check_like(
     *,
     by_tensor: bool = False,
     rope_type: str = "",
+    rows: int = 0,
 ) -> None:
     """Raises `JaxmergeError` unless leaves can be written as the model of a directory.
 
@@ -54,13 +57,14 @@ def check_like(
         abstract: tree of the merged model's leaves.
         by_tensor: whether the leaves are the tensors, see `directory.read`.
         rope_type: see `trainers.write`.
+        rows: of the embeddings, where they are others than the directory's; 0: they are not.
     """
     of_trainers = [name for name in formats if name in trainers.FORMS]
     for name in of_trainers:
         trainers.check(name, like, rope_type)
     if not of_trainers and ("huggingface" not in formats or not like):
         return
-    expected = dict(huggingface.layout(like, by_tensor=by_tensor).shapes)
+    expected = dict(resized(huggingface.layout(like, by_tensor=by_tensor), rows).shapes)
     found = {name: tuple(leaf.shape) for name, leaf in named_leaves(abstract).items()}
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if by_tensor:  # a tied model's head, and buffers, may be left out, see `survey`
@@ -91,6 +95,7 @@ def export(
     shard_bytes: int = 5_000_000_000,
     card: Callable[[], str] = str,
     rope_type: str = "",
+    adapter: Callable[[Path], object] = lambda path: None,
 ) -> list[Path]:
     """Writes `path/orbax` and `path/huggingface`; what is there already is left as it is.
 
@@ -108,6 +113,7 @@ def export(
         shard_bytes: size of its files at most, where no tensor alone is larger.
         card: text of its README.md; called when all leaves have been asked for.
         rope_type: see `trainers.write`.
+        adapter: writes the format `lora` to a path, see `lora_export.write`.
 
     Returns:
         The directories of all formats that are there now.
@@ -124,7 +130,9 @@ def export(
         orbax.save(path / "orbax", tree, architecture=architecture, like=like_source)
         leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
     for name in missing:
-        if name in trainers.FORMS:
+        if name == lora_export.NAME:
+            adapter(path / name)
+        elif name in trainers.FORMS:
             trainers.write(path / name, name, like, leaf, rope_type=rope_type)
     if "huggingface" in missing and not processes.first():
         for name in huggingface.layout(like).leaves:

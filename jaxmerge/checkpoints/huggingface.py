@@ -26,8 +26,10 @@ from etils import epath
 
 from jaxmerge.checkpoints import directory
 from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
+from jaxmerge.checkpoints.rows import resized
 from jaxmerge.checkpoints.safetensors import in_file_order, make_header, write_at
 from jaxmerge.checkpoints.source import Source
+from jaxmerge.durable import appear
 from jaxmerge.errors import JaxmergeError, way_out
 from jaxmerge.models.layout import Layout
 from jaxmerge.textfiles import parse_json, read_text
@@ -105,7 +107,11 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     if "embedding" in named_leaves(abstract):
         directory.check_twins(checkpoint)
     values = functools.partial(directory.read_values, checkpoint.tensors)
-    return restore_leaves(abstract, checkpoint.layout, values, keep)
+    layout = checkpoint.layout
+    if source.rows:
+        values = source.rows.values(values, layout.tensors)
+        layout = resized(layout, source.rows.count)
+    return restore_leaves(abstract, layout, values, keep)
 
 
 def layout(path: str, *, by_tensor: bool = False) -> Layout:
@@ -260,13 +266,11 @@ def publish(
         rest: called with the directory after that, to change it and to add to it.
     """
     _write_index(new, files)
-    _copy(Path(like), new, _most_common(files), Path(tokenizer or like))
+    copy_files(Path(like), new, _most_common(files), Path(tokenizer or like))
     rest(new)
     if card:
         (new / "README.md").write_text(card(), "utf-8", errors="backslashreplace")
-    _make_durable(new)
-    new.rename(target)
-    _sync(target.parent)
+    appear(new, target)
 
 
 def _bytes(tensor: jax.ShapeDtypeStruct) -> int:
@@ -347,15 +351,17 @@ def _write_index(new: Path, files: Sequence[WeightsFile]) -> None:
     (new / directory.INDEX).write_text(text)
 
 
-def _copy(like: Path, new: Path, dtype: str, tokenizer: Path) -> None:
-    """What transformers needs besides the weights; the config with the dtype that they have now."""
-    for place, wanted in ((like, _COPIED), (tokenizer, _TOKENIZER)):
-        for file in sorted(place.iterdir()):
-            if wanted.fullmatch(file.name) and file.is_file():
-                shutil.copyfile(file, new / file.name)
-    for template in sorted((tokenizer / _TEMPLATES).glob("*.jinja")):
-        (new / _TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(template, new / _TEMPLATES / template.name)
+def copy_files(like: Path, new: Path, dtype: str, tokenizer: Path) -> None:
+    """What transformers needs besides the weights.
+
+    Args:
+        like: directory of the config, and of the licence.
+        new: where they go.
+        dtype: that the weights have now, which the config says then; "": as it was.
+        tokenizer: directory of the tokenizer and chat template.
+    """
+    _copy_matching(like, new, _COPIED)
+    copy_tokenizer(tokenizer, new)
     if not (like / "config.json").exists():
         return
     text = read_text(like / "config.json")
@@ -367,6 +373,20 @@ def _copy(like: Path, new: Path, dtype: str, tokenizer: Path) -> None:
     (new / "config.json").write_text(text)
 
 
+def copy_tokenizer(tokenizer: Path, new: Path) -> None:
+    """The files of a tokenizer, with its chat templates."""
+    _copy_matching(tokenizer, new, _TOKENIZER)
+    for template in sorted((tokenizer / _TEMPLATES).glob("*.jinja")):
+        (new / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, new / _TEMPLATES / template.name)
+
+
+def _copy_matching(place: Path, new: Path, wanted: re.Pattern[str]) -> None:
+    for file in sorted(place.iterdir()):
+        if wanted.fullmatch(file.name) and file.is_file():
+            shutil.copyfile(file, new / file.name)
+
+
 def _most_common(files: Sequence[WeightsFile]) -> str:
     """The floating-point dtype of most values; "" where there is none."""
     count: Counter[str] = Counter()
@@ -375,17 +395,3 @@ def _most_common(files: Sequence[WeightsFile]) -> str:
             if jnp.issubdtype(tensor.dtype, jnp.floating):
                 count[str(tensor.dtype)] += math.prod(tensor.shape)
     return count.most_common(1)[0][0] if count else ""
-
-
-def _make_durable(new: Path) -> None:
-    """Waits until all that is in a directory is on disk."""
-    for path in [*new.rglob("*"), new]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

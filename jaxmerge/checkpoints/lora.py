@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 from etils import epath
 
 from jaxmerge.checkpoints import adapter_config, directory
 from jaxmerge.checkpoints.adapter_config import CONFIG, AdapterConfig
 from jaxmerge.checkpoints.directory import read_values
 from jaxmerge.checkpoints.leaves import Keep, Values, as_read, restore_leaves
+from jaxmerge.checkpoints.lora_starts import STARTS
+from jaxmerge.checkpoints.rows import resized
 from jaxmerge.checkpoints.safetensors import Tensor, read_header
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
@@ -89,7 +90,7 @@ def describe(
             understood.
     """
     base = str(epath.Path(base or _named_base(path)).expanduser().resolve())
-    adapter = _read(path, base)
+    adapter = read(path, base)
     return Source(
         name=name,
         path=str(path),
@@ -115,8 +116,12 @@ def restore(source: Source, abstract: PyTree, keep: Keep = as_read) -> PyTree:
     Raises:
         JaxmergeError: a file can't be read or is cut short.
     """
-    adapter = _read(epath.Path(source.path), source.base)
-    return restore_leaves(abstract, adapter.base.layout, _Reader(adapter), keep)
+    adapter = read(epath.Path(source.path), source.base)
+    layout, values = adapter.base.layout, Reader(adapter)
+    if source.rows:
+        values = source.rows.values(values, layout.tensors)
+        layout = resized(layout, source.rows.count)
+    return restore_leaves(abstract, layout, values, keep)
 
 
 def laid(path: epath.Path, base: str) -> Laid:
@@ -129,14 +134,14 @@ def laid(path: epath.Path, base: str) -> Laid:
     Raises:
         JaxmergeError: see `describe`.
     """
-    adapter = _read(path, base)
+    adapter = read(path, base)
     changes = read_header(path / WEIGHTS)
     files = {f"adapter {name}": tensor for name, tensor in changes.items()}
     names = frozenset(adapter.base.layout.tensors)
-    return Laid(names, _Reader(adapter), {**adapter.base.tensors, **files})
+    return Laid(names, Reader(adapter), {**adapter.base.tensors, **files})
 
 
-class _Reader:
+class Reader:
     """The values of a model with its adapter; called from several threads."""
 
     def __init__(self, adapter: Adapter):
@@ -162,6 +167,17 @@ class _Reader:
             rows *= (_whole(change.magnitude)[start:stop] / lengths).astype(np.float32)[:, None]
         out[:] = rows.reshape(-1)[first - start * width :][: out.size]
         return None
+
+    def products(self, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of factors `[rows, r]`, `[r, columns]` whose products are added to a tensor."""
+        change, found = self._adapter.changes[name], []
+        if change.factors:
+            left, right = self._factors(name)
+            found.append((change.scale * left.astype(np.float64), right))
+        if change.start:
+            left, right = self._start(name)
+            found.append((-left, right))
+        return found
 
     def _stored(self, name: str, first: int, out: np.ndarray) -> None:
         """The base's values, or those that take their place."""
@@ -199,7 +215,7 @@ class _Reader:
                 assert change.factors
                 rank = change.factors[1].shape[0]
                 weight = values.T if change.transposed else values
-                left, right = _START[change.start](weight.astype(np.float64), rank, change.scale)
+                left, right = STARTS[change.start](weight.astype(np.float64), rank, change.scale)
                 both = (right.T, left.T) if change.transposed else (left, right)
                 self._starts[name] = both[0].astype(np.float32), both[1].astype(np.float32)
             return self._starts[name]
@@ -222,42 +238,6 @@ def _squares(rows: np.ndarray) -> np.ndarray:
     return np.square(rows, dtype=np.float64)
 
 
-def _principal(weight: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """PiSSA's start: U_r (U_r^T W), the part of W of its `rank` largest singular values.
-
-    Args:
-        weight: W `[output, input]`, in float64.
-        rank: of the part.
-        scale: not needed: peft divides the first factors by it.
-
-    Returns:
-        Two factors of the part, `[output, rank]` and `[rank, input]`.
-    """
-    wide = weight.shape[0] <= weight.shape[1]
-    square = weight @ weight.T if wide else weight.T @ weight
-    last = len(square) - 1
-    _, vectors = scipy.linalg.eigh(square, subset_by_index=(max(last - rank + 1, 0), last))
-    return (vectors, vectors.T @ weight) if wide else (weight @ vectors, vectors.T)
-
-
-def _triangular(weight: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """OLoRA's start: s Q_r R_r of W = Q R, in which Q_r spans the first `rank` columns of W.
-
-    Args:
-        weight: W `[output, input]`, in float64.
-        rank: of the part.
-        scale: s, which peft multiplies the first factors with.
-
-    Returns:
-        See `_principal`.
-    """
-    basis, _ = np.linalg.qr(weight[:, :rank])
-    return scale * basis, basis.T @ weight
-
-
-_START = {"pissa": _principal, "olora": _triangular}
-
-
 def _whole(tensor: Tensor) -> np.ndarray:
     values = np.empty(tensor.shape, np.float32)
     read_values({"": tensor}, "", 0, values.reshape(-1))
@@ -276,7 +256,7 @@ def _named_base(path: epath.Path) -> str:
     return named
 
 
-def _read(path: epath.Path, base: str) -> Adapter:
+def read(path: epath.Path, base: str) -> Adapter:
     """Reads configs and headers; checks that each tensor of the adapter has its place."""
     config = adapter_config.read(path)
     if not (path / WEIGHTS).exists():
@@ -299,7 +279,7 @@ def _read(path: epath.Path, base: str) -> Adapter:
     stored = read_header(path / WEIGHTS)
     directory.check_filled(stored, path / WEIGHTS)
     problems: list[str] = []
-    changes = _changes(stored, config, _is_transposed(config, model), problems)
+    changes = _changes(stored, config, is_transposed(config, model), problems)
     for name, change in changes.items():
         problems += _problems(name, change, model)
     if problems:
@@ -311,7 +291,7 @@ def _read(path: epath.Path, base: str) -> Adapter:
     return Adapter(model, changes)
 
 
-def _is_transposed(config: AdapterConfig, model: directory.Checkpoint) -> bool:
+def is_transposed(config: AdapterConfig, model: directory.Checkpoint) -> bool:
     said = model.architecture
     known = bool(said.get("model"))
     return adapter_config.stored_transposed(config, str(said.get("model_type", "")), known)

@@ -29,6 +29,8 @@ class Source(NamedTuple):
             of the first checkpoint, see `parameters.split`.
         view: what the leaves are of a trainer's checkpoint that is taken for one of the decoder,
             see `trainers.View`; None for all others.
+        rows: how its embeddings are read in the vocabulary of the pool, see `rows.Rows`; None: as
+            they are stored.
         custom: metadata that others wrote beside an Orbax checkpoint, kept with what is written.
     """
 
@@ -46,3 +48,4 @@ class Source(NamedTuple):
     carried: PyTree = MappingProxyType({})
     custom: Mapping[str, Any] = MappingProxyType({})
     view: Any = None
+    rows: Any = None

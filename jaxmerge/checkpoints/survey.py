@@ -11,12 +11,17 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from jaxmerge.checkpoints import directory, huggingface, lora, orbax, trainers
+from jaxmerge.checkpoints import aligned, directory, huggingface, lora, orbax, trainers
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.layout import COMPUTED
 from jaxmerge.trees import differences, named_leaves
 
+# Lines of differences in the number of tokens.
+_OF_ROWS = re.compile(
+    r": leaf (embedding|unembedding|(\S+\.)?(embed_tokens|wte|word_embeddings|embed_in|lm_head|"
+    r"embed_out)\.weight) is|: architecture (vocab|vocab_size) is"
+)
 # By the name in `Source.format`; the first that recognises a path reads it.
 FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
 # What reads a source, by its format: Orbax checkpoints may be of a trainer, see `find`.
@@ -48,6 +53,7 @@ def find(
     base: str = "",
     item: str = "",
     rope_type: str = "",
+    vocabulary: str = "",
     by_tensor: bool = False,
     as_stored: bool = False,
 ) -> tuple[Source, ...]:
@@ -60,6 +66,8 @@ def find(
         item: which item of each Orbax checkpoint they are in; "": see `parameters.item`.
         base: Hugging Face directory that adapters are laid upon; "": the one that each names.
         rope_type: of MaxText's Llama models, see `config.pool.rope_type`.
+        vocabulary: `base` or `union`: checkpoints are read in one vocabulary, see `aligned.align`;
+            "": as they are stored.
         as_stored: Orbax checkpoints have the leaves that are in them. Else those of a trainer that
             is known are taken for the decoder's, where `base` or a Hugging Face member says which
             model they are of; see `trainers.as_decoder`.
@@ -78,6 +86,8 @@ def find(
     ]
     for source in found:
         directory.check_filled(named_leaves(source.abstract), source.path)
+    if vocabulary:
+        return aligned.align(found, vocabulary, base, by_tensor=by_tensor)
     if as_stored or all(source.format != "orbax" for source in found):
         return tuple(found)
     of_model = base or next((each.directory for each in found if each.directory), "")
@@ -94,6 +104,7 @@ def survey(
     base: str = "",
     item: str = "",
     rope_type: str = "",
+    vocabulary: str = "",
     dtype: str = "",
     by_tensor: bool = False,
     as_stored: bool = False,
@@ -116,6 +127,7 @@ def survey(
         base=base,
         item=item,
         rope_type=rope_type,
+        vocabulary=vocabulary,
         by_tensor=by_tensor,
         as_stored=as_stored,
     )
@@ -188,7 +200,9 @@ def _completed(source: Source) -> Source:
     """A model without a decoder, its architecture as transformers completes the config."""
     if source.architecture.get("model") != "" or not source.directory:
         return source
-    said = directory.with_defaults(epath.Path(source.directory))
+    said = directory.with_defaults(epath.Path(source.base or source.path))
+    if source.rows:
+        said = aligned.with_rows(said, source.rows.count)
     return source._replace(architecture=said)
 
 
@@ -281,6 +295,8 @@ def _check_alike(sources: Sequence[Source], dtype: str) -> None:
         if all(": architecture " in line for line in lines):
             expected = "the same in each config.json; delete there what says nothing of the "
             expected += "computation"
+        if all(map(_OF_ROWS.search, lines)):
+            expected = 'pool.vocabulary = "base" or "union": then rows are matched by their tokens'
         raise JaxmergeError(
             "the checkpoints can't be merged:\n  " + "\n  ".join(lines),
             where="pool.checkpoints",

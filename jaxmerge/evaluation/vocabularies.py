@@ -90,8 +90,8 @@ def _extends(member: str, base: str, rows: int) -> bool:
         raise JaxmergeError(
             f"the vocabulary is not that of {base}, nor does it only add to that",
             where=member,
-            expected="the tokens of the base, and others after them; or pool.base or "
-            "pool.tokenizer: the directory with the tokenizer of all",
+            expected="the tokens of the base, and others after them; pool.base or pool.tokenizer: "
+            'the directory with the tokenizer of all; or pool.vocabulary = "base" or "union"',
             found=f"{len(lost)} of {len(expected)} ids differ, first " + "; ".join(named),
         )
     beyond = [i for i in sorted(found) if rows and i >= rows]
@@ -125,7 +125,8 @@ def check_same_vocabulary(directories: Sequence[str]) -> None:
             raise JaxmergeError(
                 f"the vocabulary is not that of {first}",
                 where=other,
-                expected="the same token for every id in all checkpoints of a pool",
+                expected="the same token for every id in all checkpoints of a pool; or "
+                'pool.vocabulary = "base" or "union": then rows are matched by their tokens',
                 found=f"{len(different)} of {len(ids)} ids differ, first " + "; ".join(named),
             )
 

@@ -107,9 +107,10 @@ def merge(config: Config, workdir: str, command: str, out: str = "") -> None:
 def merge_yaml(config: Config, path: str, workdir: str, command: str, out: str) -> None:
     """The merge that mergekit's YAML describes, and where it was written."""
     from jaxmerge.experiment import mergekit as mode
+    from jaxmerge.experiment.sources import host_alone
 
     entry.keep_traces_in(workdir)
-    mode.set_up_host()
+    host_alone()
     for warning in mode.merge(config, path, workdir, command, out):
         print(f"jaxmerge: {warning}", file=sys.stderr)
     print(f"Merged: {out}")

@@ -31,8 +31,8 @@ def merge() -> None:
 
     --out=DIR        the merged checkpoint: a new directory, in the format of the checkpoints
     --weights=A,B    one number for each checkpoint, in their order; without it, the plain average
-    --format=NAME    huggingface, orbax, maxtext, maxtext_unscanned, gemma or tunix, where it should
-                     not be that of the checkpoints
+    --format=NAME    huggingface, orbax, lora (of adapters), maxtext, maxtext_unscanned, gemma or
+                     tunix, where it should not be that of the checkpoints
     --method=NAME    {methods}
     --gene=NAME=X    a number of the method, such as --gene=density=0.5, or one for each checkpoint,
                      --gene=density=0.5,0.3; may be given several times

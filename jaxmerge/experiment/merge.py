@@ -17,7 +17,7 @@ import jax
 from tqdm import tqdm
 
 from jaxmerge import config as configs
-from jaxmerge.checkpoints import card, survey
+from jaxmerge.checkpoints import card, lora_export, survey
 from jaxmerge.checkpoints.export import export
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.source import Source
@@ -25,12 +25,13 @@ from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment import given, methods
+from jaxmerge.experiment import adapters, given, methods
 from jaxmerge.experiment.given import Given
 from jaxmerge.experiment.records import record_pool, say_unlocked
 from jaxmerge.experiment.sources import (
     base_of,
     find_checkpoints,
+    host_alone,
     huggingface_directory,
     start_jax,
     tokenizer_directory,
@@ -88,6 +89,8 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
         for wanted, stored in _views(config, by_leaf)
     ]
     merges = _merges(config, sources)
+    if "lora" in config.export.formats:
+        lora_export.check_weights([each.weights for each in merges])
     for warning in filter(None, map(_warning, merges)):
         print(f"jaxmerge: {warning}", file=sys.stderr)
     if out:
@@ -169,16 +172,9 @@ def _method_card(config: Config, merge: Merge, command: str, records: Sequence[R
 
 
 def set_up_host(config: Config) -> None:
-    """Has JAX run on the host alone, each program in the thread that calls it.
-
-    For processes in which there is nothing but a merge in blocks: its workers keep the cores busy,
-    and programs of a millisecond gain nothing from being cut up. To be called before JAX starts.
-    """
-    if _paths(config)[1] or config.merge.method != "linear":
-        return
-    os.environ["NPROC"] = "1"  # threads of XLA on the CPU
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    """See `sources.host_alone`; for merges from file to file alone."""
+    if not _paths(config)[1]:
+        host_alone()
 
 
 def _paths(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -350,6 +346,7 @@ def _by_leaf(
     finished = all((directory / each.path / name).is_dir() for each in merges for name in wanted)
     for each in merges:
         leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
+        text = functools.partial(_card_of_stream, leaves, each, command)
         written += export(
             directory / each.path,
             leaves.abstract,
@@ -358,15 +355,15 @@ def _by_leaf(
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
             tokenizer=tokenizer_directory(config, sources),
-            card=functools.partial(_card_of_stream, leaves, each, command),
+            card=text,
+            adapter=adapters.writer(config, sources, each.given.weights, text, each.given.groups),
             rope_type=config.pool.rope_type,
             formats=wanted,
             dtype=config.export.dtype,
             shard_bytes=config.export.shard_bytes,
         )
         if finished and compare and each is merges[-1]:
-            for name in named_leaves(leaves.abstract):
-                leaves(name)
+            _read_all(leaves)
         if leaves.read:  # not of a merge that was there
             records = leaves.records()
     return written, records
@@ -377,7 +374,14 @@ def _merged_leaf(leaves: LeafStream, given: Given, name: str) -> jax.Array:
     return linear(trees, given.weights, given.groups)[name]
 
 
+def _read_all(leaves: LeafStream) -> None:
+    for name in named_leaves(leaves.abstract):
+        leaves(name)
+
+
 def _card_of_stream(leaves: LeafStream, merge: Merge, command: str) -> str:
+    if not leaves.read:  # of an adapter, whose factors alone were read
+        _read_all(leaves)
     groups = merge.given.groups
     count = len(groups.names) if groups else 1
     return _card(leaves.records(), merge.weights, command, count)

@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from tqdm import tqdm
 
 from jaxmerge import config as configs
@@ -98,14 +97,6 @@ def _prepared(document: Document, made: Mapping[str, Path]) -> _Prepared:
     unlike = [each for each in members.values() if each is not planned.first]
     warnings = (*planned.warnings, *config_differences(planned.first, unlike))
     return _Prepared(document, tuple(members.values()), planned, warnings)
-
-
-def set_up_host() -> None:
-    """Has JAX run on the host alone: values come from files and go to files.
-
-    To be called before JAX starts.
-    """
-    jax.config.update("jax_platforms", "cpu")
 
 
 def _check(config: Config) -> None:

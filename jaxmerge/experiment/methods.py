@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxmerge.checkpoints import directory
 from jaxmerge.checkpoints.export import export
 from jaxmerge.checkpoints.pool import Record
+from jaxmerge.checkpoints.rows import values_of
+from jaxmerge.checkpoints.safetensors import Tensor
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.config import Config
@@ -179,8 +180,8 @@ def merge_files(
             source.name,
             source.path,
             named_leaves(source.abstract),
-            functools.partial(directory.read_values, source.tensors),
-            source.tensors,
+            values_of(source),
+            {**source.tensors, **_beside(source, first=source is sources[0])},
         )
         for source in sources
     ]
@@ -220,6 +221,12 @@ def merge_files(
             shard_bytes=config.export.shard_bytes,
             progress=bar.update,
         )
+
+
+def _beside(source: Source, *, first: bool) -> dict[str, Tensor]:
+    """Tensors of a base that is no member and lends rows; they are told apart by their names."""
+    lent = source.rows.beside if source.rows and first else {}
+    return {f"base/{name}": tensor for name, tensor in lent.items()}
 
 
 def findings(of: Searched | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
 from jaxmerge.evaluation.evaluator import Sample
-from jaxmerge.experiment import methods, phases, results, speech
+from jaxmerge.experiment import adapters, methods, phases, results, speech
 from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
@@ -126,6 +126,10 @@ def _export_winner(
 ) -> None:
     directory, pool = prepared.directory, prepared.pool
     records = [dataclasses.asdict(record) for record in pool.records]
+
+    def text() -> str:
+        return card.of_search(records, findings)
+
     export(
         directory.path / "merged",
         pool.trees[0],
@@ -134,7 +138,8 @@ def _export_winner(
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
         tokenizer=tokenizer_directory(config, prepared.sources),
-        card=lambda: card.of_search(records, findings),
+        card=text,
+        adapter=adapters.writer(config, prepared.sources, winner.weights, text, pool.groups),
         rope_type=config.pool.rope_type,
         formats=config.export.formats,
         dtype=config.export.dtype,

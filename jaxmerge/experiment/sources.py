@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints import lora_export, orbax
 from jaxmerge.checkpoints.export import check_like
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import survey
@@ -43,6 +45,18 @@ def start_jax(config: Config) -> None:
         )
 
 
+def host_alone() -> None:
+    """Has JAX run on the host alone, each program in the thread that calls it.
+
+    For processes in which there is nothing but a merge from file to file: its workers keep the
+    cores busy, and programs of a millisecond gain nothing from being cut up. To be called before
+    JAX starts.
+    """
+    os.environ["NPROC"] = "1"  # threads of XLA on the CPU
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def find_checkpoints(
     config: Config,
     *,
@@ -68,12 +82,45 @@ def find_checkpoints(
     patterns = (*pool.checkpoints, pool.base) if with_base else pool.checkpoints
     sources = survey(patterns, **where, dtype=pool.dtype, by_tensor=by_tensor)
     tokenizer_directory(config, sources)
-    like = huggingface_directory(config, sources)
+    if "lora" in config.export.formats and not as_stored:
+        lora_export.check(sources)
+    _say_missing(sources)
     formats = ("orbax",) if as_stored else config.export.formats
     check_like(
-        formats, like, sources[0].abstract, by_tensor=by_tensor, rope_type=config.pool.rope_type
+        formats,
+        like_by_tensor(config, sources) if by_tensor else huggingface_directory(config, sources),
+        sources[0].abstract,
+        by_tensor=by_tensor,
+        rope_type=config.pool.rope_type,
+        rows=rows_of(sources),
     )
     return sources
+
+
+def like_by_tensor(config: Config, sources: Sequence[Source]) -> str:
+    """The Hugging Face directory whose tensors the merge has, but for the rows of a vocabulary."""
+    if config.pool.vocabulary:
+        return base_of(config) or sources[0].path
+    return huggingface_directory(config, sources)
+
+
+def rows_of(sources: Sequence[Source]) -> int:
+    """Rows of the embeddings in a common vocabulary; 0 where they are as they are stored."""
+    return next((source.rows.count for source in sources if source.rows), 0)
+
+
+def _say_missing(sources: Sequence[Source]) -> None:
+    for source in sources if processes.first() else ():
+        if source.rows and source.rows.missing:
+            _say(
+                f"{source.name} has no rows for {source.rows.missing} tokens of the vocabulary: "
+                "they are those of a member that has them"
+            )
+
+
+@functools.cache  # a command may look at the checkpoints more than once
+def _say(what: str) -> None:
+    print(f"jaxmerge: {what}", file=sys.stderr)
 
 
 def where_of(config: Config) -> dict[str, Any]:
@@ -83,6 +130,7 @@ def where_of(config: Config) -> dict[str, Any]:
         **{"subtree": pool.subtree, "item": pool.item, "base": base_of(config)},
         # The user's own model has the leaves that the checkpoints have.
         **{"rope_type": pool.rope_type, "as_stored": bool(pool.model)},
+        **{"vocabulary": pool.vocabulary},
     }
 
 
@@ -95,6 +143,8 @@ def base_of(config: Config) -> str:
 def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:
     """Where the pool's Hugging Face configuration and tokenizer are; "": nowhere."""
     of_sources = [source.directory for source in sources if source.directory]
+    if config.pool.vocabulary:
+        return of_sources[0]  # all have one
     return base_of(config) or (of_sources[0] if of_sources else "")
 
 
@@ -107,6 +157,8 @@ def tokenizer_directory(config: Config, sources: Sequence[Source]) -> str:
         JaxmergeError: the tokenizers contradict each other.
     """
     pool = config.pool
+    if pool.vocabulary:
+        return huggingface_directory(config, sources)
     read = ("huggingface", "lora")
     members = [os.path.realpath(each.path) for each in sources if each.format in read]
     named = os.path.expanduser(pool.tokenizer)

@@ -108,7 +108,7 @@ def _asked(config: Config, path: Path, weights: Sequence[float]) -> Verdict | st
     pool, where = config.pool, where_of(config)
     found = find(pool.checkpoints, **where)
     # A merge says itself where its parameters are.
-    made: dict[str, Any] = where | {"item": "", "subtree": ""}
+    made: dict[str, Any] = where | {"item": "", "subtree": "", "vocabulary": ""}
     weights = weights or (1.0,) * len(found)
     sources = [*(found[k] for k in _heaviest(np.array(weights))), *find([str(path)], **made)]
     need, room = byte_count(sources[0].abstract) * (len(sources) + 1), _room(config)

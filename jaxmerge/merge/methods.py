@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.merge import combinations, draws, masks, selection, task_vectors
+from jaxmerge.merge.geometry import geometry
 from jaxmerge.merge.linear import weighted_sum
 
 VARIANTS = ("paper", "mergekit")
@@ -348,7 +349,7 @@ def coefficients(
     found = None
     if METHODS[method].geometry:
         axis = vector_axis(genes, tensors[0].ndim)
-        found = _geometry(tuple(tensors), base, axis=axis)
+        found = geometry(tuple(tensors), base, axis=axis)
     return rule(method, variant, choices)(found, numbers)
 
 
@@ -372,17 +373,6 @@ def rule(method: str, variant: str, choices: tuple[tuple[str, bool], ...]) -> An
         return jax.vmap(of_vectors, in_axes=(0, None))(geometry, numbers)
 
     return jax.jit(of_tensor)
-
-
-@functools.partial(jax.jit, static_argnames="axis")
-def _geometry(
-    tensors: Sequence[Array], base: Array | None, *, axis: int | None
-) -> combinations.Geometry:
-    vectors = [
-        tensor.astype(jnp.float32) if base is None else task_vectors.delta((tensor, base))
-        for tensor in tensors
-    ]
-    return combinations.geometry(vectors, range(vectors[0].ndim) if axis is None else (axis,))
 
 
 @functools.partial(jax.jit, static_argnames="axis")

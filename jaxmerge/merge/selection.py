@@ -3,7 +3,8 @@
 The bits of a magnitude, read as an integer, are in its order. So a threshold is found two bits at a
 time, by counts of the values above three numbers. Counts of shards add up: the threshold is the
 same on any mesh. Nothing is sorted, and no copy of the tensor is made: each of the sixteen passes
-computes the magnitudes anew from what is stored.
+computes the magnitudes anew from what is stored. Of a whole tensor on the host, a partition finds
+the same at once, with 8 bytes for each value.
 """
 
 from __future__ import annotations
@@ -97,6 +98,35 @@ def largest(magnitude: Magnitude, stored: PyTree, wanted: UInt32[Array, ""]) -> 
         return _greatest(tied, (stored, jnp.uint32(0)), spare, at_least=False)
 
     return Largest(threshold, jax.lax.cond(settled, lambda: jnp.uint32(MOST), first))
+
+
+def on_host(arrays: PyTree) -> bool:
+    """Whether arrays are values, whole, in the memory of the host."""
+    return all(
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and len(leaf.devices()) == 1
+        and next(iter(leaf.devices())).platform == "cpu"
+        for leaf in jax.tree.leaves(arrays)
+    )
+
+
+def largest_here(keys: UInt32[np.ndarray, " S"], wanted: int) -> Largest:
+    """`largest` of a tensor on the host, by a partition: on CPUs it is faster than counts.
+
+    Args:
+        keys: `bits` of its magnitudes in C order.
+        wanted: k.
+    """
+    if wanted == 0:
+        return Largest(jnp.uint32(MOST), jnp.uint32(MOST))
+    taken = np.partition(keys, keys.size - wanted)[keys.size - wanted :]
+    threshold = taken[0]
+    spare = int(np.count_nonzero(taken == threshold))
+    del taken
+    settled = threshold == 0 or np.count_nonzero(keys == threshold) == spare
+    before = MOST if settled else int(np.flatnonzero(keys == threshold)[spare])
+    return Largest(jnp.uint32(threshold), jnp.uint32(before))
 
 
 def smallest(magnitude: Magnitude, stored: PyTree, rank: UInt32[Array, ""]) -> Float[Array, ""]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmerge.merge import draws, selection, sums
@@ -36,11 +37,14 @@ class Sparsifier(NamedTuple):
         kept: (stored, found, genes, checkpoint, key, variant) to what is kept, 0 elsewhere.
         unbiased: whether `rescale` of the variant "paper" has the paper's meaning, which is in
             `kept`; else it keeps the sum of magnitudes.
+        ranks: (genes, number of values) to how many of the largest magnitudes are taken: what is
+            known of the tensor is then the `selection.Largest` of each; None: `find` says it.
     """
 
     find: Callable[[Stored, Genes, Array, Array, Variant], Any]
     kept: Callable[[Stored, Any, Genes, Array, Array, Variant], Array]
     unbiased: bool = False
+    ranks: Callable[[Genes, int], tuple[Array, ...]] | None = None
 
 
 def ties(
@@ -129,21 +133,19 @@ def breadcrumbs_ties(
     return _task_vectors(tensors, base, genes, key, variant, _MIDDLE, elect=True)
 
 
-def _wanted(stored: Stored, genes: Genes, *_: Any) -> selection.Largest:
-    share = selection.share(genes["density"], stored[1].size)
-    return selection.largest(magnitude, stored, share)
+def _share(genes: Genes, size: int) -> tuple[Array, ...]:
+    return (selection.share(genes["density"], size),)
 
 
-def _largest(stored: Stored, found: selection.Largest, *_: Any) -> Array:
-    return jnp.where(found(magnitude(stored)), delta(stored), 0)
+def _largest(stored: Stored, found: tuple[selection.Largest], *_: Any) -> Array:
+    return jnp.where(found[0](magnitude(stored)), delta(stored), 0)
 
 
-def _bounds(stored: Stored, genes: Genes, *_: Any) -> tuple[selection.Largest, selection.Largest]:
-    size = stored[1].size
+def _bounds(genes: Genes, size: int) -> tuple[Array, ...]:
+    """With what is dropped at the top, and that alone."""
     kept = selection.share(genes["density"], size)
     top = jnp.minimum(selection.share(genes["gamma"], size), jnp.uint32(size) - kept)
-    wide = selection.largest(magnitude, stored, kept + top)
-    return wide, selection.largest(magnitude, stored, top)
+    return kept + top, top
 
 
 def _middle(stored: Stored, found: Any, *_: Any) -> Array:
@@ -185,8 +187,8 @@ def _multiplied(stored: Stored, found: Array, *_: Any) -> Array:
     return product(found, delta(stored))
 
 
-_LARGEST = Sparsifier(_wanted, _largest)
-_MIDDLE = Sparsifier(_bounds, _middle)
+_LARGEST = Sparsifier(_nothing, _largest, ranks=_share)
+_MIDDLE = Sparsifier(_nothing, _middle, ranks=_bounds)
 _RANDOM = Sparsifier(_nothing, _random, unbiased=True)
 _BY_RANK = Sparsifier(_factors, _multiplied, unbiased=True)
 
@@ -218,6 +220,7 @@ _STATIC = ("sparsifier", "variant", "choices")
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _find(
     stored: Stored,
+    given: tuple[selection.Largest, ...] | None,
     numbers: Mapping[str, Array],
     checkpoint: Array,
     key: Array,
@@ -231,7 +234,13 @@ def _find(
     That is |delta|_1 / |D|_1, unless one of them is below 1e-7, or 1.
     """
     genes = {**numbers, **dict(choices)}
-    found = sparsifier.find(stored, genes, checkpoint, key, variant)
+    if given is not None:
+        found = given
+    elif sparsifier.ranks:
+        wanted = sparsifier.ranks(genes, stored[1].size)
+        found = tuple(selection.largest(magnitude, stored, k) for k in wanted)
+    else:
+        found = sparsifier.find(stored, genes, checkpoint, key, variant)
     if not genes["rescale"] or (sparsifier.unbiased and variant == "paper"):
         return found, jnp.float32(1)
     kept = sparsifier.kept(stored, found, genes, checkpoint, key, variant)
@@ -260,10 +269,33 @@ def _task_vectors(
     places = [jnp.uint32(k) for k in range(len(tensors))]
     how = {"sparsifier": sparsifier, "variant": variant, "choices": choices}
     found = [
-        _find((tensor, base), own, place, key, **how)
+        _find((tensor, base), _given((tensor, base), own, sparsifier), own, place, key, **how)
         for tensor, own, place in zip(tensors, each, places)
     ]
     return _mix(tuple(tensors), base, found, each, places, key, elect=elect, **how)
+
+
+def _given(
+    stored: Stored, numbers: Mapping[str, Array], sparsifier: Sparsifier
+) -> tuple[selection.Largest, ...] | None:
+    """The largest magnitudes of a tensor on the host; None: they are found where it is."""
+    if not sparsifier.ranks or not selection.on_host((stored, numbers)) or not stored[1].size:
+        return None
+    keys = np.asarray(_keys(stored)).reshape(-1)
+    wanted = _ranks(numbers, ranks=sparsifier.ranks, size=keys.size)
+    return tuple(selection.largest_here(keys, int(k)) for k in wanted)
+
+
+@jax.jit
+def _keys(stored: Stored) -> Array:
+    return selection.bits(magnitude(stored))
+
+
+@functools.partial(jax.jit, static_argnames=("ranks", "size"))
+def _ranks(
+    numbers: Mapping[str, Array], *, ranks: Callable[[Genes, int], tuple[Array, ...]], size: int
+) -> tuple[Array, ...]:
+    return ranks(numbers, size)
 
 
 def _of_checkpoint(numbers: Mapping[str, Array], k: int) -> dict[str, Array]:

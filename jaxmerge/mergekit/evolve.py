@@ -109,14 +109,10 @@ def _of_models(entries: Mapping[str, Node]) -> dict[str, Any]:
 
 def _tokenizer(entries: Mapping[str, Node]) -> dict[str, Any]:
     source = entries.get("tokenizer_source")
-    if source is None or source.value in (None, "base"):
+    if source is None or source.value is None:
         return {}
-    if source.value == "union":
-        raise source.error(
-            "a search merges models of one vocabulary",
-            expected="models that jaxmerge merge has given the same one, or no tokenizer_source",
-            found="union",
-        )
+    if source.value in ("base", "union"):
+        return {"pool.vocabulary": source.value}
     named: Reference = reference(source)
     return {"pool.tokenizer": str(locate(named.path, named.revision))}
 

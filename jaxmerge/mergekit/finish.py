@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmerge.checkpoints.vocabulary import SETTINGS, set_rows, write_tokenizer
 from jaxmerge.mergekit import templates
 from jaxmerge.mergekit.document import Document
 from jaxmerge.mergekit.models import Member, read_json
 from jaxmerge.mergekit.plan import Plan
-from jaxmerge.mergekit.vocabulary import FILE, Vocabulary
 
 YAML = "mergekit_config.yml"  # where mergekit itself, and what reads its merges, has it
-_SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-# Files of a tokenizer that say the same as tokenizer.json, in the vocabulary of before.
-_OF_OLD = re.compile(
-    r"(tokenizer|spiece)\.model|vocab\.(json|txt)|merges\.txt|added_tokens\.json|tokenizer\.json"
-)
-_ALL = re.compile(
-    _OF_OLD.pattern
-    + r"|tokenizer_config\.json|special_tokens_map\.json|chat_template\.(jinja|json)"
-)
+_TEMPLATE = "chat_template.jinja"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -44,7 +34,7 @@ def finish(new: Path, document: Document, plan: Plan, members: Sequence[Member],
     """
     _config(new / "config.json", plan)
     if plan.vocabulary:
-        _tokenizer(new, plan.vocabulary)
+        write_tokenizer(new, plan.vocabulary)
     if document.chat_template:
         _template(new, document, members)
     (new / YAML).write_text(text, encoding="utf-8")
@@ -59,9 +49,8 @@ def _config(path: Path, plan: Plan) -> None:
     if len(own) == 1 and len(plan.stacked) == 1:
         ((prefix, stack),) = plan.stacked.items()
         changed |= _set_layers(inner, stack, own[prefix])
-    if plan.vocabulary and inner.get("vocab_size") != plan.vocabulary.rows:
-        inner["vocab_size"] = plan.vocabulary.rows
-        changed = True
+    if plan.vocabulary:
+        changed |= set_rows(config, plan.vocabulary.rows)
     if changed:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -85,30 +74,6 @@ def _of_layers(member: Member, key: str, otherwise: list[Any]) -> list[Any]:
     return config.get(key) or otherwise
 
 
-def _tokenizer(new: Path, vocabulary: Vocabulary) -> None:
-    """The files of the tokenizer that was asked for, with the tokens that it has besides."""
-    for path in list(new.iterdir()):
-        if _ALL.fullmatch(path.name):
-            path.unlink()
-    for path in sorted(vocabulary.directory.iterdir()):
-        stale = vocabulary.content is not None and _OF_OLD.fullmatch(path.name)
-        if _ALL.fullmatch(path.name) and path.is_file() and not stale:
-            shutil.copyfile(path, new / path.name)
-    if vocabulary.content is None:
-        return
-    text = json.dumps(vocabulary.content, ensure_ascii=False)
-    (new / FILE).write_text(text, encoding="utf-8")
-    settings = new / _SETTINGS
-    said = read_json(settings) if settings.exists() else {}
-    known = said.get("added_tokens_decoder")  # of versions before 5, which read both
-    if isinstance(known, dict):
-        said["added_tokens_decoder"] = {
-            str(each["id"]): {key: value for key, value in each.items() if key != "id"}
-            for each in vocabulary.content.get("added_tokens") or []
-        }
-        settings.write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
 def _template(new: Path, document: Document, members: Sequence[Member]) -> None:
     chosen = document.chat_template
     if chosen == "auto":
@@ -121,7 +86,7 @@ def _template(new: Path, document: Document, members: Sequence[Member]) -> None:
     else:
         text = templates.BY_NAME.get(chosen, chosen)
     (new / _TEMPLATE).write_text(text, encoding="utf-8")
-    settings = new / _SETTINGS
+    settings = new / SETTINGS
     said = read_json(settings) if settings.exists() else {}
     if said.pop("chat_template", None) is not None:
         settings.write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -135,9 +100,9 @@ def template_of(directory: Path) -> str:
     """
     if (directory / _TEMPLATE).exists():
         return (directory / _TEMPLATE).read_text(encoding="utf-8")
-    if not (directory / _SETTINGS).exists():
+    if not (directory / SETTINGS).exists():
         return ""
-    found = read_json(directory / _SETTINGS).get("chat_template") or ""
+    found = read_json(directory / SETTINGS).get("chat_template") or ""
     if isinstance(found, list):  # several, by name
         named: Mapping[str, str] = {each["name"]: each["template"] for each in found}
         return named.get("default", "")

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.checkpoints.vocabulary import Vocabulary
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.mergekit.document import Document, Input, Module, Reference, Slice
 from jaxmerge.mergekit.genes import Roles, check_parameters, genes, method_of, roles
 from jaxmerge.mergekit.models import Member, Place, is_embedding, is_head, place
-from jaxmerge.mergekit.vocabulary import Vocabulary, vocabulary
+from jaxmerge.mergekit.vocabulary import vocabulary
 from jaxmerge.streaming.recipes import Model, Read, Recipe
 
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxmerge.checkpoints import directory, huggingface
+from jaxmerge.checkpoints import huggingface
 from jaxmerge.checkpoints.digest import LeafDigest
 from jaxmerge.checkpoints.huggingface import WeightsFile
 from jaxmerge.checkpoints.pool import Record, check_values, record
+from jaxmerge.checkpoints.rows import values_of
 from jaxmerge.checkpoints.safetensors import OpenFiles
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.unchanged import Unchanged
@@ -117,16 +118,15 @@ def merge(
             other files.
     """
     tensors = [source.tensors for source in plan.sources]
-    finished = Finished(run, tensors, [output.path for output in outputs])
+    beside = [source.rows.beside for source in plan.sources if source.rows][:1]
+    finished = Finished(run, [*tensors, *beside], [output.path for output in outputs])
     for output in outputs:
         if output.path.exists():
             finished.check_inputs(output.path)
     paths = [source.path for source in plan.sources]
     unchanged = Unchanged((each.file for of in tensors for each in of.values()), ", ".join(paths))
     files = OpenFiles()
-    reads = [
-        functools.partial(directory.read_values, each, read=files.read_into) for each in tensors
-    ]
+    reads = [values_of(source, files.read_into) for source in plan.sources]
     pipeline = Pipeline(reads, paths, memory_bytes=memory_bytes, progress=progress)
     try:
         for file in plan.files:

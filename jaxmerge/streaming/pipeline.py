@@ -30,7 +30,7 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-_WORKERS = min(_cores(), 16)
+WORKERS = min(_cores(), 16)
 _MOST = (
     2**18
 )  # values of a block at most: the fastest of 2^16 to 2^19, with 8 checkpoints in bfloat16
@@ -81,8 +81,8 @@ class Pipeline:
         progress: Callable[[int], object] = lambda count: None,
     ):
         self._reads, self._names, self.progress = reads, names, progress
-        self._memory_bytes = memory_bytes // _WORKERS
-        self._memory = [pages(1)] * _WORKERS
+        self._memory_bytes = memory_bytes // WORKERS
+        self._memory = [pages(1)] * WORKERS
         self._lock, self._device = threading.Lock(), jax.local_devices(backend="cpu")[0]
 
     def merge(
@@ -125,7 +125,7 @@ class Pipeline:
                         block = Block(part.kind, weights_PxK, memory, sizes[part.kind])
                     merge_stretch(block, part, first, count)
 
-        with ThreadPoolExecutor(_WORKERS) as workers:
+        with ThreadPoolExecutor(WORKERS) as workers:
             working = [workers.submit(work, each) for each in self._memory]
             for each in working:
                 each.result()
@@ -139,8 +139,8 @@ class Pipeline:
             raise JaxmergeError(
                 "the memory does not suffice for the smallest blocks",
                 where="merge.memory_bytes",
-                expected=f"at least {least * _WORKERS}",
-                found=str(self._memory_bytes * _WORKERS),
+                expected=f"at least {least * WORKERS}",
+                found=str(self._memory_bytes * WORKERS),
             )
 
     def _size(self, kind: Kind, outputs: int) -> int:
@@ -153,7 +153,7 @@ class Pipeline:
 
     def _reserve(self, size: int) -> None:
         if self._memory[0].size < size:
-            self._memory = [pages(size) for _ in range(_WORKERS)]
+            self._memory = [pages(size) for _ in range(WORKERS)]
 
     def _check_finite(self, part: Part, K: int, finite_R: np.ndarray) -> None:
         """Raises unless the rows of a block are finite."""

@@ -1,11 +1,13 @@
 """Merges from file to file in which each tensor is made in a way of its own, a tensor at a time.
 
-What is in memory is one tensor of each model that it is made of.
+What is in memory is one tensor of each model that it is made of; of small tensors, several at a
+time are read, merged and written.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +28,13 @@ from jaxmerge.errors import JaxmergeError, way_out
 from jaxmerge.merge.combinations import Variant
 from jaxmerge.merge.methods import merge_tensor
 from jaxmerge.rundir import RunDirectory
+from jaxmerge.streaming import ahead
+from jaxmerge.streaming.block import pages
 from jaxmerge.streaming.files import Writing
 from jaxmerge.streaming.finished import NAME, Finished, damaged
 from jaxmerge.trees import byte_count, parameter_count
 
+_MEMORY = 2**30  # bytes that tensors that are worked on at a time take, unless one takes more
 # Makes matrices of other rows out of those that were read, one for one.
 Align = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -139,15 +144,7 @@ def write(
         JaxmergeError: a file can't be read or written; a value is NaN or infinite; the merge that
             is there is not what was written, or was made of other files.
     """
-    tensors = {
-        name: jax.ShapeDtypeStruct(recipe.shape, recipe.written) for name, recipe in recipes.items()
-    }
-    stored = {
-        name: models[recipe.reads[0].model].files[recipe.reads[0].tensor].dtype
-        for name, recipe in recipes.items()
-    }
-    wide = {name: dtype for name, dtype in stored.items() if dtype.itemsize == 8}
-    files = huggingface.split(tensors, shard_bytes, wide)
+    files = _files(recipes, models, shard_bytes)
     finished = Finished(run, [model.files for model in models], [output.path], output.record)
     if output.path.exists():
         finished.check_inputs(output.path)
@@ -181,6 +178,21 @@ def write(
     return records
 
 
+def _files(
+    recipes: Mapping[str, Recipe], models: Sequence[Model], shard_bytes: int
+) -> list[WeightsFile]:
+    """What is written, file by file."""
+    tensors = {
+        name: jax.ShapeDtypeStruct(recipe.shape, recipe.written) for name, recipe in recipes.items()
+    }
+    stored = {
+        name: models[recipe.reads[0].model].files[recipe.reads[0].tensor].dtype
+        for name, recipe in recipes.items()
+    }
+    wide = {name: dtype for name, dtype in stored.items() if dtype.itemsize == 8}
+    return huggingface.split(tensors, shard_bytes, wide)
+
+
 def bytes_read(recipes: Mapping[str, Recipe], models: Sequence[Model]) -> int:
     """Bytes that all recipes read."""
     return sum(_bytes_read(recipe, models) for recipe in recipes.values())
@@ -209,14 +221,20 @@ def _write_file(
     inputs: list[dict[str, str]] = [{} for _ in models]
     outputs = {}
     with Writing([place], file) as writing:
-        for name in file.tensors:
-            recipe = recipes[name]
-            made = make(name, recipe)
+
+        def written(name: str) -> tuple[LeafDigest, list[LeafDigest]]:
+            made = make(name, recipes[name])
             writing.write(0, name, 0, np.asarray(made.value).reshape(-1))
-            outputs[name] = digest.digests({name: made.value})[name].checksum
-            for read, found in zip(recipe.reads, made.digests):
+            return digest.digests({name: made.value})[name], made.digests
+
+        def size(name: str) -> int:
+            return 3 * _bytes_read(recipes[name], models) // 2  # with thresholds and the result
+
+        for name, (output, of_reads) in ahead.done([*file.tensors], written, size, _MEMORY):
+            outputs[name] = output.checksum
+            for read, found in zip(recipes[name].reads, of_reads):
                 inputs[read.model][read.tensor] = found.checksum
-            progress(_bytes_read(recipe, models))
+            progress(_bytes_read(recipes[name], models))
     finished.add(file, inputs, {0: outputs})
 
 
@@ -273,9 +291,11 @@ def _the_same(
 
 def _read(model: Model, tensor: str) -> Array:
     shape = model.tensors[tensor]
-    values = np.empty(shape.shape, shape.dtype)
-    model.values(tensor, 0, values.reshape(-1))
-    return jnp.asarray(values)
+    # In pages of its own, which JAX takes over instead of copying them.
+    size = math.prod(shape.shape) * shape.dtype.itemsize
+    values = pages(max(size, 1))[:size].view(shape.dtype)
+    model.values(tensor, 0, values)
+    return jnp.asarray(values.reshape(shape.shape))
 
 
 def _records(

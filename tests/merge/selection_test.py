@@ -13,6 +13,7 @@ from tests.merge.methods_reference import how_many, top
 def test_the_largest_are_those_of_a_stable_sort(size):
     """With many equal values, all of them equal, none taken and all taken."""
     rng = np.random.default_rng(0)
+    found_of = jax.jit(lambda x, k: selection.largest(lambda stored: stored, x, jnp.uint32(k)))
     largest = jax.jit(lambda x, k: selection.largest(lambda stored: stored, x, k)(x))
     smallest = jax.jit(lambda x, k: selection.smallest(lambda stored: stored, x, k))
     for values in (rng.integers(5, size=size), np.full(size, 3), rng.exponential(size=size)):
@@ -22,6 +23,9 @@ def test_the_largest_are_those_of_a_stable_sort(size):
             expected = top(values, count)
             differ = found != expected
             assert not values[differ].any()  # but for zeros, which count for nothing
+            here = selection.largest_here(np.asarray(selection.bits(jnp.asarray(values))), count)
+            assert here.threshold == found_of(values, count).threshold
+            np.testing.assert_array_equal(np.asarray(here(jnp.asarray(values))), found)
             if count < size:
                 assert smallest(values, jnp.uint32(count)) == np.sort(values)[count]
 

@@ -78,6 +78,13 @@ def test_weights_are_those_of_its_genes(read):
     np.testing.assert_allclose(found, genes, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("choice", ["base", "union"])
+def test_vocabularies(read, choice):
+    text = GENOME.replace("  base_model", f"  tokenizer_source: {choice}\n  base_model")
+    assert read(text + TASKS)["pool.vocabulary"] == choice
+    assert "pool.vocabulary" not in read(GENOME + TASKS)
+
+
 def test_groups_of_layers_and_filters(read):
     assert read(GENOME + TASKS)["space.granularity"] == "model"
     assert read(GENOME + "  layer_granularity: 2\n" + TASKS)["space.granularity"] == "2"
@@ -105,7 +112,6 @@ REFUSED = [
     ("tasks:", "shuffle: true\ntasks:", "shuffle", "the same examples"),
     ("tasks:", "random_init: true\ntasks:", "random_init", "uniform merge"),
     ("  base_model", "  normalize: false\n  base_model", "line 5, genome.normalize", "true"),
-    ("  base_model", "  tokenizer_source: union\n  base_model", "line 5", "one vocabulary"),
     ("  base_model", "  layer_granularity: 3\n  base_model", "line 5", "a divisor of 4"),
     ("weight: 2.5", "weight: -1", "line 9, tasks[1].weight", "negated"),
     ("tasks:", "fewshot_as_multiturn: false\ntasks:", "line 7", "turns of the chat"),
