@@ -103,7 +103,7 @@ def _one(name: str, how: str, seconds: float, out: Path, seed: int) -> None:
 
     logging.disable(logging.CRITICAL)
     absl_logging.set_verbosity(absl_logging.FATAL)
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity(logging.CRITICAL)
     tally = Tally(name, out)
     with tempfile.TemporaryDirectory() as top:
         directory = Path(top, "reader")

@@ -25,7 +25,7 @@ from jaxmerge.checkpoints import adapter_config, directory, huggingface, lora
 from jaxmerge.checkpoints.safetensors import in_file_order, make_header
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.durable import appear
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, way_out
 from jaxmerge.hosts import processes
 from jaxmerge.merge.groups import Groups
 from jaxmerge.models.layout import Layout
@@ -139,7 +139,11 @@ def write(
     made = _Merged(sources, np.asarray(weights, np.float64), groups, rank)
     tensors = dict(made.tensors())
     if not made.ranks:
-        raise JaxmergeError("the adapters change nothing that factors make", where=str(path))
+        raise JaxmergeError(
+            "the adapters change nothing that factors make",
+            where=str(path),
+            expected="adapters with factors; or export.formats without lora",
+        )
     stored = jnp.dtype(dtype or "float32")
     factors = {name: np.ascontiguousarray(values, stored) for name, values in tensors.items()}
     config, written = made.config(), made.written()
@@ -160,7 +164,10 @@ def write(
         appear(new, path)
     except OSError as error:
         raise JaxmergeError(
-            "the adapter can't be written", where=str(path), found=error.strerror or str(error)
+            "the adapter can't be written",
+            where=str(path),
+            expected=way_out(error),
+            found=error.strerror or str(error),
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)

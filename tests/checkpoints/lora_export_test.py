@@ -71,6 +71,7 @@ def test_an_adapter_is_the_merge(top, tmp_path, grain):
     weights = np.random.default_rng(0).normal(size=(len(of.names), 5) if of else 5)
     weights += (1 - weights.sum(axis=-1, keepdims=True)) / 5
     written = write(tmp_path / "merged", sources, weights, of)
+    assert written
     assert written.error == 0
     expected = weighted(sources, weights, of)
     close(named_leaves(load(describe(tmp_path / "merged"))), expected)
@@ -82,6 +83,7 @@ def test_the_best_of_a_rank(top, tmp_path):
     """As a decomposition of the whole change has it; and the error is as stated."""
     sources = survey([str(top / name) for name in ("attention", "wide")], base=str(top / "base"))
     written = write(tmp_path / "merged", sources, (0.75, 0.25), rank=3)
+    assert written
     assert (written.rank, written.exact) == (3, 12)
     base = named_leaves(survey_base(top))
     exact = weighted(sources, np.array((0.75, 0.25)))

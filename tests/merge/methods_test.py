@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.merge import draws, methods, selection, task_vectors
+from jaxmerge.merge import draws, geometry, methods, selection, task_vectors
 from jaxmerge.merge.methods import METHODS, merge_tensor
 from jaxmerge.sharding import make_mesh
 from tests.merge.methods_reference import REFERENCES, threefry
@@ -195,8 +195,8 @@ def test_combinations_have_no_collective(case):
     hlo = program.lower(tuple(tensors), base, found, axis=axis).compile().as_text()
     assert not COLLECTIVE.findall(hlo)
     if METHODS[method_of(case)].geometry:
-        geometry: Any = methods._geometry
-        hlo = geometry.lower(tuple(tensors), base, axis=axis).compile().as_text()
+        program = geometry._anywhere
+        hlo = program.lower(tuple(tensors), base, axis=axis).compile().as_text()
         assert COLLECTIVE.search(hlo)
 
 
