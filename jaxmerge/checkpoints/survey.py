@@ -295,7 +295,8 @@ def _check_alike(sources: Sequence[Source], dtype: str) -> None:
         if all(": architecture " in line for line in lines):
             expected = "the same in each config.json; delete there what says nothing of the "
             expected += "computation"
-        if all(map(_OF_ROWS.search, lines)):
+        by_tokens = all(source.format in ("huggingface", "lora") for source in sources)
+        if by_tokens and not castable and all(map(_OF_ROWS.search, lines)):
             expected = 'pool.vocabulary = "base" or "union": then rows are matched by their tokens'
         raise JaxmergeError(
             "the checkpoints can't be merged:\n  " + "\n  ".join(lines),

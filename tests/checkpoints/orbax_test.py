@@ -159,13 +159,13 @@ def _cut(fraction: float):
     "damage", [_cut(0.0), _cut(0.3), _cut(0.9), Path.unlink], ids=["empty", "30%", "90%", "deleted"]
 )
 def test_missing_data_are_refused(copy, mesh, damage):
-    """One error of two lines, which name the directory and what TensorStore said."""
+    """One error of three lines: the directory, what to do, and what TensorStore said."""
     damage(data_file(copy))
     with pytest.raises(JaxmergeError, match="missing or cut short") as caught:
         load(copy, mesh)
     assert caught.value.where == str(copy)
     assert caught.value.found
-    assert len(str(caught.value).splitlines()) == 2
+    assert len(str(caught.value).splitlines()) == 3
 
 
 def test_what_is_no_files_fault_is_not_called_one(copy, mesh, monkeypatch):
