@@ -202,7 +202,7 @@ def layout_of(config: Config) -> Layout:
         mesh.tensor,
         evaluate.candidates_per_step,
         "device" if config.merge.rematerialise else config.pool.residency,
-        build_limits(config, base_of(config) if os.path.isdir(base_of(config)) else ""),
+        build_limits(config, base_of(config) if os.path.isdir(_named_base(config)) else ""),
         config.merge.rematerialise,
     )
 
@@ -279,10 +279,15 @@ def _described(config: Config, model: Model) -> PyTree:
 
 def _tokenizer(config: Config, model: Model) -> Tokenizer:
     """The tokenizer of checkpoints that are only described: where it is not there either, bytes."""
-    named = os.path.expanduser(config.pool.tokenizer) or base_of(config)
+    named = os.path.expanduser(config.pool.tokenizer) or _named_base(config)
     if named and not os.path.exists(named) and "/" in named:
         return Bytes()
-    return build_tokenizer(config, base_of(config), model)
+    return build_tokenizer(config, _named_base(config), model)
+
+
+def _named_base(config: Config) -> str:
+    """What `pool.base` names, which need not be here."""
+    return os.path.expanduser(config.pool.base)
 
 
 def main(_: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ def config(tmp_path_factory):
     config.objective.search_examples = 10
     config.objective.test_examples = 20
     config.evaluate.batch_size = 8
+    config.search.strategy = "CMA_ES"
     config.compilation_cache = ""
     return config
 

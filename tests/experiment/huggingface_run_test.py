@@ -71,6 +71,7 @@ def _config(pool: Path):
     config.objective.tasks = ("generation", "choice")
     config.objective.search_examples, config.objective.test_examples = 6, 12
     config.evaluate.batch_size = 8
+    config.search.strategy = "CMA_ES"
     config.search.population, config.search.budget = 4, 8
     config.baselines = ("uniform",)
     config.compilation_cache = ""

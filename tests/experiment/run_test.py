@@ -349,9 +349,10 @@ def test_a_truncated_checkpoint_ends_in_one_message(tmp_path):
     code, out, err = command.run()
     assert code == 2
     assert out == ""
-    sizes, what, found = err.splitlines()  # sizes are said before anything is loaded
+    sizes, what, expected, found = err.splitlines()  # sizes are said before anything is loaded
     assert sizes.startswith("jaxmerge: evaluate.")
-    assert (what.split(":")[0], found.split(":")[0].strip()) == ("jaxmerge", "found")
+    heads = [line.split(":")[0].strip() for line in (what, expected, found)]
+    assert heads == ["jaxmerge", "expected", "found"]
     assert str(broken / "model1") in err
     assert not command.workdir.exists()
 
@@ -365,7 +366,7 @@ def test_help_explains_itself():
         check=True,
     ).stdout
     assert "--workdir" in shown
-    assert "config.search.sigma = 0.5  # standard deviation" in shown
+    assert "config.search.budget_tokens = 0" in shown
 
 
 def test_a_broken_pool_writes_nothing(pool, tmp_path):

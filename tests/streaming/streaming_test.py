@@ -336,7 +336,7 @@ def test_formats_tell_blocks_from_leaves(tmp_path):
 def test_without_the_calls_that_macos_lacks(tmp_path, monkeypatch):
     for name in ("sched_getaffinity", "posix_fadvise", "POSIX_FADV_SEQUENTIAL"):
         monkeypatch.delattr(os, name, raising=False)
-    assert runpy.run_path(pipeline.__file__)["_WORKERS"] == min(os.cpu_count() or 1, 16)
+    assert runpy.run_path(pipeline.__file__)["WORKERS"] == min(os.cpu_count() or 1, 16)
     for name in ("posix_fallocate", "fdatasync"):
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setattr(files, "_SYNC", runpy.run_path(files.__file__)["_SYNC"])

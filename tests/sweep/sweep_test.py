@@ -292,4 +292,4 @@ def test_help_explains_itself():
         check=True,
     ).stdout
     assert "--shard=i/n" in shown
-    assert "config.search.sigma = 0.5  # standard deviation" in shown
+    assert "config.search.budget_tokens = 0" in shown

@@ -281,9 +281,9 @@ def test_generation_arguments_that_there_are_not_here_are_named(arguments, named
         ("choice", {"training_split": None}, {"num_fewshot": 1}, "would come from the documents"),
         ("choice", {"fewshot_split": "test"}, {"num_fewshot": 1}, "would come from the documents"),
         ("choice", {"unsafe_code": True}, {}, "would run what the model writes"),
-        ("choice", {"doc_to_text": "{{question"}, {}, "can't make this task\n.*Template"),
-        ("choice", {"test_split": "tset"}, {}, "can't make this task\n.*tset"),
-        ("choice", {"output_type": "choice"}, {}, "can't make this task\n.*output_type"),
+        ("choice", {"doc_to_text": "{{question"}, {}, "can't make this task\n.*\n.*Template"),
+        ("choice", {"test_split": "tset"}, {}, "can't make this task\n.*\n.*tset"),
+        ("choice", {"output_type": "choice"}, {}, "can't make this task\n.*\n.*output_type"),
         ("writing", {"gen_prefix": "So"}, {"form": "chat"}, "begins the answer itself"),
         (
             "choice",
@@ -303,7 +303,7 @@ def test_missing_files_are_named(tmp_path):
         build(task=str(tmp_path / "mine.yaml"))
     path = write(tmp_path, "choice")
     (tmp_path / "test.jsonl").unlink()
-    with pytest.raises(JaxmergeError, match=r"can't make this task\n.*test\.jsonl"):
+    with pytest.raises(JaxmergeError, match=r"can't make this task\n.*\n.*test\.jsonl"):
         build(task=path)
 
 
