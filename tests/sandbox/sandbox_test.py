@@ -280,9 +280,7 @@ def test_where_bubblewrap_is_missing_the_install_line_is_said(monkeypatch):
 def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch):
     """A machine that cannot judge must not look like a model that cannot code."""
     monkeypatch.setattr(container, "_ALL_NAMESPACES", ("--no-such-option",))
-    with pytest.raises(
-        JaxmergeError, match=r"does not start\n.*\n.*Unknown option"
-    ):
+    with pytest.raises(JaxmergeError, match=r"does not start\n.*\n.*Unknown option"):
         check_program("def f(): return 1", "", "f")
 
 
