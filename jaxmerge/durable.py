@@ -7,12 +7,13 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from jaxmerge.errors import JaxmergeError, at
+from jaxmerge.errors import JaxmergeError, at, way_out
 
 HOLDER = ".lock-holder"  # which process has a directory, where files can't be locked
 
@@ -37,6 +38,32 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def making(target: Path, what: str) -> Iterator[Path]:
+    """A directory under a temporary name, for `appear`; nothing is left of one that has not.
+
+    Args:
+        target: what it will be called.
+        what: is written, for the message where it can't be.
+
+    Raises:
+        JaxmergeError: it can't be written.
+    """
+    new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        new.mkdir(parents=True)
+        yield new
+    except OSError as error:
+        raise JaxmergeError(
+            f"{what} can't be written",
+            where=str(target),
+            expected=way_out(error),
+            found=error.strerror or str(error),
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def appear(new: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -41,6 +42,14 @@ def check_least(where: str, value: int, least: int) -> None:
     if value < least:
         raise JaxmergeError(
             "the number is too small", where=where, expected=f"at least {least}", found=str(value)
+        )
+
+
+def check_finite(where: str, numbers: Sequence[float]) -> None:
+    """Raises `JaxmergeError`, which names the place, unless all numbers are finite."""
+    if not all(map(math.isfinite, numbers)):
+        raise JaxmergeError(
+            "this is not finite", where=where, expected="finite numbers", found=str(numbers)
         )
 
 

@@ -146,8 +146,9 @@ def _run(module: str, flags: list[str], prepare: Callable[[Path], object]) -> in
         importlib.import_module(name).console()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    except BaseException as error:  # as Python does at its end: the hook may end the process
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
     with contextlib.suppress(AttributeError):
         print(f"\ncalls {ctypes.CDLL(None).fault_count()}", flush=True)
     return code

@@ -8,6 +8,7 @@ there is time for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import resource
 import signal
@@ -105,8 +106,8 @@ def index(directory: Path) -> Reader:
         weights(directory / name, tensors)
     names = {tensor: file for file, tensors in parts.items() for tensor in tensors}
     seed = as_bytes({"metadata": {"total_size": 40}, "weight_map": names})
-    read = lambda: checkpoint.read(epath.Path(directory))  # noqa: E731
-    return Reader((seed,), into(directory / "model.safetensors.index.json", read))
+    file = directory / "model.safetensors.index.json"
+    return Reader((seed,), into(file, lambda: checkpoint.read(epath.Path(directory))))
 
 
 def config(directory: Path) -> Reader:
@@ -115,10 +116,10 @@ def config(directory: Path) -> Reader:
     from jaxmerge.checkpoints import directory as checkpoint
 
     llama(directory)
-    read = lambda: checkpoint.read(epath.Path(directory))  # noqa: E731
     families = ("qwen2", "gemma2", "mixtral", "gpt_neox", "unknown")
     seeds = [LLAMA, *({**LLAMA, "model_type": each} for each in families)]
-    return Reader(tuple(map(as_bytes, seeds)), into(directory / "config.json", read))
+    read = into(directory / "config.json", lambda: checkpoint.read(epath.Path(directory)))
+    return Reader(tuple(map(as_bytes, seeds)), read)
 
 
 def adapter_config(directory: Path) -> Reader:
@@ -132,21 +133,9 @@ def adapter_config(directory: Path) -> Reader:
     adapter.mkdir()
     factors = {f"{prefix}A.weight": (2, 8), f"{prefix}B.weight": (8, 2)}
     weights(adapter / "adapter_model.safetensors", factors)
-    base = str(directory / "base")
-    read = lambda: lora.describe("x", epath.Path(adapter), "", base)  # noqa: E731
-    return Reader((as_bytes(ADAPTER),), into(adapter / "adapter_config.json", read))
-
-
-def tokenizer(directory: Path) -> Reader:
-    return _of_tokenizer(directory, "tokenizer.json")
-
-
-def tokenizer_config(directory: Path) -> Reader:
-    return _of_tokenizer(directory, "tokenizer_config.json")
-
-
-def generation_config(directory: Path) -> Reader:
-    return _of_tokenizer(directory, "generation_config.json")
+    base, file = str(directory / "base"), adapter / "adapter_config.json"
+    read = into(file, lambda: lora.describe("x", epath.Path(adapter), "", base))
+    return Reader((as_bytes(ADAPTER),), read)
 
 
 def mergekit(directory: Path) -> Reader:
@@ -194,48 +183,6 @@ def candidates(directory: Path) -> Reader:
     return Reader((seed,), into(file, lambda: RunDirectory(run, said).close()))
 
 
-def candidates_page(directory: Path) -> Reader:
-    return _of_run(directory, "candidates.jsonl")
-
-
-def results(directory: Path) -> Reader:
-    return _of_run(directory, "results.json")
-
-
-def run_config(directory: Path) -> Reader:
-    return _of_run(directory, "config.json")
-
-
-def run_pool(directory: Path) -> Reader:
-    return _of_run(directory, "pool.json")
-
-
-def run_tasks(directory: Path) -> Reader:
-    return _of_run(directory, "tasks.json")
-
-
-READERS: dict[str, Callable[[Path], Reader]] = {
-    "safetensors": safetensors,
-    "index": index,
-    "config": config,
-    "adapter_config": adapter_config,
-    "tokenizer": tokenizer,
-    "tokenizer_config": tokenizer_config,
-    "generation_config": generation_config,
-    "mergekit": mergekit,
-    "mergekit_evolve": mergekit_evolve,
-    "jsonl": jsonl,
-    "candidates": candidates,
-    "candidates_page": candidates_page,
-    "results": results,
-    "run_config": run_config,
-    "run_pool": run_pool,
-    "run_tasks": run_tasks,
-}
-# Those that parse bytes themselves, which is worth a look at what the bytes reach.
-OF_BYTES = ("safetensors", "index", "adapter_config", "mergekit", "jsonl", "candidates")
-
-
 def verdict(read: Callable[[bytes], object], data: bytes) -> str:
     """How reading an input ends: `read`, `refused`, or else what is wrong, with its trace.
 
@@ -250,7 +197,7 @@ def verdict(read: Callable[[bytes], object], data: bytes) -> str:
         said = "read"
     except JaxmergeError as error:
         said = "refused" if 0 < len(str(error)) < MESSAGE else f"a message of {len(str(error))}"
-    except Exception:
+    except Exception:  # whatever it is: an error that is not a message is what is looked for
         return traceback.format_exc()
     except _Hang:
         return f"more than {SECONDS} seconds\n{traceback.format_exc()}"
@@ -381,3 +328,25 @@ def _alarm() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+READERS: dict[str, Callable[[Path], Reader]] = {
+    "safetensors": safetensors,
+    "index": index,
+    "config": config,
+    "adapter_config": adapter_config,
+    "tokenizer": functools.partial(_of_tokenizer, name="tokenizer.json"),
+    "tokenizer_config": functools.partial(_of_tokenizer, name="tokenizer_config.json"),
+    "generation_config": functools.partial(_of_tokenizer, name="generation_config.json"),
+    "mergekit": mergekit,
+    "mergekit_evolve": mergekit_evolve,
+    "jsonl": jsonl,
+    "candidates": candidates,
+    "candidates_page": functools.partial(_of_run, name="candidates.jsonl"),
+    "results": functools.partial(_of_run, name="results.json"),
+    "run_config": functools.partial(_of_run, name="config.json"),
+    "run_pool": functools.partial(_of_run, name="pool.json"),
+    "run_tasks": functools.partial(_of_run, name="tasks.json"),
+}
+# Those that parse bytes themselves, which is worth a look at what the bytes reach.
+OF_BYTES = ("safetensors", "index", "adapter_config", "mergekit", "jsonl", "candidates")

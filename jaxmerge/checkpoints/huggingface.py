@@ -29,8 +29,8 @@ from jaxmerge.checkpoints.leaves import Keep, as_read, restore_leaves
 from jaxmerge.checkpoints.rows import resized
 from jaxmerge.checkpoints.safetensors import in_file_order, make_header, write_at
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.durable import appear
-from jaxmerge.errors import JaxmergeError, way_out
+from jaxmerge.durable import appear, making
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.layout import Layout
 from jaxmerge.textfiles import parse_json, read_text
 from jaxmerge.trees import PyTree, named_leaves
@@ -172,20 +172,9 @@ def save(
         name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in layout.tensors.items()
     }
     files = split(tensors, shard_bytes, layout.wide)
-    new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        new.mkdir(parents=True)
+    with making(target, "the model") as new:
         _write_files(new, files, layout, leaf)
         publish(new, target, files, like, card, tokenizer)
-    except OSError as error:
-        raise JaxmergeError(
-            "the model can't be written",
-            where=str(path),
-            expected=way_out(error),
-            found=error.strerror or str(error),
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 class WeightsFile(NamedTuple):

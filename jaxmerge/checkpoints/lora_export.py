@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ from etils import epath
 from jaxmerge.checkpoints import adapter_config, directory, huggingface, lora
 from jaxmerge.checkpoints.safetensors import in_file_order, make_header
 from jaxmerge.checkpoints.source import Source
-from jaxmerge.durable import appear
-from jaxmerge.errors import JaxmergeError, way_out
+from jaxmerge.durable import appear, making
+from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
 from jaxmerge.merge.groups import Groups
 from jaxmerge.models.layout import Layout
@@ -147,9 +146,7 @@ def write(
     stored = jnp.dtype(dtype or "float32")
     factors = {name: np.ascontiguousarray(values, stored) for name, values in tensors.items()}
     config, written = made.config(), made.written()
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        new.mkdir(parents=True)
+    with making(path, "the adapter") as new:
         order = in_file_order({name: values.dtype for name, values in factors.items()})
         with open(new / lora.WEIGHTS, "wb") as stream:
             stream.write(make_header((n, factors[n].dtype, factors[n].shape) for n in order))
@@ -162,15 +159,6 @@ def write(
         said = card(str(config["base_model_name_or_path"]), written)
         (new / "README.md").write_text(said, "utf-8", errors="backslashreplace")
         appear(new, path)
-    except OSError as error:
-        raise JaxmergeError(
-            "the adapter can't be written",
-            where=str(path),
-            expected=way_out(error),
-            found=error.strerror or str(error),
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return written
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,11 +58,15 @@ def by_method(
     if residency == "device":
         named = [named_leaves(tree) for tree in trees]
         inner = merger(trees, places)
-        leaves = lambda name: [each[name] for each in named]  # noqa: E731
+        leaves = functools.partial(_leaves_of, named)
     else:
         inner = leafwise(sources, trees, where, places)
         leaves = inner.leaves
     return CombinationMerger(method, inner, leaves, trees[0], places, groups)
+
+
+def _leaves_of(named: Sequence[Mapping[str, jax.Array]], name: str) -> list[jax.Array]:
+    return [each[name] for each in named]
 
 
 def leafwise(

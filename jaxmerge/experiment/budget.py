@@ -38,11 +38,10 @@ def check_pool_sizes(config: Config, checkpoints: int, groups: int = 1) -> None:
 
 def baseline_names(config: Config) -> tuple[str, ...]:
     """Names of those that the run has: `paper` is left out where the search itself is that."""
-    search = config.search
-    found = (search.strategy, search.warm_start, configs.granularity(config))
-    return tuple(
-        name for name in config.baselines if name != "paper" or found != (PAPER, "", "model")
-    )
+    search, method, grain = config.search, config.merge.method, configs.granularity(config)
+    found = (search.strategy, search.warm_start, method, grain)
+    same = found == (PAPER, "", "linear", "model")
+    return tuple(name for name in config.baselines if name != "paper" or not same)
 
 
 def pool_size_budget(config: Config) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.durable import read_json
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_finite
 from jaxmerge.merge.groups import Groups, groups
 from jaxmerge.trees import PyTree
 
@@ -174,11 +174,5 @@ def _by_group(path: Path, what: str, values: Any, names: Sequence[str]) -> np.nd
         raise JaxmergeError(
             "these are no numbers", where=f"{path}, {what}", expected="numbers"
         ) from error
-    if not np.isfinite(found).all():
-        raise JaxmergeError(
-            "numbers are finite",
-            where=f"{path}, {what}",
-            expected="finite numbers",
-            found=str(rows),
-        )
+    check_finite(f"{path}, {what}", found.ravel().tolist())
     return found

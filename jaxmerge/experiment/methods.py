@@ -10,7 +10,6 @@ take more.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from jaxmerge.checkpoints.safetensors import Tensor
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.config import Config
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_finite
 from jaxmerge.experiment.given import Given
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.merge.methods import METHODS, check_inputs, complete, merge_tensor
@@ -101,13 +100,7 @@ def check(config: Config, given: Given, checkpoints: int) -> None:
     weights, genes = given.first
     numbers, _ = complete(method, _genes(config, weights, genes), checkpoints)
     for name, values in numbers.items():
-        if not all(map(math.isfinite, values.ravel().tolist())):
-            raise JaxmergeError(
-                "this is not finite",
-                where=f"merge.genes.{name}",
-                expected="finite numbers",
-                found=str(values.tolist()),
-            )
+        check_finite(f"merge.genes.{name}", values.ravel().tolist())
 
 
 def merge(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_finite
 from jaxmerge.merge.methods import METHODS, Gene, check_inputs, complete, vector_axis
 
 
@@ -179,11 +179,5 @@ def searched(
 
 def _plain(name: str, gene: Any) -> float | tuple[float, ...]:
     values = np.asarray(gene).tolist()
-    if not np.isfinite(values).all():
-        raise JaxmergeError(
-            "this is not finite",
-            where=f"merge.genes.{name}",
-            expected="finite numbers",
-            found=str(values),
-        )
+    check_finite(f"merge.genes.{name}", np.ravel(values).tolist())
     return tuple(values) if isinstance(values, list) else values
