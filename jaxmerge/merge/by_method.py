@@ -187,7 +187,7 @@ ByMethod = CombinationMerger | LeafMerger
 
 def _without_derivatives(method: str) -> JaxmergeError:
     return JaxmergeError(
-        f"a search along gradients is over weighted sums; {method} is none",
+        f"derivatives by the numbers of {method} are not made",
         where="search.strategy",
         expected='a strategy of evosax, such as "CMA_ES" or "SNES"',
     )
