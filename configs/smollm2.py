@@ -73,12 +73,10 @@ def get_config() -> Config:
     config.objective.tasks = ("sums", "sequence", "reorder")
     config.heldout = ("letters", "equations")
     config.objective.search_examples = 64
-    config.objective.test_examples = 128
+    config.objective.test_examples = 192
     config.evaluate.batch_size = 64
     config.baselines = ("uniform", "best-per-task", "greedy")
-    # From the average of the best checkpoint per task, by their scores on the search split.
-    config.search.init = (-2, -1, 0, 2, 2, 0, 2, -1)
-    config.search.strategy = "CMA_ES"
-    config.search.sigma = 0.7
-    config.search.budget = 40
+    config.search.learning_rate = 0.3
+    config.search.minibatch = 12
+    config.search.score_every = 15
     return config

@@ -40,6 +40,8 @@ _CHOSEN = tuple(
 )
 # Fields of a config that say where a run computes, not what: it can go on elsewhere.
 _WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
+# What a spoiled line of the log ends in, numbers beyond float64 among it.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
 
 # One merge weight per checkpoint, in pool order; of groups that have weights of their own, each's.
@@ -359,7 +361,7 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
             weights = as_weights(fields["weights"])
             candidate = Candidate(**{**fields, "weights": weights, "genes": genes})
             _check_kinds(candidate)
-        except (AttributeError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except _UNREADABLE as error:
             raise JaxmergeError(
                 f"line {number + 1} can't be read",
                 where=where,
@@ -386,6 +388,7 @@ def _check_kinds(one: Candidate) -> None:
         or {*map(type, one.scores.values())} - {int, float}
     ):
         raise ValueError("numbers, names or scores are of another kind")
+    np.asarray([*one.scores.values()], np.float64)  # OverflowError of a number beyond it
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
