@@ -152,6 +152,8 @@ def _said(file: str, text: str, prefix: str, written: list[dict[str, Any]]) -> s
     if file not in (_STEP, _INDEX):
         return text
     said = parse_json(text.encode(), file)
+    if not isinstance(said, dict):
+        return text
     if file == _STEP and said.get("is_temporary"):
         said["is_temporary"] = False  # or Levanter deletes it
     elif file == _INDEX:
