@@ -198,6 +198,13 @@ def _merge(config: Config, out: str, command: str) -> None:
             expected=f"{own}, or --config.pool.base=DIR of such a model",
             found="huggingface",
         )
+    if config.export.formats == ("npz",) and ".npz" not in Path(out).name:
+        raise JaxmergeError(
+            "a file of arrays has .npz in its name, or it is not found as one",
+            where="--out",
+            expected=f"{out}.npz",
+            found=out,
+        )
     if flags.FLAGS.method:
         config.merge.method = flags.FLAGS.method
     for text in flags.FLAGS.gene:
