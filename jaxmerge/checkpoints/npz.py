@@ -120,7 +120,7 @@ def save(
             processes.gather(leaf(name))
         return
     prefix = _prefix(like) if like else ""
-    carried = named_leaves(restore(like, like.carried)) if like else {}
+    carried = named_leaves(restore(like, like.carried)) if like and like.carried else {}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name in [*names, *carried]:

@@ -132,7 +132,7 @@ def save(
         return
     kept: Mapping[str, Any] = like.custom if like else {}
     prefix = f"{like.subtree}/" if like and like.subtree else ""
-    carried = named_leaves(restore(like, like.carried)) if like else {}
+    carried = named_leaves(restore(like, like.carried)) if like and like.carried else {}
     target, written = Path(path).absolute(), []
     with making(target, "the checkpoint") as new:
         for name in [*names, *carried]:

@@ -143,7 +143,7 @@ def test_interleaved_heads(tmp_path):
     known = trainers.known(str(base))
     assert known
     leaf = Leaf("DJC", ("layers/key",), (0,), Change(interleaved=True))
-    stored = np.arange(16 * 3 * 4, dtype=np.float32).reshape(16, 3, 4)
+    stored = np.arange(16 * 4 * 6, dtype=np.float32).reshape(16, 4, 6)
     found = to_decoder(jnp.asarray(stored), leaf, "layers/key", known.config)
     halves = np.concatenate([stored[..., ::2], stored[..., 1::2]], -1)
     np.testing.assert_array_equal(found[0], np.transpose(halves, (1, 2, 0)))
