@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -44,9 +45,15 @@ FAMILIES = {
 # What the trainers can be told only so.
 _LLAMA31 = {**trainers_test.LLAMA31, "original_max_position_embeddings": 8192}
 _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+# Whatever its config says, Tunix 0.1.7 turns Llama and Qwen 3 by this theta.
+_MILLION = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
-    "tunix": {"llama": {"rope_parameters": _PLAIN}},
-    "maxtext": {"llama": {"rope_parameters": _LLAMA31}},
+    "tunix": dict.fromkeys(("llama", "qwen3"), _MILLION),
+    "maxtext": {
+        "llama": {"rope_parameters": _LLAMA31},
+        "mixtral": {"rope_parameters": _PLAIN},
+        "qwen3_moe": {"norm_topk_prob": True},
+    },
 }
 # Of the largest logit. All compute in float32, in orders of their own: through up to 8 layers some
 # hundred roundings of 6e-8 add up.
@@ -78,7 +85,9 @@ def merged(at: Path) -> None:
     config = configs.default()
     config.pool.checkpoints = (str(at / "0"), str(at / "1"))
     config.pool.base = str(at / "base")
-    config.merge.weights, config.export.formats = (0.3, 0.7), ("orbax", "huggingface")
+    # Exact in bfloat16, which MaxText rounds a tied head to, whatever its dtypes are.
+    config.merge.weights = (0.25, 0.75)
+    config.export.formats = ("orbax", "huggingface")
     by_name, exported = merge(config, str(at / "run"))
     by_name.rename(at / "merged")
     exported.rename(at / "huggingface")
@@ -115,7 +124,7 @@ def ours(path: Path, base: Path, tokens: np.ndarray) -> np.ndarray:
     (source,) = find([str(path)], base=str(base))
     params = trainers.restore(source, source.abstract)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(decoder(source.view.known.config).apply(params, tokens))
+        return np.asarray(decoder(source.view.known.config).apply(params, jnp.asarray(tokens)))
 
 
 def reference(path: Path, tokens: np.ndarray) -> np.ndarray:

@@ -169,6 +169,7 @@ class MaxText:
             "mlp_activations": ["gelu" if gemma else "silu", "linear"],
             "use_qk_norm": family.startswith("qwen3") or family == "gemma3",
             "attention_bias": family == "qwen2",
+            "normalize_embedding_logits": gemma,
             "rope_max_timescale": 1_000_000 if family == "gemma3" else 10_000,
         }
         if experts:
@@ -187,8 +188,11 @@ class MaxText:
             }
         if family == "gemma2":
             fields |= {"attn_logits_soft_cap": 50.0, "final_logits_soft_cap": 30.0}
+            fields["base_num_decoder_layers"] //= 2  # it counts pairs
         if family == "gemma3":
-            fields["attention_type"] = "local_sliding"
+            # It scales queries by this name; all else is said here.
+            fields |= {"model_name": "gemma3-4b", "override_model_config": True}
+            fields["rope_linear_scaling_factor"] = 1.0
         base = Path(maxtext.__file__).parent / "configs" / "base.yml"
         self._config = pyconfig.initialize(
             [None, str(base)],
