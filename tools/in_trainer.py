@@ -39,9 +39,9 @@ class Tunix:
     """A model of Tunix, saved and loaded by its `CheckpointManager`."""
 
     def __init__(self, said: dict[str, Any]):
-        family = {"llama": "llama3", "gemma3_text": "gemma3"}.get(
-            said["model_type"], said["model_type"]
-        )
+        of = str(said["model_type"])
+        family = {"llama": "llama3", "gemma3_text": "gemma3"}.get(of, of)
+        self._saving = importlib.import_module("tunix.sft.checkpoint_manager")
         self._module = importlib.import_module(f"tunix.models.{family}.model")
         sizes = {
             "num_layers": said["num_hidden_layers"],
@@ -73,22 +73,19 @@ class Tunix:
         return model
 
     def save(self, path: Path, seed: int) -> None:
-        from tunix.sft.checkpoint_manager import CheckpointManager
-
-        manager = CheckpointManager(str(path.with_name(f"run{seed}")))
+        manager = self._saving.CheckpointManager(str(path.with_name(f"run{seed}")))
         assert manager.save(1, self._model(seed), force=True)
         manager.close()
         path.with_name(f"run{seed}").joinpath("1").rename(path)
 
     def logits(self, path: Path, tokens: Any) -> Any:
         from flax import nnx
-        from tunix.sft.checkpoint_manager import CheckpointManager
 
         root = path.with_name(f"read-{path.name}")
         root.mkdir()
         (root / "1").symlink_to(path, target_is_directory=True)
         model = self._model(9)
-        CheckpointManager(str(root)).maybe_restore(model)
+        self._saving.CheckpointManager(str(root)).maybe_restore(model)
         length = tokens.shape[1]
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
         mask = jnp.broadcast_to(
@@ -101,8 +98,7 @@ class Gemma:
     """A model of the gemma package, saved and loaded by `gm.ckpts`."""
 
     def __init__(self, said: dict[str, Any]):
-        from gemma import gm
-
+        gm = importlib.import_module("gemma.gm")
         kinds = gm.nn.AttentionType
         third = said["model_type"] == "gemma3_text"
         pattern = [kinds.LOCAL_SLIDING] * (5 if third else 1) + [kinds.GLOBAL]
@@ -146,13 +142,10 @@ class MaxText:
     """A model of MaxText, saved and loaded by its `checkpointing`."""
 
     def __init__(self, said: dict[str, Any], *, scanned: bool = True):
-        import maxtext
-        from maxtext.configs import pyconfig
-        from maxtext.utils import model_creation_utils
-
-        family = {"llama": "llama2", "gemma3_text": "gemma3"}.get(
-            said["model_type"], said["model_type"]
-        )
+        pyconfig = importlib.import_module("maxtext.configs.pyconfig")
+        creation = importlib.import_module("maxtext.utils.model_creation_utils")
+        of = str(said["model_type"])
+        family = {"llama": "llama2", "gemma3_text": "gemma3"}.get(of, of)
         gemma = family.startswith("gemma")
         experts = said.get("num_experts", said.get("num_local_experts", 0))
         fields = {
@@ -193,7 +186,7 @@ class MaxText:
             # It scales queries by this name; all else is said here.
             fields |= {"model_name": "gemma3-4b", "override_model_config": True}
             fields["rope_linear_scaling_factor"] = 1.0
-        base = Path(maxtext.__file__).parent / "configs" / "base.yml"
+        base = Path(str(pyconfig.__file__)).with_name("base.yml")
         self._config = pyconfig.initialize(
             [None, str(base)],
             **{"run_name": "tiny", "enable_checkpointing": False, "hardware": "cpu"},
@@ -203,7 +196,7 @@ class MaxText:
             **{"scan_layers": scanned, "enable_dropout": False, "float32_logits": True},
             **fields,
         )
-        self._model = model_creation_utils.from_config(self._config)
+        self._model = creation.from_config(self._config)
 
     def _shapes(self) -> Any:
         from flax import linen
@@ -214,14 +207,12 @@ class MaxText:
         return linen.unbox({"params": shapes["params"]})
 
     def save(self, path: Path, seed: int) -> None:
-        from maxtext.common import checkpointing
-
+        checkpointing = importlib.import_module("maxtext.common.checkpointing")
         params = randomised(self._shapes(), seed)
         checkpointing.save_params_to_path(str(path), params)
 
     def logits(self, path: Path, tokens: Any) -> Any:
-        from maxtext.common import checkpointing
-
+        checkpointing = importlib.import_module("maxtext.common.checkpointing")
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), self._shapes()

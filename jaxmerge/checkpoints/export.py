@@ -134,21 +134,17 @@ def export(
     """
     path = Path(path).expanduser()
     wanted = [name for name in formats if name != "huggingface" or like]
-    there = processes.from_first(
-        lambda: json.dumps([name for name in wanted if place(path, name).exists()]).encode()
-    )
-    missing = [name for name in wanted if name not in json.loads(there)]
-    like_sources = {source.format: source} if source else {}
+    missing = _missing(path, wanted)
+    alike = {source.format: source} if source else {}
     if "orbax" in missing:
         tree = map_named(lambda name, _: leaf(name), abstract)
-        like_source = like_sources.get("orbax")
-        orbax.save(path / "orbax", tree, architecture=architecture, like=like_source)
+        orbax.save(path / "orbax", tree, architecture=architecture, like=alike.get("orbax"))
         leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
     for name in missing:
         if name == lora_export.NAME:
             adapter(path / name)
         elif name in trainers.STORED and name != "orbax":
-            trainers.STORED[name].save(place(path, name), abstract, leaf, like_sources.get(name))
+            trainers.STORED[name].save(place(path, name), abstract, leaf, alike.get(name))
         elif name in trainers.FORMS:
             trainers.write(path / name, name, like, leaf, rope_type=rope_type)
     if "huggingface" in missing and not processes.first():
@@ -167,6 +163,14 @@ def export(
             card=card,
         )
     return [place(path, name) for name in wanted]
+
+
+def _missing(path: Path, wanted: Sequence[str]) -> list[str]:
+    """The formats that are not there yet, as process 0 sees it."""
+    there = processes.from_first(
+        lambda: json.dumps([name for name in wanted if place(path, name).exists()]).encode()
+    )
+    return [name for name in wanted if name not in json.loads(there)]
 
 
 def _here(leaf: Callable[[str], jax.Array], name: str) -> jax.Array:
