@@ -130,7 +130,9 @@ def _of_search(
     config: Config, path: Path, results: Mapping[str, Any], checkpoints: Sequence[str]
 ) -> dict[str, Any]:
     """The winner of a search as a table."""
-    best, method = results["best"], results.get("method", {})
+    best = results["best"]
+    # A baseline, which is a weighted sum, may have won a search over a method.
+    method = results.get("method", {}) if "genes" in best else {}
     named, own = method.get("name", "linear"), config.merge.method
     for where, expected, found in (
         ("merge.method", named, own),

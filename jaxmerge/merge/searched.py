@@ -93,7 +93,20 @@ def summed(method: str, choices: Mapping[str, Any]) -> bool:
     return METHODS[method].kind == "combination" and vector_axis(choices, 2) is None
 
 
-_EVOSAX = 'a strategy of evosax, such as "CMA_ES" or "SNES"; or merge.method = "linear"'
+def check_differentiable(method: str, where: str) -> None:
+    """Raises `JaxmergeError` unless merges by a method have derivatives by its numbers.
+
+    Args:
+        method: a name in `METHODS`.
+        where: the field that asks for them.
+    """
+    if METHODS[method].kind == "mask":
+        raise JaxmergeError(
+            f"{method} cuts off at thresholds or draws at random, which has no derivatives",
+            where=where,
+            expected='a strategy of evosax, such as "CMA_ES" or "SNES"; or a merge.method that is '
+            "a weighted sum, such as task_arithmetic",
+        )
 
 
 def check(method: str, genes: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
@@ -107,12 +120,13 @@ def check(method: str, genes: Mapping[str, Any], fields: Mapping[str, Any]) -> N
     Raises:
         JaxmergeError: names the field.
     """
+    for where in ("search.strategy", "search.warm_start"):
+        if fields[where] == "gradient":
+            check_differentiable(method, where)
     places = ("device", "host", "disk", "auto") if summed(method, genes) else ("device",)
     with_base = METHODS[method].base != "required" or fields["pool.base"] != ""
     for where, right, expected in (
         ("pool.base", with_base, "the checkpoint that the others were made from"),
-        ("search.strategy", fields["search.strategy"] != "gradient", _EVOSAX),
-        ("search.warm_start", fields["search.warm_start"] != "gradient", '""'),
         ("analyses.pool_sizes", not fields["analyses.pool_sizes"], "()"),
         ("pool.storage", fields["pool.storage"] == "exact", '"exact"'),
         ("pool.residency", fields["pool.residency"] in places, '"device"'),

@@ -129,10 +129,55 @@ def test_every_kind_runs(pool, tmp_path, method, axes):
     assert len({*map(str, (line["genes"] for line in tiny.log(tmp_path)))}) > 8
 
 
+def test_a_search_along_gradients(pool, tmp_path):
+    """Over weights and a number of each group; it is stopped, and ends the same."""
+    config = config_of(pool, "task_arithmetic")
+    config.space.granularity = "layer"
+    config.search.strategy, config.search.population = "gradient", 0
+    config.search.steps, config.search.score_every, config.search.minibatch = 4, 2, 4
+    found = search(config, str(tmp_path), "the command")
+    log = tiny.log(tmp_path)
+    of_search = [line for line in log if line["origin"] == "search"]
+    assert len(of_search) == 4
+    drawn = np.array([line["genes"]["lambda"] for line in of_search])
+    assert drawn.shape == (4, 3)
+    # Adam's first steps are as long as the learning rate, whatever the slope.
+    assert (np.abs(drawn[0] - 1) > 0.1).all()
+    assert (np.abs(np.array(of_search[0]["weights"]) - 0.5) > 0.01).all()
+    whole = (tmp_path / "candidates.jsonl").read_text().splitlines(keepends=True)
+    cut = [line["origin"] for line in log].index("search") + 3
+    (tmp_path / "candidates.jsonl").write_text("".join(whole[:cut]))
+    again = search(config, str(tmp_path), "the command")
+    assert tiny.log(tmp_path) == log
+    assert again["best"] == found["best"]
+
+
+def test_evolution_goes_on_where_gradients_ended(pool, tmp_path):
+    """In the genotype of a number without weights; the winner may be a baseline."""
+    config = config_of(pool, "slerp")
+    config.pool.base, config.search.warm_start = "", "gradient"
+    config.search.steps, config.search.score_every, config.search.minibatch = 4, 4, 4
+    config.search.budget = 4
+    found = search(config, str(tmp_path), "the command")
+    lines = tiny.log(tmp_path)
+    warm, after = (
+        np.array([line["genes"]["t"] for line in lines if line["origin"] == origin])
+        for origin in ("warm-start", "search")
+    )
+    assert abs(warm[0] - 0.5) > 0.05
+    assert abs(after.mean() - warm[1]) < 0.2
+    highest = max(
+        np.mean([*line["scores"].values()]) for line in lines if line["split"] == "search"
+    )
+    assert found["best"]["search_objective"] == pytest.approx(highest)
+    (first,) = [name for name, row in found["best"]["weights"].items() if row][:1]
+    assert ("genes" in found["best"]) == (found["best"]["id"] >= 3), first
+
+
 @pytest.mark.parametrize(
     ("method", "change", "named"),
     [
-        ("ties", {"search.strategy": "gradient"}, "CMA_ES"),
+        ("ties", {"search.strategy": "gradient"}, "no derivatives"),
         ("arcee_fusion", {}, "takes another number of checkpoints"),
         ("model_stock", {}, "--mode=merge"),
         ("ties", {"pool.residency": "disk"}, r"pool\.residency"),
