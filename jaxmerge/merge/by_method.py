@@ -213,7 +213,7 @@ ByMethod = CombinationMerger | LeafMerger
 
 
 def _on_host() -> Any:
-    """Where numbers of candidates are computed: beside those, nothing is moved."""
+    """Candidates are few numbers: what they are merged from is computed on the CPU."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 

@@ -132,7 +132,7 @@ def test_every_kind_runs(pool, tmp_path, method, axes):
 def test_a_search_along_gradients(pool, tmp_path):
     """Over weights and a number of each group; it is stopped, and ends the same."""
     config = config_of(pool, "task_arithmetic")
-    config.space.granularity = "layer"
+    config.space.granularity, config.analyses.leave_one_out = "layer", False
     config.search.strategy, config.search.population = "gradient", 0
     config.search.steps, config.search.score_every, config.search.minibatch = 4, 2, 4
     found = search(config, str(tmp_path), "the command")
@@ -156,6 +156,7 @@ def test_evolution_goes_on_where_gradients_ended(pool, tmp_path):
     """In the genotype of a number without weights; the winner may be a baseline."""
     config = config_of(pool, "slerp")
     config.pool.base, config.search.warm_start = "", "gradient"
+    config.analyses.leave_one_out = False
     config.search.steps, config.search.score_every, config.search.minibatch = 4, 4, 4
     config.search.budget = 4
     found = search(config, str(tmp_path), "the command")
@@ -170,8 +171,8 @@ def test_evolution_goes_on_where_gradients_ended(pool, tmp_path):
         np.mean([*line["scores"].values()]) for line in lines if line["split"] == "search"
     )
     assert found["best"]["search_objective"] == pytest.approx(highest)
-    (first,) = [name for name, row in found["best"]["weights"].items() if row][:1]
-    assert ("genes" in found["best"]) == (found["best"]["id"] >= 3), first
+    # Two checkpoints and the uniform merge are weighted sums, before what has a t.
+    assert ("genes" in found["best"]) == (found["best"]["id"] >= 3)
 
 
 @pytest.mark.parametrize(
