@@ -31,7 +31,7 @@ from jaxmerge.errors import JaxmergeError, check_finite
 from jaxmerge.experiment.given import Given
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.merge.methods import METHODS, check_inputs, complete, merge_tensor
-from jaxmerge.merge.searched import Searched
+from jaxmerge.merge.searched import Searched, check_own
 from jaxmerge.merge.searched import searched as find_searched
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import space
@@ -61,8 +61,9 @@ def searched(config: Config, checkpoints: int) -> Searched | None:
     Raises:
         JaxmergeError: names the field.
     """
-    merge = config.merge
+    merge, own = config.merge, tuple(config.space.per_checkpoint)
     if merge.method == "linear":
+        check_own(own, ())
         return None
     return find_searched(
         merge.method,
@@ -71,6 +72,7 @@ def searched(config: Config, checkpoints: int) -> Searched | None:
         with_base=takes_base(config) and bool(config.pool.base),
         variant=merge.variant,
         seed=config.seed,
+        own=own,
     )
 
 

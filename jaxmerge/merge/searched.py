@@ -8,7 +8,8 @@ length, and its last number says that it is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -26,9 +27,11 @@ class Searched(NamedTuple):
         method: a name in `METHODS`.
         checkpoints: K; the base is not among them.
         with_base: whether there is a base.
-        genes: what is searched beside the weights, M of them, each one number for all checkpoints.
+        genes: what is searched beside the weights, M of them, each one number.
         fixed: all other genes of the method but the weights, by name.
         variant: see `methods.merge_tensor`; `seed` too.
+        own: those of which each checkpoint has a number of its own, which are genes named as
+            `own_name` says; the numbers of others hold for all checkpoints.
     """
 
     method: str
@@ -38,6 +41,7 @@ class Searched(NamedTuple):
     fixed: tuple[tuple[str, bool | float | tuple[float, ...]], ...]
     variant: Literal["paper", "mergekit"] = "paper"
     seed: int = 0
+    own: tuple[str, ...] = ()
 
     @property
     def weighted(self) -> bool:
@@ -80,7 +84,14 @@ class Searched(NamedTuple):
         for place, gene in enumerate(self.genes, start=K):
             number = row[place]
             found[gene.name] = jnp.broadcast_to(number, (K,)) if gene.per_checkpoint else number
+        for name in self.own:
+            found[name] = jnp.stack([found.pop(own_name(name, k)) for k in range(K)])
         return found
+
+
+def own_name(gene: str, checkpoint: int) -> str:
+    """What the number that a checkpoint has of a gene is called: `density[0]` of the first."""
+    return f"{gene}[{checkpoint}]"
 
 
 def summed(method: str, choices: Mapping[str, Any]) -> bool:
@@ -149,6 +160,7 @@ def searched(
     with_base: bool,
     variant: Literal["paper", "mergekit"] = "paper",
     seed: int = 0,
+    own: Sequence[str] = (),
 ) -> Searched:
     """What a search over a method sets: the weights, and every number that is not given.
 
@@ -160,6 +172,7 @@ def searched(
         checkpoints: K, without the base.
         with_base: whether there is a base.
         variant: see `methods.merge_tensor`; `seed` too.
+        own: names of genes that each checkpoint is to have a number of its own of.
 
     Raises:
         JaxmergeError: the method takes other checkpoints or genes, or nothing is left to search.
@@ -173,13 +186,19 @@ def searched(
         )
     table = METHODS[method].genes
     open_genes = tuple(gene for gene in table if gene.searched and gene.name not in fixed)
+    check_own(own, [gene.name for gene in open_genes if gene.per_checkpoint])
     # The middle of the range stands for what has no default, to have the rest checked.
     stand_ins = {gene.name: (gene.low + gene.high) / 2 for gene in table if gene.default is None}
     numbers, choices = complete(method, {**stand_ins, **fixed}, checkpoints)
     open_names = {"weight", *(gene.name for gene in open_genes)}
     rest = {name: _plain(name, x) for name, x in numbers.items() if name not in open_names}
     kept = tuple({**rest, **choices}.items())
-    found = Searched(method, checkpoints, with_base, open_genes, kept, variant, seed)
+    columns = tuple(
+        each
+        for gene in open_genes
+        for each in (_of_each(gene, checkpoints) if gene.name in own else (gene,))
+    )
+    found = Searched(method, checkpoints, with_base, columns, kept, variant, seed, tuple(own))
     if not found.numbers:
         raise JaxmergeError(
             f"nothing of {method} is left to search",
@@ -189,6 +208,23 @@ def searched(
             found=", ".join(f"{name} = {gene}" for name, gene in fixed.items()),
         )
     return found
+
+
+def check_own(own: Sequence[str], possible: Sequence[str]) -> None:
+    """Raises `JaxmergeError` unless checkpoints can have numbers of their own of all these."""
+    for name in own:
+        if name not in possible:
+            raise JaxmergeError(
+                "not a number that is searched, and that each checkpoint can have its own of",
+                where="space.per_checkpoint",
+                expected=", ".join(possible) or "()",
+                found=name,
+            )
+
+
+def _of_each(gene: Gene, checkpoints: int) -> list[Gene]:
+    names = [own_name(gene.name, k) for k in range(checkpoints)]
+    return [dataclasses.replace(gene, name=name, per_checkpoint=False) for name in names]
 
 
 def _plain(name: str, gene: Any) -> float | tuple[float, ...]:

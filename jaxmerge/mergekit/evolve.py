@@ -114,7 +114,9 @@ def _of_method(
     genes = {"normalize": normalize}
     if normalize or constraint == "free":  # else it is the sum of the weights
         genes |= {"lambda": 1.0}
-    return {**found, "merge.genes": genes, "space.constraint": constraint, **by_weights}
+    own = () if method == "task_arithmetic" else ("density",)
+    found |= {"merge.genes": genes, "space.constraint": constraint, "space.per_checkpoint": own}
+    return found | by_weights
 
 
 def _of_models(entries: Mapping[str, Node]) -> dict[str, Any]:

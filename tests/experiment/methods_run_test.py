@@ -41,13 +41,17 @@ def config_of(pool, method, **genes):
     return config
 
 
+def config_of_ties(pool):
+    """By layer, with a density of each checkpoint, and a lambda that is given."""
+    config = config_of(pool, "ties", **{"lambda": 0.8})
+    config.space.granularity, config.space.per_checkpoint = "layer", ("density",)
+    return config
+
+
 @pytest.fixture(scope="module")
 def finished(pool, tmp_path_factory):
-    """A search over TIES, with a density given and a lambda not, by layer."""
     workdir = tmp_path_factory.mktemp("ties")
-    config = config_of(pool, "ties", density=0.6)
-    config.space.granularity = "layer"
-    return workdir, search(config, str(workdir), "the command")
+    return workdir, search(config_of_ties(pool), str(workdir), "the command")
 
 
 def leaves_of(path):
@@ -59,22 +63,22 @@ def test_what_is_searched_is_told(finished):
     workdir, found = finished
     schema = json.loads((ROOT / "jaxmerge/report/results.schema.json").read_text())
     jsonschema.validate(json.loads((workdir / "results.json").read_text()), schema)
-    assert found["method"]["searched"] == ["lambda"]
-    assert found["method"]["fixed"]["density"] == pytest.approx([0.6, 0.6])
+    assert found["method"]["searched"] == ["density[0]", "density[1]"]
+    assert found["method"]["fixed"]["lambda"] == pytest.approx(0.8)
     log = tiny.log(workdir)
     of_search = [line for line in log if line["origin"] == "search"]
     assert len(of_search) == 8
-    drawn = np.array([line["genes"]["lambda"] for line in of_search])
-    assert drawn.shape == (8, 3)  # groups: two layers, and the rest
+    drawn = np.array([[*line["genes"].values()] for line in of_search])
+    assert drawn.shape == (8, 2, 3)  # groups: two layers, and the rest
     assert len(np.unique(drawn)) == drawn.size
-    assert ((drawn >= 0) & (drawn <= 2)).all()
+    assert ((drawn >= 0.05) & (drawn <= 1)).all()
     assert {line["genes"] is None for line in log if line["origin"] != "search"} == {True, False}
     assert all(line["genes"] is None for line in log if line["origin"] == "individual")
     (best,) = [line for line in of_search if line["id"] == found["best"]["id"]]
-    assert list(found["best"]["genes"]["lambda"]) == best["genes"]["lambda"]
+    assert list(found["best"]["genes"]["density[1]"]) == best["genes"]["density[1]"]
     page = (workdir / "report.html").read_text()
     assert "ties" in page
-    assert "lambda" in page
+    assert "density[1]" in page
 
 
 def test_the_export_is_what_was_evaluated_and_what_a_merge_with_its_numbers_gives(
@@ -94,8 +98,7 @@ def test_the_export_is_what_was_evaluated_and_what_a_merge_with_its_numbers_give
 def test_it_goes_on_to_the_same_end(finished, pool, tmp_path):
     """From any line of the log."""
     workdir, _ = finished
-    config = config_of(pool, "ties", density=0.6)
-    config.space.granularity = "layer"
+    config = config_of_ties(pool)
     lines = (workdir / "candidates.jsonl").read_text().splitlines(keepends=True)
     directory = tmp_path / "run"
     directory.mkdir()
@@ -182,6 +185,8 @@ def test_evolution_goes_on_where_gradients_ended(pool, tmp_path):
         ("arcee_fusion", {}, "takes another number of checkpoints"),
         ("model_stock", {}, "--mode=merge"),
         ("ties", {"pool.residency": "disk"}, r"pool\.residency"),
+        ("ties", {"space.per_checkpoint": ("lambda",)}, r"(?s)space\.per_checkpoint.*density"),
+        ("linear", {"space.per_checkpoint": ("density",)}, r"space\.per_checkpoint"),
         ("ties", {"pool.base": ""}, r"pool\.base"),
     ],
 )

@@ -117,10 +117,15 @@ genome:
     ("genome", "constraint", "genes", "searched"),
     [
         ("slerp", "softmax", {}, ["t"]),
-        ("ties", "abs", {"normalize": True, "lambda": 1.0}, ["density"]),
-        ("dare_ties", "abs", {"normalize": True, "lambda": 1.0}, ["density"]),
+        ("ties", "abs", {"normalize": True, "lambda": 1.0}, ["density[0]", "density[1]"]),
+        ("dare_ties", "abs", {"normalize": True, "lambda": 1.0}, ["density[0]", "density[1]"]),
         ("task_arithmetic", "abs", {"normalize": False}, ["lambda"]),
-        ("ties\n  normalize: false", "abs", {"normalize": False}, ["density", "lambda"]),
+        (
+            "ties\n  normalize: false",
+            "abs",
+            {"normalize": False},
+            ["density[0]", "density[1]", "lambda"],
+        ),
         (
             "task_arithmetic\n  allow_negative_weights: true",
             "free",
@@ -142,8 +147,11 @@ def test_other_methods(read, genome, constraint, genes, searched):
     (row,) = space.rows(
         np.zeros((1, of.numbers)), 2, methods.ranges(of), constraint, weighted=of.weighted
     )
-    start = {"density": 1.0, "lambda": 1.0, "t": 0.5}
-    np.testing.assert_allclose(row, [0.5, 0.5, *(start[name] for name in searched), 1])
+    start = [0.5 if name == "t" else 1.0 for name in searched]
+    np.testing.assert_allclose(row, [0.5, 0.5, *start, 1])
+    if "density[1]" in searched:
+        row[3] = 0.25
+        np.testing.assert_array_equal(of.complete(row)["density"], [1, 0.25])
 
 
 def test_the_first_step_of_t_is_as_long_as_its_own(read):
