@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -78,7 +79,8 @@ class Searched(NamedTuple):
         K, found = self.checkpoints, dict[str, Any](self.choices)
         for name, gene in self.fixed:
             if name not in found:
-                found[name] = jnp.asarray(gene, jnp.float32)
+                # A constant would be multiplied in another order than what is given from outside.
+                found[name] = jax.lax.optimization_barrier(jnp.asarray(gene, jnp.float32))
         if self.weighted:
             found["weight"] = row[:K]
         for place, gene in enumerate(self.genes, start=K):

@@ -129,7 +129,9 @@ def gradient(
             late_TxF = late_TxF + (now_TxF - late_TxF) / min(step - first + 1, _LATE)
             hoped = {task: line[task].of(soft_F) for task, soft_F in zip(tasks, late_TxF)}
             by_score = _by_score(objective, hoped)
-            rise = sum(by_score[task] * line[task].slope * found[task].by_weights for task in tasks)
+            rise = np.asarray(
+                sum(by_score[task] * line[task].slope * found[task].by_weights for task in tasks)
+            )
             if summing:
                 # What moves all weights of a group alike moves nothing where they have a sum. It is
                 # taken away, since some optimisers would go by the sign of its rounding.

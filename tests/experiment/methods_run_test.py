@@ -144,8 +144,8 @@ def test_a_search_along_gradients(pool, tmp_path):
     assert len(of_search) == 4
     drawn = np.array([line["genes"]["lambda"] for line in of_search])
     assert drawn.shape == (4, 3)
-    # Adam's first steps are as long as the learning rate, whatever the slope.
-    assert (np.abs(drawn[0] - 1) > 0.1).all()
+    # Adam's first steps are about as long as the learning rate, whatever the slope.
+    assert (np.abs(drawn[0] - 1) > 0.01).all()
     assert (np.abs(np.array(of_search[0]["weights"]) - 0.5) > 0.01).all()
     whole = (tmp_path / "candidates.jsonl").read_text().splitlines(keepends=True)
     cut = [line["origin"] for line in log].index("search") + 3

@@ -119,6 +119,15 @@ def test_rows_with_coefficients_of_their_own():
     assert_same_bits(found["layers"]["up"][0, 1], expected)
 
 
+def test_numbers_that_are_given():
+    """The compiler does not take them for constants, and multiply in another order."""
+    of, trees = made("ties", dtype="float32", **{"lambda": 0.8})
+    (row,) = rows_of(of, 0, 1)
+    (found,) = merger_of(of, trees)(row[None])["layers"]["up"]
+    expected = by_tensor(of, trees, row, "layers/up", 1)
+    np.testing.assert_array_equal(found[1], expected)
+
+
 @pytest.mark.parametrize("method", ["slerp", "task_arithmetic"])
 def test_combinations_have_no_collective(method):
     of, trees = made(method)
