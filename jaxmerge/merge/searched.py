@@ -75,12 +75,14 @@ class Searched(NamedTuple):
         return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)]).astype(np.float32)
 
     def complete(self, row: Any) -> dict[str, Any]:
-        """All genes of a row `[R]`, as the rules take them; it may be traced."""
+        """All genes of a row `[R]` that ends with 1, as the rules take them; it may be traced."""
         K, found = self.checkpoints, dict[str, Any](self.choices)
+        # Times 1, which the compiler does not know. Of a constant it would see that it is no NaN,
+        # and fuse what `linear.product` keeps apart.
+        one = jax.lax.stop_gradient(jnp.asarray(row[-1], jnp.float32))
         for name, gene in self.fixed:
             if name not in found:
-                # A constant would be multiplied in another order than what is given from outside.
-                found[name] = jax.lax.optimization_barrier(jnp.asarray(gene, jnp.float32))
+                found[name] = one * jnp.asarray(gene, jnp.float32)
         if self.weighted:
             found["weight"] = row[:K]
         for place, gene in enumerate(self.genes, start=K):
