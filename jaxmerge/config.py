@@ -149,6 +149,8 @@ def default() -> Config:
     config.space.granularity = "auto"
     # Regular expressions; a leaf is in the group of the first that is found in its name.
     config.space.patterns = ()
+    # Numbers of merge.method that each checkpoint has its own of, such as ("density",).
+    config.space.per_checkpoint = ()
     config.space.shrink = 0.0  # how far groups are pulled to their mean genotype; 1: all the way
     config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of that module
 

@@ -193,12 +193,12 @@ def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any])
     """
     best, method = findings["best"], findings.get("method")
     weights = list(best["weights"].values())
-    if method:
+    if method and "genes" in best:
         said = [f"{weight:.6g}" if method["weighted"] else "-" for weight in weights]
         said += ["base"] * (len(records) - len(weights))
         parts = [of_method(records, said, by_method(method, best["genes"]), "")]
     else:
-        parts = [of_weights(records, weights, "")]
+        parts = [of_weights(records[: len(weights)], weights, "")]
     if "groups" in findings["best"]:
         parts.append(_GROUPS.format(count=len(findings["groups"])))
     parts.append(_scores(findings))

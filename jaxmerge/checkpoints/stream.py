@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ class LeafStream:
     def __init__(self, sources: Sequence[Source], device: Any, *, dtype: str = ""):
         self._sources, self._dtype = sources, dtype
         self.abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self._cast_to(leaf)), sources[0].abstract
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.cast_to(leaf)), sources[0].abstract
         )
         self._sharding = SingleDeviceSharding(device)
         self._digests: list[dict[str, LeafDigest]] = [{} for _ in sources]
@@ -50,8 +50,18 @@ class LeafStream:
             checksums = {each: source.checksums[each] for each in {name} & source.checksums.keys()}
             alone = source._replace(checksums=checksums)
             check_values(alone, {name: leaf}, {name: known[name]}, self._digests[0])
-            leaves.append(leaf.astype(self._cast_to(leaf)))
+            leaves.append(leaf.astype(self.cast_to(leaf)))
         return leaves
+
+    def checksums(self, names: Iterable[str]) -> list[dict[str, str]]:
+        """Of leaves that have been read, of each checkpoint."""
+        names = [*names]
+        return [{name: known[name].checksum for name in names} for known in self._digests]
+
+    def known(self, checksums: Sequence[Mapping[str, str]]) -> None:
+        """Leaves that need not be read: these were sound, as an earlier call found."""
+        for known, found in zip(self._digests, checksums):
+            known |= {name: LeafDigest(each, True) for name, each in found.items()}
 
     @property
     def read(self) -> bool:
@@ -64,6 +74,7 @@ class LeafStream:
             for source, known in zip(self._sources, self._digests)
         )
 
-    def _cast_to(self, leaf: Any) -> Any:
+    def cast_to(self, leaf: Any) -> Any:
+        """The dtype that a leaf is given in."""
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jnp.dtype(self._dtype) if self._dtype and floating else leaf.dtype

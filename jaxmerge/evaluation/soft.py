@@ -24,6 +24,7 @@ from jaxmerge.evaluation.minibatches import asked
 from jaxmerge.evaluation.rows import Limits
 from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.hosts import processes
+from jaxmerge.merge.by_method import CombinationMerger
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.linear import Merger, ResidentMerger
 from jaxmerge.models.deferred import apart, joined
@@ -38,11 +39,12 @@ class Slope(NamedTuple):
 
     Attributes:
         scores_F: in each of `calibration.FORMS`: of all examples, as far as the minibatch says it.
-        by_weights: of the form that was asked for.
+        by_weights: of the form that was asked for; by a method's rows of `merge.searched`, where
+            the merge is by a method.
     """
 
     scores_F: Float[np.ndarray, " F"]
-    by_weights: Float[np.ndarray, "G K"]
+    by_weights: Float[np.ndarray, "G R"]
 
 
 class SoftScore:
@@ -120,16 +122,22 @@ class SoftScore:
         return {name: of.left_out for name, of in self._tasks.items()}
 
     def slopes(
-        self, weights_GxK: Float[np.ndarray, "G K"], step: int, forms: Mapping[str, str]
+        self, weights_GxK: Float[np.ndarray, "G R"], step: int, forms: Mapping[str, str]
     ) -> dict[str, Slope]:
-        """Each task's soft scores on the minibatch of a step, and the derivatives of one form."""
-        merged = self._merged(weights_GxK)
-        found = {}
+        """Each task's soft scores on the minibatch of a step, and the derivatives of one form.
+
+        Args:
+            weights_GxK: of the groups; of a merge by a method rows of `merge.searched`.
+            step: says which minibatch.
+            forms: of each task.
+        """
+        weights_CxGxK = self._everywhere(weights_GxK)
+        merged, found = self._merge(weights_CxGxK), {}
         for name, of in self._tasks.items():
             turn = self._turn(name, step)
             climb = program(self._model, self._mesh, of.kind, forms[name])
             sums_CxF, gradients = self._started(climb(merged, *self._arrays[name][turn]))
-            by_C = self._started(self._merge.pullback(gradients))
+            by_C = self._started(self._merge.pullback(gradients, weights_CxGxK))
             del gradients  # as large as a model: those of the next task take its place
             sums_CxF, by_C = (processes.fetch(each).astype(np.float64) for each in (sums_CxF, by_C))
             count = of.minibatches[turn].examples
@@ -141,7 +149,7 @@ class SoftScore:
 
     def scores(self, weights_GxK: Float[np.ndarray, "G K"]) -> dict[str, Float[np.ndarray, " F"]]:
         """Each task's soft score on all its examples that have one, in each of `FORMS`."""
-        merged, found = self._merged(weights_GxK), {}
+        merged, found = self._merge(self._everywhere(weights_GxK)), {}
         self._looks += 1
         for name, of in self._tasks.items():
             score = program(self._model, self._mesh, of.kind)
@@ -168,16 +176,16 @@ class SoftScore:
         return self._looks * whole
 
     def _give_back(self, merged: PyTree) -> None:
-        if isinstance(self._merge, ResidentMerger):
+        if isinstance(self._merge, ResidentMerger | CombinationMerger):
             self._merge.give_back(merged)
 
     def _started(self, outputs: Any) -> Any:
         return jax.block_until_ready(outputs) if self._one_at_a_time else outputs
 
-    def _merged(self, weights_GxK: np.ndarray) -> PyTree:
-        """The merge in each place of `pop`."""
+    def _everywhere(self, weights_GxK: np.ndarray) -> np.ndarray:
+        """The same in each place of `pop`."""
         rows = weights_GxK if self._groups else weights_GxK[0]
-        return self._merge(np.repeat(rows[None], self._mesh.shape["pop"], axis=0))
+        return np.repeat(rows[None], self._mesh.shape["pop"], axis=0)
 
     def _turn(self, name: str, step: int) -> int:
         """The minibatch of a task at a step: all of them in a new order, again and again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +15,11 @@ from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
+from jaxmerge.experiment import methods
 from jaxmerge.experiment.budget import WARM, build_strategy
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
+from jaxmerge.merge.searched import Searched
 from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.calibration import Line, line
 from jaxmerge.scores.objective import Objective
@@ -56,8 +59,9 @@ class Climb:
     ):
         tasks, self._texts, self._first = _told(prepared)
         self._config, self._pool, self._soft = config, prepared.pool, prepared.soften(tasks)
+        self._method = prepared.method
         self._objective = objective.over(self._soft.tasks)
-        known = {one.weights: one for one in [*individuals, *merges]}
+        known = {one.coefficients: one for one in [*individuals, *merges]}
         soft = [self._soft.scores(_by_group(one, prepared.pool.count)) for one in known.values()]
         self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
         self._true_NxT, self._start = self._true([*known.values()]), self._true(merges[-1:])
@@ -81,13 +85,14 @@ class Climb:
             origin, name: of its candidates.
             chosen: numbers of the checkpoints that have weights; None: all have.
         """
-        K, fields = len(self._pool.names), self._config.space
+        K, of = len(self._pool.names), self._method
         chosen = range(K) if chosen is None else chosen
-        init = self._config.search.init
 
         def slopes(
             weights_GxM: np.ndarray, step: int, forms: Mapping[str, str]
         ) -> dict[str, Slope]:
+            if [*chosen] == [*range(K)]:
+                return self._soft.slopes(weights_GxM, step, forms)
             (weights_GxK,) = space.spread(weights_GxM[None], chosen, K)
             found = self._soft.slopes(weights_GxK, step, forms)
             of_chosen = {task: slope.by_weights[:, [*chosen]] for task, slope in found.items()}
@@ -116,12 +121,11 @@ class Climb:
             lines,
             self._settings,
             self._objective,
-            groups=self._pool.count,
-            checkpoints=len(chosen),
-            start=[init[k] for k in chosen] if init else (),
-            constraint=fields.constraint,
-            bounds=fields.bounds,
-            shrink=fields.shrink,
+            start=_start(self._config, of, self._pool.count, chosen),
+            mapped=functools.partial(
+                space.row if of else space.mapped, **_settings(self._config, of, self._pool.count)
+            ),
+            summing=0 if self._config.space.constraint == "free" else len(chosen),
         )
         return strategy._replace(tokens=tokens)
 
@@ -163,8 +167,30 @@ class Climb:
 
 
 def _by_group(one: Candidate, groups: int) -> Float[np.ndarray, "G K"]:
-    weights = np.array(one.weights, np.float32)
-    return np.broadcast_to(weights, (groups, weights.shape[-1]))
+    row = np.array(one.coefficients, np.float32)
+    return np.broadcast_to(row, (groups, row.shape[-1]))
+
+
+def _settings(config: Config, of: Searched | None, groups: int) -> dict[str, Any]:
+    """What `space.mapped` and `space.genotypes` are told, or of a method `row` and its inverse."""
+    fields = config.space
+    shrink = fields.shrink if groups > 1 else 0.0
+    settings = {"constraint": fields.constraint, "bounds": fields.bounds, "shrink": shrink}
+    if of is None:
+        return settings
+    parts = {"checkpoints": of.checkpoints, "ranges": methods.ranges(of), "weighted": of.weighted}
+    return settings | parts
+
+
+def _start(
+    config: Config, of: Searched | None, groups: int, chosen: Sequence[int]
+) -> Float[np.ndarray, "G D"]:
+    """The genotype that a search along gradients starts from."""
+    init = config.search.init
+    start_GxD = np.zeros((groups, of.numbers if of else len(chosen)), np.float32)
+    if init:
+        start_GxD[:, : len(chosen)] = [init[k] for k in chosen]
+    return start_GxD
 
 
 def wanted(config: Config) -> bool:
@@ -183,11 +209,10 @@ def warmed(config: Config, prepared: Prepared, warm: Sequence[Candidate]) -> Str
         prepared: of the run.
         warm: the candidates of the search along gradients.
     """
-    fields, most = config.space, config.search.sigma
-    last, mean = (
-        space.genotypes(np.array(one.weights), fields.constraint, fields.bounds, fields.shrink)
-        for one in warm[-gradient.POPULATION :]
-    )
+    of, most = prepared.method, config.search.sigma
+    settings = _settings(config, of, prepared.pool.count)
+    genotypes = functools.partial(space.row_genotypes if of else space.genotypes, **settings)
+    last, mean = (genotypes(np.array(one.coefficients)) for one in warm[-gradient.POPULATION :])
     left = float(np.sqrt(np.mean((last - mean) ** 2)))
     return build_strategy(
         config,

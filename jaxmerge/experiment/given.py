@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxmerge.config import Config
 from jaxmerge.durable import read_json
 from jaxmerge.errors import JaxmergeError, check_finite
 from jaxmerge.merge.groups import Groups, groups
+from jaxmerge.merge.searched import own_name
 from jaxmerge.trees import PyTree
 
 
@@ -130,7 +132,9 @@ def _of_search(
     config: Config, path: Path, results: Mapping[str, Any], checkpoints: Sequence[str]
 ) -> dict[str, Any]:
     """The winner of a search as a table."""
-    best, method = results["best"], results.get("method", {})
+    best = results["best"]
+    # A baseline, which is a weighted sum, may have won a search over a method.
+    method = results.get("method", {}) if "genes" in best else {}
     named, own = method.get("name", "linear"), config.merge.method
     for where, expected, found in (
         ("merge.method", named, own),
@@ -147,6 +151,10 @@ def _of_search(
         name: dict(zip(names, gene)) if isinstance(gene, list) else gene
         for name, gene in best.get("genes", {}).items()
     }
+    for name in {re.sub(r"\[\d+\]$", "", name) for name in genes} - {*genes}:
+        own = [genes.pop(own_name(name, k)) for k in range(len(checkpoints))]
+        by_group = isinstance(own[0], dict)
+        genes[name] = {g: [of[g] for of in own] for g in own[0]} if by_group else tuple(own)
     fixed = {
         name: tuple(gene) if isinstance(gene, list) else gene
         for name, gene in method.get("fixed", {}).items()

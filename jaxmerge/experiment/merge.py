@@ -143,9 +143,9 @@ def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Pat
         for each in merges:
             text = functools.partial(_method_card, config, each, command)
             path = directory.path / each.path
+            record = "merge.json" if len(merges) == 1 else f"merge-{path.name}.json"
             if by_tensor:
                 place = Path(out) if out else path / "huggingface"
-                record = "merge.json" if len(merges) == 1 else f"merge-{path.name}.json"
                 records = methods.merge_files(
                     config, place, sources, each.given, directory, record=record, card=text
                 )
@@ -153,7 +153,9 @@ def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Pat
                 continue
             if out and Path(out).exists():
                 return [Path(out)]
-            paths, records = methods.merge(config, path, sources, each.given, card=text)
+            paths, records = methods.merge(
+                config, path, sources, each.given, directory, record=record, card=text
+            )
             written += paths
         record_pool(directory, records)
     if out and not by_tensor:

@@ -10,6 +10,7 @@ take more.
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ from jaxmerge.errors import JaxmergeError, check_finite
 from jaxmerge.experiment.given import Given
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.merge.methods import METHODS, check_inputs, complete, merge_tensor
-from jaxmerge.merge.searched import Searched
+from jaxmerge.merge.searched import Searched, check_own
 from jaxmerge.merge.searched import searched as find_searched
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.search import space
 from jaxmerge.streaming import recipes
+from jaxmerge.streaming.leaves import keep
 from jaxmerge.trees import named_leaves
 
 
@@ -59,8 +61,9 @@ def searched(config: Config, checkpoints: int) -> Searched | None:
     Raises:
         JaxmergeError: names the field.
     """
-    merge = config.merge
+    merge, own = config.merge, tuple(config.space.per_checkpoint)
     if merge.method == "linear":
+        check_own(own, ())
         return None
     return find_searched(
         merge.method,
@@ -69,6 +72,7 @@ def searched(config: Config, checkpoints: int) -> Searched | None:
         with_base=takes_base(config) and bool(config.pool.base),
         variant=merge.variant,
         seed=config.seed,
+        own=own,
     )
 
 
@@ -108,16 +112,22 @@ def merge(
     path: Path,
     sources: Sequence[Source],
     given: Given,
+    run: RunDirectory,
     *,
+    record: str,
     card: Callable[[Sequence[Record]], str],
 ) -> tuple[list[Path], tuple[Record, ...]]:
     """Writes one merge, leaf by leaf of the decoder, or of Orbax checkpoints as they are stored.
+
+    It goes on where it stopped: merged leaves are kept on disk until all formats are there.
 
     Args:
         config: of the run.
         path: the directory `merged`, which gets a directory for each format.
         sources: the checkpoints, and after them the base where the method takes one.
         given: numbers of the merge.
+        run: its run directory.
+        record: file there that says which leaves are finished.
         card: text of the README.md, from what `pool.json` says of the sources.
 
     Returns:
@@ -125,10 +135,28 @@ def merge(
     """
     leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
     layers = int(sources[0].architecture.get("layers") or 0)
+    # What is merged has the dtype of the base, where there is one.
+    first = named_leaves(sources[-1 if takes_base(config) else 0].abstract)
+    kept = path.with_name(f".{path.name}.partial")
+    like = {name: jax.ShapeDtypeStruct(x.shape, leaves.cast_to(x)) for name, x in first.items()}
+
+    @functools.cache  # where all formats are there, nothing is merged
+    def merged() -> Callable[[str], jax.Array]:
+        return keep(
+            functools.partial(_leaf, config, given, leaves, layers),
+            leaves,
+            like,
+            sources,
+            kept,
+            run,
+            record=record,
+            shard_bytes=config.export.shard_bytes,
+        )
+
     written = export(
         path,
         leaves.abstract,
-        functools.partial(_leaf, config, given, leaves, layers),
+        lambda name: merged()(name),
         source=sources[0],
         formats=tuple(config.export.formats),
         architecture=sources[0].architecture,
@@ -142,6 +170,7 @@ def merge(
     if not leaves.read:  # the merge was there: the checkpoints are compared with what it says
         for name in named_leaves(leaves.abstract):
             leaves(name)
+    shutil.rmtree(kept, ignore_errors=True)
     return written, leaves.records()
 
 

@@ -217,7 +217,7 @@ def made_of(config: Config) -> dict[str, Any]:
     sources = [plain["pool"], plain["export"]["formats"], plain["merge"]["method"]]
     grain = [configs.granularity(config), plain["space"]["patterns"]]
     fields = ("rematerialise", "method", "genes", "variant")
-    merged = [plain["merge"][field] for field in fields]
+    merged = [*(plain["merge"][field] for field in fields), plain["space"]["per_checkpoint"]]
     merged += [plain["seed"]] if plain["merge"]["method"] != "linear" else []
     pool = [sources, plain["mesh"], merged, grain]
     sizes = [objective["search_examples"], objective["test_examples"]]

@@ -117,10 +117,13 @@ def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays of all processes' devices as host arrays, whole in each process."""
+    """Arrays of all processes' devices as host arrays, whole in each process.
+
+    Host arrays stay what they are.
+    """
     if several():
         leaves = jax.tree.leaves(tree)
-        if leaves:
+        if leaves and isinstance(leaves[0], jax.Array):
             tree = _everywhere(cast(NamedSharding, leaves[0].sharding).mesh)(tree)
     return jax.device_get(tree)
 

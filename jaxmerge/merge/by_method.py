@@ -5,6 +5,10 @@ when the pool is there; the sum is then that of `merge.linear`, whichever merger
 Masks, and combinations whose rows have coefficients of their own, go leaf by leaf on the devices:
 candidates are spread over the mesh axis `pop`, and a threshold or norm of a leaf that is sharded
 adds up over its shards. Either way the bits are those of `methods.merge_tensor`, on any mesh.
+
+Coefficients are differentiable in the genes, and norms and cosines do not depend on them. So what
+depends on the merge has derivatives by the genes of every combination: those by its coefficients,
+from `merge.pullback`, through `jax.vjp` of the map from genes to coefficients.
 """
 
 from __future__ import annotations
@@ -19,15 +23,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmerge.errors import JaxmergeError
 from jaxmerge.hosts import processes
 from jaxmerge.merge import draws
 from jaxmerge.merge.combinations import Geometry, geometry
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.leafwise import LeafwiseMerger
 from jaxmerge.merge.linear import Merger, ResidentMerger, linear, weighted_sum
-from jaxmerge.merge.methods import METHODS, merged, rule
-from jaxmerge.merge.searched import Searched
+from jaxmerge.merge.methods import METHODS, coefficients, merged, rule, vector_axis
+from jaxmerge.merge.pullback import by_group
+from jaxmerge.merge.searched import Searched, check_differentiable
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
 # leaves(name) gives a leaf of the base, where there is one, and then of the K checkpoints.
@@ -95,8 +99,7 @@ class CombinationMerger:
     def weights(self, rows_CxR: Float[np.ndarray, "C *G R"]) -> Float[np.ndarray, "C N K"]:
         """What `inner` adds up: of each of N places, that of the base first where there is one."""
         rows = _lifted(self.of, self._groups, rows_CxR)[:, self._group_of]
-        cpu = jax.local_devices(backend="cpu")[0]
-        with jax.default_device(cpu):
+        with _on_host():
             return np.asarray(_coefficients(self.of)(rows, self.geometry))
 
     def give_back(self, merged: PyTree) -> None:
@@ -104,9 +107,16 @@ class CombinationMerger:
         if isinstance(self._inner, ResidentMerger):
             self._inner.give_back(merged)
 
-    def pullback(self, gradients: PyTree) -> Float[Array, "C G R"]:
-        """Refuses: derivatives by the genes are not made yet."""
-        raise _without_derivatives(self.of.method)
+    def pullback(
+        self, gradients: PyTree, rows_CxR: Float[np.ndarray, "C *G R"]
+    ) -> Float[np.ndarray, "C G R"]:
+        """See `linear.Merger`: by all that a row has."""
+        by_CxNxK = processes.fetch(self._inner.pullback(gradients, self.weights(rows_CxR)))
+        rows = _lifted(self.of, self._groups, rows_CxR)
+        with _on_host():
+            found = _by_genes(self.of)(rows[:, self._group_of], self.geometry, by_CxNxK)
+            numbers = {"": tuple(self._group_of.tolist())}
+            return np.asarray(by_group({"": found}, numbers, rows.shape[1]))
 
     def leaf(self, name: str, row: Float[np.ndarray, "*G R"]) -> Array:
         """A leaf of one merge, with the sharding of the pool's."""
@@ -144,9 +154,23 @@ class LeafMerger:
         """The merged models, `[C, ...]` spread over the mesh axis `pop`."""
         return map_named(lambda name, _: self._merged(name, rows_CxR), self._like)
 
-    def pullback(self, gradients: PyTree) -> Float[Array, "C G R"]:
-        """Refuses: thresholds and draws have no derivatives."""
-        raise _without_derivatives(self.of.method)
+    def pullback(
+        self, gradients: PyTree, rows_CxR: Float[np.ndarray, "C *G R"]
+    ) -> Float[Array, "C G R"]:
+        """See `linear.Merger`: by all that a row of a combination has.
+
+        Raises:
+            JaxmergeError: the method has thresholds or draws, and so no derivatives.
+        """
+        check_differentiable(self.of.method, "search.strategy")
+        found, numbers = {}, {}
+        for name, gradient in named_leaves(gradients).items():
+            leaves, where, rows_CxLxR = self._arguments(name, rows_CxR)
+            program = _derivatives(self.of, self._stacked[name], where)
+            by_row = program(leaves, self._placed(rows_CxLxR), gradient)
+            found[name] = jax.block_until_ready(by_row)
+            numbers[name] = tuple(_spread(self._groups, name, rows_CxLxR.shape[1]).tolist())
+        return by_group(found, numbers, len(self._groups.names) if self._groups else 1)
 
     def leaf(self, name: str, row: Float[np.ndarray, "*G R"]) -> Array:
         """A leaf of one merge, with the sharding of the pool's."""
@@ -160,21 +184,24 @@ class LeafMerger:
         Which kind a candidate is of is never asked on the devices: those of a mesh would go
         different ways, and wait for each other where a leaf is sharded.
         """
-        leaves, keys = tuple(tree[name] for tree in self._trees), self._keys[name]
-        where = leaves[0].sharding if self._mesh else None
-        rows_CxLxR = _lifted(self.of, self._groups, rows_CxR)[
-            :, _spread(self._groups, name, len(keys))
-        ]
+        leaves, where, rows_CxLxR = self._arguments(name, rows_CxR)
         by_method_C = rows_CxLxR[:, 0, -1] == 1
         kinds = [kind for kind in (True, False) if np.any(by_method_C == kind)]
         found = []
         for kind in kinds:
             program = _program(self.of, self._stacked[name], where, by_method=kind)
-            found.append(program(leaves, keys, self._placed(rows_CxLxR)))
+            found.append(program(leaves, self._keys[name], self._placed(rows_CxLxR)))
             # Between CPU devices, collectives of programs that queue up can wait for each other.
             if self._mesh and self._mesh.devices.flat[0].platform == "cpu":
                 jax.block_until_ready(found[-1])
         return found[0] if len(found) == 1 else _either(self._placed(by_method_C), *found)
+
+    def _arguments(self, name: str, rows_CxR: np.ndarray) -> tuple[tuple[Array, ...], Any, Any]:
+        """A leaf of all trees, where it lies, and the rows of each of its layers."""
+        leaves = tuple(tree[name] for tree in self._trees)
+        numbers = _spread(self._groups, name, len(self._keys[name]))
+        rows_CxLxR = _lifted(self.of, self._groups, rows_CxR)[:, numbers]
+        return leaves, leaves[0].sharding if self._mesh else None, rows_CxLxR
 
     def _placed(self, array: np.ndarray) -> Array:
         if self._mesh is None:
@@ -185,12 +212,9 @@ class LeafMerger:
 ByMethod = CombinationMerger | LeafMerger
 
 
-def _without_derivatives(method: str) -> JaxmergeError:
-    return JaxmergeError(
-        f"derivatives by the numbers of {method} are not made",
-        where="search.strategy",
-        expected='a strategy of evosax, such as "CMA_ES" or "SNES"',
-    )
+def _on_host() -> Any:
+    """Candidates are few numbers: what they are merged from is computed on the CPU."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def _spread(groups: Groups | None, name: str, count: int) -> np.ndarray:
@@ -239,7 +263,22 @@ def _no_geometry(checkpoints: int, places: int) -> Geometry:
 @functools.cache
 def _coefficients(of: Searched) -> Any:
     """`(rows [C, N, R], geometry of N places) -> [C, N, K]`, or K + 1 with a base."""
+    return jax.jit(_to_coefficients(of))
 
+
+@functools.cache
+def _by_genes(of: Searched) -> Any:
+    """`(rows, geometry, derivatives by the coefficients) -> [C, N, R]`, those by the rows."""
+    map_rows = _to_coefficients(of)
+
+    def pulled(rows: Array, geometry: Any, by_coefficients: Array) -> Array:
+        _, back = jax.vjp(lambda rows: map_rows(rows, geometry), rows)
+        return back(by_coefficients)[0]
+
+    return jax.jit(pulled)
+
+
+def _to_coefficients(of: Searched) -> Callable[[Array, Any], Array]:
     def of_place(row: Array, geometry: Any) -> Array:
         genes = of.complete(row)
         numbers = {name: gene for name, gene in genes.items() if not isinstance(gene, bool)}
@@ -254,7 +293,7 @@ def _coefficients(of: Searched) -> Any:
         return jax.lax.map(lambda each: of_place(*each), (rows, geometry))
 
     # One candidate and place after the other: the bits of each do not depend on its neighbours.
-    return jax.jit(lambda rows, geometry: jax.lax.map(lambda r: of_candidate(r, geometry), rows))
+    return lambda rows, geometry: jax.lax.map(lambda row: of_candidate(row, geometry), rows)
 
 
 @jax.jit
@@ -286,15 +325,56 @@ def _program(of: Searched, stacked: bool, where: Any, *, by_method: bool) -> Any
 
     if where is None:
         return jax.jit(of_candidates)
-    # By hand over `pop` alone: each place merges its own candidates, one after the other.
-    spread = jax.shard_map(
-        of_candidates,
-        mesh=where.mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("pop")),
+    placed = NamedSharding(where.mesh, PartitionSpec("pop", *where.spec))
+    shared, own = PartitionSpec(), PartitionSpec("pop")
+    return jax.jit(_over_pop(of_candidates, where.mesh, shared, shared, own), out_shardings=placed)
+
+
+def _over_pop(run: Any, mesh: Any, *in_specs: PartitionSpec) -> Any:
+    """By hand over `pop` alone: each place has its own candidates, one after the other."""
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=in_specs,
         out_specs=PartitionSpec("pop"),
         axis_names={"pop"},
         check_vma=False,
     )
-    return jax.jit(
-        spread, out_shardings=NamedSharding(where.mesh, PartitionSpec("pop", *where.spec))
-    )
+
+
+@functools.cache
+def _derivatives(of: Searched, stacked: bool, where: Any) -> Any:
+    """`(leaves, rows [C, L, R], derivatives by the merged [C, ...]) -> [C, L, R]`.
+
+    Of a combination whose rows may have coefficients of their own: c_rk has <dS/dtheta_r, theta_kr>
+    or with a base <dS/dtheta_r, delta_kr>.
+    """
+
+    def of_layer(leaves: tuple[Array, ...], row: Array, gradient: Array) -> Array:
+        members = leaves[of.with_base :]
+        base = leaves[0] if of.with_base else None
+        axis = vector_axis(of.choices, gradient.ndim)
+
+        def product(member: Array) -> Array:
+            vector = member.astype(jnp.float32)
+            vector = vector if base is None else vector - base.astype(jnp.float32)
+            each = gradient.astype(jnp.float32) * vector
+            return jnp.sum(each) if axis is None else jnp.sum(each, axis=axis).reshape(-1)
+
+        _, back = jax.vjp(
+            lambda row: coefficients(of.method, of.variant, of.complete(row), members, base), row
+        )
+        return back(jnp.stack([product(member) for member in members], axis=-1))[0]
+
+    def of_candidate(leaves: tuple[Array, ...], rows_LxR: Array, gradient: Array) -> Array:
+        if not stacked:
+            return of_layer(leaves, rows_LxR[0], gradient)[None]
+        return jax.lax.map(lambda each: of_layer(*each), (leaves, rows_LxR, gradient))
+
+    def of_candidates(leaves: tuple[Array, ...], rows_CxLxR: Array, gradients: Array) -> Array:
+        return jax.lax.map(lambda each: of_candidate(leaves, *each), (rows_CxLxR, gradients))
+
+    if where is None:
+        return jax.jit(of_candidates)
+    own = PartitionSpec("pop")
+    return jax.jit(_over_pop(of_candidates, where.mesh, PartitionSpec(), own, own))

@@ -167,7 +167,7 @@ def multislerp(geometry: Geometry, genes: Genes, variant: Variant) -> Float[Arra
     else:
         least, added = 1e-6 * jnp.sum(jnp.abs(weight)), 0.0
     unit = weight * jnp.where(norms > 0, norms / jnp.where(norms > 0, norms + added, 1), 0)
-    length = jnp.sqrt(jnp.maximum(_square(unit, geometry.cosines), 0))
+    length = _root(_square(unit, geometry.cosines))
     ratios = jnp.where(norms > 0, mean_norm / jnp.where(norms > 0, norms + added, 1), 0)
     flat = length < least
     return jnp.where(flat, weight, weight * ratios / jnp.where(flat, 1, length))
@@ -265,6 +265,12 @@ def passthrough(_: Geometry | None, genes: Genes, variant: Variant) -> Float[Arr
 def _sum(values: Array) -> Array:
     """In their order, whatever the compiler makes of it."""
     return functools.reduce(jnp.add, list(values))
+
+
+def _root(square: Array) -> Array:
+    """Of what rounding may have made negative; its derivative at 0 is 0, not infinite."""
+    none = square <= 0
+    return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, square)))
 
 
 def _square(alpha: Array, cosines: Array) -> Array:

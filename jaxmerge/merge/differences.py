@@ -164,7 +164,7 @@ class QuantisedMerger:
         merged = self.program(*self.stored, weights)
         return map_named(lambda name, _: merged[name], self._like)
 
-    def pullback(self, gradients: PyTree) -> Float[Array, "C G K"]:
+    def pullback(self, gradients: PyTree, _: Float[np.ndarray, "C *G K"]) -> Float[Array, "C G K"]:
         """See `linear.Merger`; of what is stored."""
         return pullback([self._base, *self._others], gradients, self._groups, _leaf)
 

@@ -53,7 +53,7 @@ class LeafwiseMerger:
         self.seconds += time.perf_counter() - started
         return merged
 
-    def pullback(self, gradients: PyTree) -> Float[Array, "C G K"]:
+    def pullback(self, gradients: PyTree, _: Float[np.ndarray, "C *G K"]) -> Float[Array, "C G K"]:
         """See `linear.Merger`; one pass over the pool too."""
         started = time.perf_counter()
         of_leaf = self._groups.of_leaf if self._groups else {}

@@ -221,8 +221,10 @@ class Merger(Protocol):
         """Weights `[C, K]`, or with groups `[C, G, K]`, to leaves `[C, ...]`."""
         ...
 
-    def pullback(self, gradients: PyTree, /) -> Float[Array, "C G K"]:
-        """Derivatives by the weights, from those by the merged leaves; see `merge.pullback`."""
+    def pullback(
+        self, gradients: PyTree, weights_CxK: Float[np.ndarray, "C *G K"], /
+    ) -> Float[Array | np.ndarray, "C G K"]:
+        """Derivatives by these weights, from those by the leaves; see `merge.pullback`."""
         ...
 
 
@@ -259,8 +261,8 @@ class ResidentMerger:
             return self._program(into=False)(self._trees, weights)
         return self._program(into=True)(self._trees, weights, spare)
 
-    def pullback(self, gradients: PyTree) -> Float[Array, "C G K"]:
-        """See `Merger`."""
+    def pullback(self, gradients: PyTree, _: Float[np.ndarray, "C *G K"]) -> Float[Array, "C G K"]:
+        """See `Merger`; they are the same at all weights."""
         return pullback([named_leaves(tree) for tree in self._trees], gradients, self._groups)
 
     def _program(self, *, into: bool) -> Callable[..., PyTree]:

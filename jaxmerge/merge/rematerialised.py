@@ -56,9 +56,11 @@ class RematerialisingMerger:
             each = jax.tree.map(lambda _: shared, self._stacked[0])
         return {**self._others(weights_CxK), self._name: deferred(self._stacked, each)}
 
-    def pullback(self, gradients: Mapping[str, PyTree]) -> Float[Array, "C G K"]:
+    def pullback(
+        self, gradients: Mapping[str, PyTree], weights_CxK: Float[np.ndarray, "C *G K"]
+    ) -> Float[Array, "C G K"]:
         """See `linear.Merger`; of layers the derivatives are by the weights `[C, L, K]` already."""
-        by_others = self._others.pullback(without(gradients, self._name))
+        by_others = self._others.pullback(without(gradients, self._name), weights_CxK)
         names = named_leaves(self._stacked[0])
         of_leaf = self._groups.of_leaf if self._groups else {}
         found = {}

@@ -1,11 +1,14 @@
 """The YAML of mergekit-evolve as fields of a config: what is searched over, and on which tasks.
 
 Its genes of a linear merge are |x_k|, divided by their sum: the constraint `abs`, whose genotypes
-have the unit 1/K. So its step, sigma0 = 1/6, is K/6 of ours.
+have the unit 1/K. So its step, sigma0 = 1/6, is K/6 of ours. Where weights are not divided by their
+sum, their sum is lambda here. Of SLERP it has x_1, x_2; t = exp(x_2) / (exp(x_1) + exp(x_2)):
+at 1/2 a step of both by sigma0 is one of t by sigma0 sqrt(2) / 4, whose unit here is 1/2.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +19,7 @@ from jaxmerge.mergekit.document import Reference, reference
 from jaxmerge.mergekit.models import is_embedding, locate, place, read_json
 from jaxmerge.mergekit.nodes import Node, documents
 
-METHODS = ("linear",)  # that a search takes
+METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")  # those of a genome
 _TOP = (
     *("genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init"),
     *("apply_chat_template", "fewshot_as_multiturn"),
@@ -70,15 +73,50 @@ def _of_genome(node: Node) -> dict[str, Any]:
     method = entries["merge_method"]
     if method.value not in METHODS:
         raise method.error(
-            "a search can't take this method yet",
-            expected=f"{', '.join(METHODS)}; jaxmerge merge takes all methods, with given numbers",
+            "a genome has no such method",
+            expected=f"{', '.join(METHODS)}; or a config, whose merge.method is any",
             found=method.shown(),
         )
     _refuse(entries, "smooth", 'leave it out; --config.space.granularity="layer" is the finest')
     fields = _of_models(entries)
-    K = len(fields["pool.checkpoints"])
-    fields |= {"space.constraint": _constraint(entries, node), "search.sigma": K * _SIGMA}
+    fields |= _of_method(method.text(), entries, node, fields)
     return fields | _groups(entries, fields)
+
+
+def _of_method(
+    method: str, entries: Mapping[str, Node], node: Node, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The method, what its weights may be, and the first step."""
+    K = len(fields["pool.checkpoints"])
+    by_weights = {"search.sigma": K * _SIGMA}
+    if method == "linear":
+        return {"space.constraint": _constraint(entries, node, method)[1], **by_weights}
+    found: dict[str, Any] = {"merge.method": method, "merge.variant": "mergekit"}
+    if method == "slerp":
+        if K != 2:
+            raise entries["models"].error(
+                "a slerp is of two models here",
+                expected="two models; or a config with merge.method = multislerp, for more",
+                found=str(K),
+            )
+        if "filters" in entries:
+            raise entries["filters"].error("slerp takes none", expected="layer_granularity alone")
+        return found | {"search.sigma": math.sqrt(2) / 2 * _SIGMA}
+    if "pool.base" not in fields:
+        raise node.error(f"{method} needs base_model", expected="base_model")
+    if fields["pool.base"] in fields["pool.checkpoints"]:
+        raise entries["models"].error(
+            "the base is among the models, and has no difference from itself",
+            expected="models without base_model",
+            found=fields["pool.base"],
+        )
+    normalize, constraint = _constraint(entries, node, method)
+    genes = {"normalize": normalize}
+    if normalize or constraint == "free":  # else it is the sum of the weights
+        genes |= {"lambda": 1.0}
+    own = () if method == "task_arithmetic" else ("density",)
+    found |= {"merge.genes": genes, "space.constraint": constraint, "space.per_checkpoint": own}
+    return found | by_weights
 
 
 def _of_models(entries: Mapping[str, Node]) -> dict[str, Any]:
@@ -117,16 +155,18 @@ def _tokenizer(entries: Mapping[str, Node]) -> dict[str, Any]:
     return {"pool.tokenizer": str(locate(named.path, named.revision))}
 
 
-def _constraint(entries: Mapping[str, Node], node: Node) -> str:
-    normalize = _true(entries, "normalize", True)
+def _constraint(entries: Mapping[str, Node], node: Node, method: str) -> tuple[bool, str]:
+    """Whether weights are divided by their sum, and `space.constraint`."""
+    normalize = _true(entries, "normalize", method != "task_arithmetic")
     negative = _true(entries, "allow_negative_weights", False)
-    if normalize != negative:
-        return "abs" if normalize else "free"
-    raise entries.get("normalize", node).error(
-        "has no counterpart here",
-        expected="normalize: true and weights that are not negative, or neither",
-        found=f"normalize {normalize}, allow_negative_weights {negative}",
-    )
+    if (normalize and negative) or (method == "linear" and normalize == negative):
+        neither = "or neither" if method == "linear" else "or normalize: false"
+        raise entries.get("normalize", node).error(
+            "has no counterpart here",
+            expected=f"normalize: true and weights that are not negative, {neither}",
+            found=f"normalize {normalize}, allow_negative_weights {negative}",
+        )
+    return normalize, "free" if negative else "abs"
 
 
 def _groups(entries: Mapping[str, Node], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,9 @@ def method_section(results: Json) -> str:
     method = results.get("method")
     if not method:
         return ""
+    if "genes" not in results["best"]:
+        searched = f"A weighted sum: no merge by <code>{text(method['name'])}</code> was better."
+        return markup.section("How they were merged", markup.note(searched))
     variant = " in mergekit's variant" * (method["variant"] == "mergekit")
     said = {"Method": f"<code>{text(method['name'])}</code> ({text(method['paper'])}){variant}"}
     for name, gene in results["best"]["genes"].items():

@@ -1,15 +1,16 @@
 """Search by gradients: Optax over genotypes, along the derivatives of the soft score.
 
-The merge is differentiable in its weights, so one backward pass through a merged model gives the
-derivatives by all G x K of them; see `evaluation.soft`. A generation of this strategy is some steps
-of the optimiser, after which two candidates are scored as all others are: the iterate, and the mean
-of the iterates of the last half (Polyak & Juditsky, SIAM J. Control 30, 1992).
+The merge is differentiable in its weights, and a method's other numbers, so one backward pass
+through a merged model gives the derivatives by all of them; see `evaluation.soft`. A generation of
+this strategy is some steps of the optimiser, after which two candidates are scored as all others
+are: the iterate, and the mean of the iterates of the last half (Polyak & Juditsky, SIAM J. Control
+30, 1992).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,6 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.scores.calibration import FORMS, Line
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search import space
 from jaxmerge.search.strategies import State, Strategy, on_host
 
 NAME = "gradient"
@@ -74,7 +74,7 @@ def check(settings: Settings) -> None:
     _optimizer(settings)
 
 
-Slopes = Callable[[Float[np.ndarray, "G K"], int, Mapping[str, str]], Mapping[str, Slope]]
+Slopes = Callable[[Float[np.ndarray, "G R"], int, Mapping[str, str]], Mapping[str, Slope]]
 Lines = Callable[[Float[np.ndarray, "generations T F"]], Mapping[str, Line]]
 
 
@@ -85,40 +85,32 @@ def gradient(
     settings: Settings,
     objective: Objective,
     *,
-    groups: int,
-    checkpoints: int,
-    start: Sequence[float] = (),
-    constraint: str = "softmax",
-    bounds: tuple[float, float] = (-8.0, 8.0),
-    shrink: float = 0.0,
+    start: Float[np.ndarray, "G D"],
+    mapped: Callable[[Any], Any],
+    summing: int,
 ) -> Strategy:
     """The strategy; it asks for genotypes like every other one, and needs not be told of scores.
 
     What is climbed is the objective of the true scores that are to be expected of the soft ones.
 
     Args:
-        slopes: soft scores of merge weights at a step, each task in the form that is asked for, and
-            their derivatives; see `SoftScore`.
+        slopes: soft scores of a merge at a step, each task in the form that is asked for, and their
+            derivatives by what it is merged from; see `SoftScore`.
         lines: from the soft scores of all steps of each generation so far, in the mean: how they
             stand to the true scores, for T tasks.
         settings: of the optimiser.
         objective: of the T tasks that have soft scores.
-        groups: G.
-        checkpoints: K.
-        start: genotype to start from, one value per checkpoint; (): the uniform merge.
-        constraint: see `space.mapped`; `bounds` and `shrink` too.
+        start: genotype to start from, of G groups.
+        mapped: genotypes `[G, D]` to what is merged from, `[G, R]`: `space.mapped` or `space.row`.
+        summing: how many of the R, from the first on, have a sum that no genotype changes.
     """
     optimizer, tasks = _optimizer(settings), objective.tasks
-    mapped = functools.partial(
-        space.mapped, constraint=constraint, bounds=bounds, shrink=shrink if groups > 1 else 0.0
-    )
-
     to_weights, moved = jax.jit(mapped), _moved(mapped, optimizer)
     seen = np.zeros((settings.generations, len(tasks), len(FORMS)), np.float32)
 
     def init(seed: int) -> State:
         with on_host():
-            z = jnp.tile(jnp.array(start or [0.0] * checkpoints, jnp.float32), (groups, 1))
+            z = jnp.array(start, jnp.float32)
             sums = {"sum": jnp.zeros_like(z), "seen": seen}
             return {"z": z, "optimizer": optimizer.init(z), **sums}
 
@@ -137,11 +129,14 @@ def gradient(
             late_TxF = late_TxF + (now_TxF - late_TxF) / min(step - first + 1, _LATE)
             hoped = {task: line[task].of(soft_F) for task, soft_F in zip(tasks, late_TxF)}
             by_score = _by_score(objective, hoped)
-            rise = sum(by_score[task] * line[task].slope * found[task].by_weights for task in tasks)
-            if constraint != "free":
+            rise = np.asarray(
+                sum(by_score[task] * line[task].slope * found[task].by_weights for task in tasks)
+            )
+            if summing:
                 # What moves all weights of a group alike moves nothing where they have a sum. It is
                 # taken away, since some optimisers would go by the sign of its rounding.
-                rise = rise - np.mean(rise, axis=1, keepdims=True)
+                alike = np.mean(rise[:, :summing], axis=1, keepdims=True)
+                rise = np.concatenate([rise[:, :summing] - alike, rise[:, summing:]], axis=1)
             with on_host():
                 state = moved(state, jnp.asarray(rise, jnp.float32))
                 if step >= settings.steps // 2:
@@ -196,11 +191,11 @@ def _first_update(optimizer: optax.GradientTransformation, z: jax.Array) -> Any:
 
 
 def _moved(mapped: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Any:
-    """One step up, along the derivatives by the weights."""
+    """One step up, along the derivatives by what is merged from."""
 
-    def moved(state: State, rise_GxK: jax.Array) -> State:
+    def moved(state: State, rise_GxR: jax.Array) -> State:
         _, back = jax.vjp(mapped, state["z"])
-        (rise,) = back(rise_GxK)
+        (rise,) = back(rise_GxR)
         updates, inner = optimizer.update(-rise, state["optimizer"], state["z"])
         return {**state, "z": optax.apply_updates(state["z"], updates), "optimizer": inner}
 

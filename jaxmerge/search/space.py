@@ -95,6 +95,34 @@ def numbers(z: Any, ranges: Sequence[Range]) -> Any:
     return low + (high - low) * (1 - xp.abs(1 - walked))
 
 
+def row(
+    z: Any,
+    checkpoints: int,
+    ranges: Sequence[Range],
+    constraint: str = "softmax",
+    bounds: tuple[float, float] = (-8.0, 8.0),
+    shrink: float = 0.0,
+    *,
+    weighted: bool = True,
+) -> Any:
+    """What genotypes `[..., D]`, or `[..., G, D]`, are merged from by a method; differentiable.
+
+    Args:
+        z: of each group weights before numbers.
+        checkpoints: see `rows`; the rest too.
+
+    Returns:
+        `[..., R]`: K weights, M numbers, and 1.
+    """
+    xp = z.__array_namespace__()
+    own = z[..., :checkpoints] if weighted else xp.zeros((*z.shape[:-1], checkpoints), z.dtype)
+    parts = [mapped(own, constraint, bounds, shrink)]
+    if ranges:
+        of_numbers = z[..., checkpoints if weighted else 0 :]
+        parts.append(numbers(_pulled(of_numbers, bounds, shrink), ranges))
+    return xp.concatenate([*parts, xp.ones((*z.shape[:-1], 1), z.dtype)], axis=-1)
+
+
 def rows(
     z_PxD: Float[np.ndarray, "P D"],
     checkpoints: int,
@@ -119,13 +147,8 @@ def rows(
     z = np.asarray(z_PxD, np.float64)
     z = z.reshape(len(z), groups, -1) if groups > 1 else z
     shrink = shrink if groups > 1 else 0.0
-    own = z[..., :checkpoints] if weighted else np.zeros((*z.shape[:-1], checkpoints))
-    parts = [mapped(own, constraint, bounds, shrink)]
-    if ranges:
-        of_numbers = z[..., checkpoints if weighted else 0 :]
-        parts.append(numbers(_pulled(of_numbers, bounds, shrink), ranges))
-    parts.append(np.ones((*z.shape[:-1], 1)))
-    return np.concatenate(parts, axis=-1).astype(np.float32)
+    found = row(z, checkpoints, ranges, constraint, bounds, shrink, weighted=weighted)
+    return found.astype(np.float32)
 
 
 def weights(
@@ -167,10 +190,36 @@ def genotypes(
     if constraint == "softmax":
         z = np.log(np.maximum(w, np.finfo(np.float32).tiny))
         z -= z.mean(axis=-1, keepdims=True)
-    if shrink and w.ndim == 2:
+    return _pushed(z, bounds, shrink)
+
+
+def _pushed(z: np.ndarray, bounds: tuple[float, float], shrink: float) -> np.ndarray:
+    """What `_pulled` makes this of, within the bounds."""
+    if shrink and z.ndim == 2:
         middle = z.mean(axis=-2, keepdims=True)
         z = middle if shrink == 1 else middle + (z - middle) / (1 - shrink)
     return np.clip(z, *bounds)
+
+
+def row_genotypes(
+    rows: Float[np.ndarray, "*G R"],
+    checkpoints: int,
+    ranges: Sequence[Range],
+    constraint: str = "softmax",
+    bounds: tuple[float, float] = (-8.0, 8.0),
+    shrink: float = 0.0,
+    *,
+    weighted: bool = True,
+) -> Float[np.ndarray, "*G D"]:
+    """One of the genotypes that have these rows; see `row` and `genotypes`."""
+    found = np.asarray(rows, np.float64)
+    own = genotypes(found[..., :checkpoints], constraint, bounds, shrink)
+    parts = [own] if weighted else []
+    if ranges:
+        start, low, high = (np.array(ends) for ends in zip(*ranges))
+        z = 2 * (found[..., checkpoints:-1] - start) / (high - low)
+        parts.append(_pushed(z, bounds, shrink))
+    return np.concatenate(parts, axis=-1)
 
 
 def spread(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from etils import epath
 
 from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.huggingface import WeightsFile
-from jaxmerge.checkpoints.safetensors import Tensor, read_into
+from jaxmerge.checkpoints.safetensors import read_into
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.rundir import RunDirectory
 
@@ -31,7 +31,7 @@ class Finished:
 
     Args:
         directory: of the run.
-        tensors: of each checkpoint; a record of other files than these is not heeded.
+        read: the files of each checkpoint; a record of others than these is not heeded.
         outputs: directories of the merges.
         name: of the record; several merges of a run may each have their own.
     """
@@ -39,14 +39,14 @@ class Finished:
     def __init__(
         self,
         directory: RunDirectory,
-        tensors: Sequence[Mapping[str, Tensor]],
+        read: Sequence[Iterable[str]],
         outputs: Sequence[Path],
         name: str = NAME,
     ):
         self._directory, self._name = directory, name
         run = directory.path.absolute()
         head = {
-            "inputs": [_identity(each) for each in tensors],
+            "inputs": [_identity(each) for each in read],
             "outputs": [os.path.relpath(output.absolute(), run) for output in outputs],
         }
         known = directory.read_json(name) or {}
@@ -110,10 +110,9 @@ class Finished:
         )
 
 
-def _identity(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
-    """Name, size and time of the files that tensors are in."""
-    files = sorted({tensor.file for tensor in tensors.values()})
-    return [[file, *_size_and_time(file)] for file in files]
+def _identity(files: Iterable[str]) -> list[list[Any]]:
+    """Name, size and time of files."""
+    return [[file, *_size_and_time(file)] for file in sorted({*files})]
 
 
 def _size_and_time(file: str) -> tuple[int, float]:

@@ -119,7 +119,8 @@ def merge(
     """
     tensors = [source.tensors for source in plan.sources]
     beside = [source.rows.beside for source in plan.sources if source.rows][:1]
-    finished = Finished(run, [*tensors, *beside], [output.path for output in outputs])
+    read = [[tensor.file for tensor in of.values()] for of in (*tensors, *beside)]
+    finished = Finished(run, read, [output.path for output in outputs])
     for output in outputs:
         if output.path.exists():
             finished.check_inputs(output.path)

@@ -145,11 +145,12 @@ def write(
             is there is not what was written, or was made of other files.
     """
     files = _files(recipes, models, shard_bytes)
-    finished = Finished(run, [model.files for model in models], [output.path], output.record)
+    read = [[tensor.file for tensor in model.files.values()] for model in models]
+    finished = Finished(run, read, [output.path], output.record)
     if output.path.exists():
         finished.check_inputs(output.path)
-    read_from = (each.file for model in models for each in model.files.values())
-    unchanged = Unchanged(read_from, ", ".join(model.source for model in models))
+    where = ", ".join(model.source for model in models)
+    unchanged = Unchanged((file for files in read for file in files), where)
     place = output.path.with_name(f".{output.path.name}.partial")
     try:
         for file in files:

@@ -212,6 +212,7 @@ def test_targets_that_are_no_answers_have_no_soft_score(tmp_path):
 
 def test_leaves_that_are_no_floats_have_no_derivatives():
     trees = [{**tree, "steps": jnp.arange(3)} for tree in TREES]
-    of_one = merger(trees).pullback({"steps": None, "final_norm": {"scale": jnp.ones((1, 16))}})
+    gradients = {"steps": None, "final_norm": {"scale": jnp.ones((1, 16))}}
+    of_one = merger(trees).pullback(gradients, np.ones((1, K), np.float32))
     expected = [np.sum(tree["final_norm"]["scale"]) for tree in TREES]
     np.testing.assert_allclose(of_one[0, 0], expected, rtol=1e-5)

@@ -41,13 +41,17 @@ def config_of(pool, method, **genes):
     return config
 
 
+def config_of_ties(pool):
+    """By layer, with a density of each checkpoint, and a lambda that is given."""
+    config = config_of(pool, "ties", **{"lambda": 0.8})
+    config.space.granularity, config.space.per_checkpoint = "layer", ("density",)
+    return config
+
+
 @pytest.fixture(scope="module")
 def finished(pool, tmp_path_factory):
-    """A search over TIES, with a density given and a lambda not, by layer."""
     workdir = tmp_path_factory.mktemp("ties")
-    config = config_of(pool, "ties", density=0.6)
-    config.space.granularity = "layer"
-    return workdir, search(config, str(workdir), "the command")
+    return workdir, search(config_of_ties(pool), str(workdir), "the command")
 
 
 def leaves_of(path):
@@ -59,22 +63,22 @@ def test_what_is_searched_is_told(finished):
     workdir, found = finished
     schema = json.loads((ROOT / "jaxmerge/report/results.schema.json").read_text())
     jsonschema.validate(json.loads((workdir / "results.json").read_text()), schema)
-    assert found["method"]["searched"] == ["lambda"]
-    assert found["method"]["fixed"]["density"] == pytest.approx([0.6, 0.6])
+    assert found["method"]["searched"] == ["density[0]", "density[1]"]
+    assert found["method"]["fixed"]["lambda"] == pytest.approx(0.8)
     log = tiny.log(workdir)
     of_search = [line for line in log if line["origin"] == "search"]
     assert len(of_search) == 8
-    drawn = np.array([line["genes"]["lambda"] for line in of_search])
-    assert drawn.shape == (8, 3)  # groups: two layers, and the rest
+    drawn = np.array([[*line["genes"].values()] for line in of_search])
+    assert drawn.shape == (8, 2, 3)  # groups: two layers, and the rest
     assert len(np.unique(drawn)) == drawn.size
-    assert ((drawn >= 0) & (drawn <= 2)).all()
+    assert ((drawn >= 0.05) & (drawn <= 1)).all()
     assert {line["genes"] is None for line in log if line["origin"] != "search"} == {True, False}
     assert all(line["genes"] is None for line in log if line["origin"] == "individual")
     (best,) = [line for line in of_search if line["id"] == found["best"]["id"]]
-    assert list(found["best"]["genes"]["lambda"]) == best["genes"]["lambda"]
+    assert list(found["best"]["genes"]["density[1]"]) == best["genes"]["density[1]"]
     page = (workdir / "report.html").read_text()
     assert "ties" in page
-    assert "lambda" in page
+    assert "density[1]" in page
 
 
 def test_the_export_is_what_was_evaluated_and_what_a_merge_with_its_numbers_gives(
@@ -94,8 +98,7 @@ def test_the_export_is_what_was_evaluated_and_what_a_merge_with_its_numbers_give
 def test_it_goes_on_to_the_same_end(finished, pool, tmp_path):
     """From any line of the log."""
     workdir, _ = finished
-    config = config_of(pool, "ties", density=0.6)
-    config.space.granularity = "layer"
+    config = config_of_ties(pool)
     lines = (workdir / "candidates.jsonl").read_text().splitlines(keepends=True)
     directory = tmp_path / "run"
     directory.mkdir()
@@ -129,13 +132,61 @@ def test_every_kind_runs(pool, tmp_path, method, axes):
     assert len({*map(str, (line["genes"] for line in tiny.log(tmp_path)))}) > 8
 
 
+def test_a_search_along_gradients(pool, tmp_path):
+    """Over weights and a number of each group; it is stopped, and ends the same."""
+    config = config_of(pool, "task_arithmetic")
+    config.space.granularity, config.analyses.leave_one_out = "layer", False
+    config.search.strategy, config.search.population = "gradient", 0
+    config.search.steps, config.search.score_every, config.search.minibatch = 4, 2, 4
+    found = search(config, str(tmp_path), "the command")
+    log = tiny.log(tmp_path)
+    of_search = [line for line in log if line["origin"] == "search"]
+    assert len(of_search) == 4
+    drawn = np.array([line["genes"]["lambda"] for line in of_search])
+    assert drawn.shape == (4, 3)
+    # Adam's first steps are about as long as the learning rate, whatever the slope.
+    assert (np.abs(drawn[0] - 1) > 0.01).all()
+    assert (np.abs(np.array(of_search[0]["weights"]) - 0.5) > 0.01).all()
+    whole = (tmp_path / "candidates.jsonl").read_text().splitlines(keepends=True)
+    cut = [line["origin"] for line in log].index("search") + 3
+    (tmp_path / "candidates.jsonl").write_text("".join(whole[:cut]))
+    again = search(config, str(tmp_path), "the command")
+    assert tiny.log(tmp_path) == log
+    assert again["best"] == found["best"]
+
+
+def test_evolution_goes_on_where_gradients_ended(pool, tmp_path):
+    """In the genotype of a number without weights; the winner may be a baseline."""
+    config = config_of(pool, "slerp")
+    config.pool.base, config.search.warm_start = "", "gradient"
+    config.analyses.leave_one_out = False
+    config.search.steps, config.search.score_every, config.search.minibatch = 4, 4, 4
+    config.search.budget = 4
+    found = search(config, str(tmp_path), "the command")
+    lines = tiny.log(tmp_path)
+    warm, after = (
+        np.array([line["genes"]["t"] for line in lines if line["origin"] == origin])
+        for origin in ("warm-start", "search")
+    )
+    assert abs(warm[0] - 0.5) > 0.05
+    assert abs(after.mean() - warm[1]) < 0.2
+    highest = max(
+        np.mean([*line["scores"].values()]) for line in lines if line["split"] == "search"
+    )
+    assert found["best"]["search_objective"] == pytest.approx(highest)
+    # Two checkpoints and the uniform merge are weighted sums, before what has a t.
+    assert ("genes" in found["best"]) == (found["best"]["id"] >= 3)
+
+
 @pytest.mark.parametrize(
     ("method", "change", "named"),
     [
-        ("ties", {"search.strategy": "gradient"}, "CMA_ES"),
+        ("ties", {"search.strategy": "gradient"}, "no derivatives"),
         ("arcee_fusion", {}, "takes another number of checkpoints"),
         ("model_stock", {}, "--mode=merge"),
         ("ties", {"pool.residency": "disk"}, r"pool\.residency"),
+        ("ties", {"space.per_checkpoint": ("lambda",)}, r"(?s)space\.per_checkpoint.*density"),
+        ("linear", {"space.per_checkpoint": ("density",)}, r"space\.per_checkpoint"),
         ("ties", {"pool.base": ""}, r"pool\.base"),
     ],
 )

@@ -18,6 +18,7 @@ from jaxmerge.merge.searched import Searched, searched
 from jaxmerge.sharding import make_mesh
 from jaxmerge.trees import named_leaves
 from tests.merge.linear_test import COLLECTIVE
+from tests.merge.methods_reference import REFERENCES
 
 L, SHAPE, C = 2, (8, 16), 2
 GROUPS = Groups(("first", "second"), {"layers/up": (0, 1)})
@@ -34,13 +35,16 @@ def on_mesh(tree: dict, **axes: Any) -> dict:
     return jax.device_put(tree, NamedSharding(make_mesh(**axes), spec))
 
 
-def made(method: str, **fixed) -> tuple[Searched, list[dict]]:
+def made(
+    method: str, dtype: str = "bfloat16", *, with_base: bool | None = None, **fixed: Any
+) -> tuple[Searched, list[dict]]:
     """The method; the base where it takes one, then checkpoints that have something in common."""
     row = METHODS[method]
-    K, with_base = row.inputs[1] or 2, row.base == "required"
+    K, with_base = row.inputs[1] or 2, row.base == "required" if with_base is None else with_base
     rng = np.random.default_rng(3)
-    common = tree_of(rng)
-    trees = [jax.tree.map(lambda x, y: x + y, common, tree_of(rng)) for _ in range(K + with_base)]
+    common = tree_of(rng, dtype)
+    own = [tree_of(rng, dtype) for _ in range(K + with_base)]
+    trees = [jax.tree.map(jnp.add, common, tree) for tree in own]
     return searched(method, fixed, K, with_base=with_base, seed=2**40 + 7), trees
 
 
@@ -115,6 +119,18 @@ def test_rows_with_coefficients_of_their_own():
     assert_same_bits(found["layers"]["up"][0, 1], expected)
 
 
+def test_numbers_that_are_given():
+    """Constants that the compiler knew would let it fuse products with sums."""
+    given: Any = {"lambda": 0.8}
+    of, trees = made("ties", dtype="float32", **given)
+    trees = [tree["layers"] for tree in trees]  # one candidate of one tensor: no loop is left
+    (row,) = rows_of(of, 0, 1)
+    (found,) = merger_of(of, trees)(row[None])["up"]
+    base, *members = (tree["up"] for tree in trees)
+    expected = merge_tensor("ties", members, base, of.complete(row), name="up")
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("method", ["slerp", "task_arithmetic"])
 def test_combinations_have_no_collective(method):
     of, trees = made(method)
@@ -139,3 +155,71 @@ def test_combinations_of_a_pool_on_disk():
     for name, leaf in named_leaves(merger_of(of, trees)(rows)).items():
         assert_same_bits(named_leaves(merge(rows))[name], leaf)
         assert_same_bits(merge.leaf(name, rows[1]), leaf[1])
+
+
+def by_differences(of: Searched, trees: list[dict], row: np.ndarray, gradient, layer: int):
+    """Derivatives of <gradient, merge of a layer> by its row, in float64 and by the formulas."""
+    tensors = [np.asarray(tree["layers"]["up"], np.float64)[layer] for tree in trees]
+    base, members = (tensors[0], tensors[1:]) if of.with_base else (None, tensors)
+
+    def value(row: np.ndarray) -> float:
+        genes = {name: np.asarray(gene, np.float64) for name, gene in of.fixed}
+        genes |= of.choices | {"weight": row[: of.checkpoints]}
+        for gene, number in zip(of.genes, row[of.checkpoints :]):
+            genes[gene.name] = np.repeat(number, of.checkpoints) if gene.per_checkpoint else number
+        return np.vdot(gradient, REFERENCES[of.method](members, base, genes, None))
+
+    step = 1e-6 * np.eye(len(row))
+    return [(value(row + each) - value(row - each)) / 2e-6 for each in step]
+
+
+@pytest.mark.parametrize(
+    ("method", "fixed", "axes"),
+    [
+        ("slerp", {}, {}),
+        ("nuslerp", {}, {}),
+        ("multislerp", {"with_base": True}, {"pop": 2, "fsdp": 2, "tensor": 2}),
+        ("task_arithmetic", {}, {}),
+        ("task_arithmetic", {"normalize": True}, {"pop": 2}),
+        ("passthrough", {}, {}),
+        ("nuslerp", {"with_base": True, "nuslerp_flatten": False}, {"pop": 2, "fsdp": 2}),
+    ],
+)
+def test_derivatives_equal_differences(method, fixed, axes):
+    """By every number of each group; layers of one group add up."""
+    of, trees = made(method, dtype="float32", **fixed)
+    gradients = np.random.default_rng(6).normal(size=(C, L, *SHAPE)).astype(np.float32)
+    placed = [on_mesh(tree, **axes) for tree in trees]
+    for groups, rows in ((GROUPS, rows_of(of, 5, C, L)), (None, rows_of(of, 5, C, 1))):
+        found = merger_of(of, placed, groups).pullback({"layers": {"up": gradients}}, rows)
+        expected = np.array(
+            [
+                [
+                    by_differences(of, trees, row[layer % len(row)], g[layer], layer)
+                    for layer in (0, 1)
+                ]
+                for row, g in zip(rows, gradients)
+            ]
+        )
+        expected = expected if groups else expected.sum(axis=1, keepdims=True)
+        # Sums of 128 products in float32, and cosines rounded to it.
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+def test_derivatives_of_equal_checkpoints_are_none(method):
+    """Where all are alike, or all zero: norms and angles are at the ends of what they can be."""
+    of, trees = made(method)
+    for tree in (trees[0], jax.tree.map(jnp.zeros_like, trees[0])):
+        merge = merger_of(of, [tree] * len(trees))
+        found = merge.pullback(jax.tree.map(lambda leaf: leaf[None], tree), rows_of(of, 0, 1))
+        assert np.isfinite(found).all()
+        # Only the weights' sum would matter, which is divided by.
+        np.testing.assert_allclose(found, 0, atol=1e-2 * float(jnp.sum(tree["layers"]["up"] ** 2)))
+
+
+def test_masks_have_no_derivatives():
+    of, trees = made("ties")
+    merge = merger_of(of, trees)
+    with pytest.raises(JaxmergeError, match="CMA_ES"):
+        merge.pullback(jax.tree.map(lambda leaf: leaf[None], trees[0]), rows_of(of, 0, 1))

@@ -5,7 +5,7 @@ import pytest
 
 from jaxmerge import config as configs
 from jaxmerge.errors import JaxmergeError
-from jaxmerge.experiment import jobs
+from jaxmerge.experiment import jobs, methods
 from jaxmerge.merge import groups
 from jaxmerge.mergekit import evolve
 from jaxmerge.models.families import read as family
@@ -106,8 +106,80 @@ def test_groups_of_layers_and_filters(read):
     groups.check(fields["space.granularity"], patterns)
 
 
+OTHERS = """
+genome:
+  models: [./llama/a, ./llama/a2]
+  base_model: ./llama/base
+  merge_method: """
+
+
+@pytest.mark.parametrize(
+    ("genome", "constraint", "genes", "searched"),
+    [
+        ("slerp", "softmax", {}, ["t"]),
+        ("ties", "abs", {"normalize": True, "lambda": 1.0}, ["density[0]", "density[1]"]),
+        ("dare_ties", "abs", {"normalize": True, "lambda": 1.0}, ["density[0]", "density[1]"]),
+        ("task_arithmetic", "abs", {"normalize": False}, ["lambda"]),
+        (
+            "ties\n  normalize: false",
+            "abs",
+            {"normalize": False},
+            ["density[0]", "density[1]", "lambda"],
+        ),
+        (
+            "task_arithmetic\n  allow_negative_weights: true",
+            "free",
+            {"normalize": False, "lambda": 1.0},
+            [],
+        ),
+    ],
+)
+def test_other_methods(read, genome, constraint, genes, searched):
+    config = configs.default()
+    jobs._set_fields(config, read(OTHERS + genome + TASKS))
+    configs.check(config)
+    assert config.merge.variant == "mergekit"
+    assert (config.space.constraint, config.merge.genes.to_dict()) == (constraint, genes)
+    of = methods.searched(config, 2)
+    assert of
+    assert [gene.name for gene in of.genes] == searched
+    # Where the search starts, weights and all are those of its genome: 1/K each, or t = 1/2.
+    (row,) = space.rows(
+        np.zeros((1, of.numbers)), 2, methods.ranges(of), constraint, weighted=of.weighted
+    )
+    start = [0.5 if name == "t" else 1.0 for name in searched]
+    np.testing.assert_allclose(row, [0.5, 0.5, *start, 1])
+    if "density[1]" in searched:
+        row[3] = 0.25
+        np.testing.assert_array_equal(of.complete(row)["density"], [1, 0.25])
+
+
+def test_the_first_step_of_t_is_as_long_as_its_own(read):
+    fields = read(OTHERS + "slerp" + TASKS)
+    draws = np.random.default_rng(0).normal(size=(20_000, 2)) / 6
+    t = 1 / (1 + np.exp(draws[:, 0] - draws[:, 1]))
+    ours = space.numbers(np.array([[fields["search.sigma"]]]), [space.Range(0.5, 0.0, 1.0)])
+    assert t.std() == pytest.approx(float(ours[0, 0]) - 0.5, rel=0.03)
+
+
+REFUSED_OF_OTHERS = [
+    ("slerp\n  filters: [mlp]", "line 6, genome.filters", "layer_granularity"),
+    ("ties\n  allow_negative_weights: true", "genome", "normalize: false"),
+    ("karcher", "line 5, genome.merge_method", "dare_ties"),
+]
+
+
+@pytest.mark.parametrize(("genome", "where", "says"), REFUSED_OF_OTHERS)
+def test_what_other_methods_do_not_take(read, genome, where, says):
+    with pytest.raises(JaxmergeError) as caught:
+        read(OTHERS + genome + TASKS)
+    assert where in str(caught.value)
+    assert says in str(caught.value)
+
+
 REFUSED = [
-    ("  merge_method: linear", "  merge_method: ties", "line 4, genome.merge_method", "linear"),
+    ("  merge_method: linear", "  merge_method: ties", "line 3, genome.models", "without"),
+    ("  merge_method: linear", "  merge_method: slerp", "line 3, genome.models", "two models"),
     ("merge_method: linear", "merge_method: linear\n  smooth: true", "line 5", "space.granularity"),
     ("tasks:", "shuffle: true\ntasks:", "shuffle", "the same examples"),
     ("tasks:", "random_init: true\ntasks:", "random_init", "uniform merge"),

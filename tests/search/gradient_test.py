@@ -1,6 +1,7 @@
 """Searches along gradients, and what they start from and go on to."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -50,9 +51,9 @@ def test_the_objective_rises_to_a_known_optimum(constraint):
     settings = gradient.Settings("adam", 0.1, "cosine", 300, 100)
     strategy = gradient.gradient(
         *(slopes, straight, settings, define(["a"])),
-        groups=2,
-        checkpoints=3,
-        constraint=constraint,
+        start=np.zeros((2, 3), np.float32),
+        mapped=functools.partial(space.mapped, constraint=constraint),
+        summing=0 if constraint == "free" else 3,
     )
     state = strategy.init(0)
     for generation in range(settings.generations):
@@ -227,8 +228,9 @@ def test_the_worst_task_is_climbed(aggregate, share):
     settings = gradient.Settings("adam", 0.3, "cosine", 400, 400)
     strategy = gradient.gradient(
         *(slopes, lines, settings, define(["a", "b"], aggregate=aggregate)),
-        groups=1,
-        checkpoints=2,
+        start=np.zeros((1, 2), np.float32),
+        mapped=space.mapped,
+        summing=2,
     )
     z_PxD, state = strategy.ask(0, 0, strategy.init(0))
     found = space.weights(z_PxD)[0]
@@ -246,9 +248,9 @@ def test_weights_that_change_nothing_stay():
     settings = gradient.Settings("adam", 0.1, "constant", 50, 50)
     strategy = gradient.gradient(
         *(slopes, straight, settings, define(["a"])),
-        groups=2,
-        checkpoints=3,
-        start=(0.3, -0.2, 0.1),
+        start=np.array([[0.3, -0.2, 0.1]] * 2, np.float32),
+        mapped=space.mapped,
+        summing=3,
     )
     z_PxD, _ = strategy.ask(0, 0, strategy.init(0))
     np.testing.assert_allclose(z_PxD[0, :3], [0.3, -0.2, 0.1], atol=1e-6)

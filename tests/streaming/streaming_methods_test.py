@@ -14,9 +14,11 @@ from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import find
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment import methods
 from jaxmerge.experiment.merge import merge
 from jaxmerge.merge.methods import merge_tensor
 from jaxmerge.streaming import recipes
+from jaxmerge.trees import named_leaves
 from tests.streaming.streaming_test import BF16, config_of, save, tensors_of
 
 
@@ -174,6 +176,52 @@ def test_a_merge_that_was_stopped_keeps_its_finished_files(tmp_path, monkeypatch
     for one, other in zip(whole, again):
         for name, tensor in tensors_of(one).items():
             np.testing.assert_array_equal(tensors_of(other)[name], tensor)
+
+
+def test_a_merge_of_orbax_checkpoints_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """In the middle, and in the writing of the checkpoint; of other inputs nothing is kept."""
+    rng = np.random.default_rng(0)
+    shapes = {"layers": {"u": (2, 3, 4), "w": (2, 3, 4)}, "head": (4, 5), "steps": ()}
+
+    def made_of(seed):
+        tree = jax.tree.map(
+            lambda shape: rng.normal(size=shape), shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        return jax.tree.map(jnp.float32, tree) | {"ids": jnp.arange(3)}
+
+    for name in ("pool/a", "pool/b", "base"):
+        orbax.save(tmp_path / name, made_of(0), architecture={"layers": 2})
+    config = config_by(tmp_path, "ties", (1.0, 2.0), density=0.5)
+    config.export.formats, config.export.shard_bytes = ("orbax",), 100  # of a leaf or two
+    (whole,) = merge(config, str(tmp_path / "whole"))
+    merged, of_tensor = [], methods.merge_tensor
+
+    def counted(*args, **kwargs):
+        merged.append(kwargs["name"])
+        if len(merged) == 4:
+            raise KeyboardInterrupt
+        return of_tensor(*args, **kwargs)
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(methods, "merge_tensor", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr(orbax, "save", stopped)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                merge(config, str(tmp_path / "run"))
+    names = ["head", "layers/u/0", "layers/u/1", "layers/w/0", "layers/w/1", "steps"]
+    assert merged == [*names[:4], *names[3:]]
+    (again,) = merge(config, str(tmp_path / "run"))
+    assert merged[7:] == []
+    assert [path.name for path in (tmp_path / "run" / "merged").iterdir()] == ["orbax"]
+    assert not (tmp_path / "run" / ".merged.partial").exists()
+    one, other = (LeafStream(find([str(path)]), jax.devices()[0]) for path in (whole, again))
+    for name in named_leaves(one.abstract):
+        np.testing.assert_array_equal(one(name)[0], other(name)[0])
+    pools = [(tmp_path / run / "pool.json").read_text() for run in ("whole", "run")]
+    assert pools[0] == pools[1]
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
