@@ -150,8 +150,12 @@ def mergekit_evolve(directory: Path) -> Reader:
 
     file = directory / "evolve.yml"
     llama(directory / "a")
-    seed = EVOLVE.replace("./", f"{directory}/").encode()
-    return Reader((seed,), into(file, lambda: evolve.read(str(file))))
+
+    def read() -> None:
+        with contextlib.chdir(directory):  # what the file names is relative to that
+            evolve.read(str(file))
+
+    return Reader((EVOLVE.encode(),), into(file, read))
 
 
 def jsonl(directory: Path) -> Reader:
