@@ -22,7 +22,7 @@ from jaxmerge.merge import groups, methods, searched
 from jaxmerge.report import tensorboard
 from jaxmerge.rundir import flat
 from jaxmerge.scores.objective import Objective, define
-from jaxmerge.search import baselines, gradient, racing, space
+from jaxmerge.search import baselines, gradient, parts, space
 
 # A locked ml_collections.ConfigDict; its fields, made at run time, are unknown to type checkers.
 Config = Any
@@ -36,17 +36,17 @@ def default() -> Config:
     config.seed = 0  # of the search and the random baseline; tasks have their own
 
     config.pool = ml_collections.ConfigDict()
-    # Directories or patterns, such as ("pools/quickstart/*",), of Orbax, of Hugging Face
-    # (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike. --mode=evaluate
-    # takes any.
+    # Checkpoints or patterns, such as ("pools/quickstart/*",), of Orbax, zarr or .npz, of Hugging
+    # Face (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike.
+    # --mode=evaluate takes any.
     config.pool.checkpoints = ()
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves. Of Orbax checkpoints it may be another,
     # which methods take the differences from.
     config.pool.base = ""
-    # Of Orbax checkpoints. item: the one of a step with several that holds the parameters, such as
-    # "items"; subtree: where in it they are, such as "params". "": what is clear by itself is
-    # taken, what is not is refused; see jaxmerge.checkpoints.parameters.
+    # item: of an Orbax step with several, the one that holds the parameters, such as "items";
+    # subtree: where in a checkpoint of Orbax, zarr or .npz they are, such as "params". "": what is
+    # clear by itself is taken, what is not is refused; see jaxmerge.checkpoints.parameters.
     config.pool.item = ""
     config.pool.subtree = ""
     # "default" or "llama3.1", as in MaxText's config: of Llama models of MaxText whose rope is not
@@ -180,12 +180,10 @@ def default() -> Config:
     # of the strategy's Params.
     config.search.sigma = 0.5
     config.search.params = ml_collections.ConfigDict()
-    # Fewer tokens, both off by default. subset: share of each task's search examples that a
-    # generation sees, such as 0.125: each sees another part, and parts are alike in difficulty, as
-    # the single checkpoints' scores have it; 1: all. racing: confidence, such as 0.9, with which
-    # candidates are dropped before they have seen all of these; 0: none are.
+    # Fewer tokens: share of each task's search examples that a generation sees, such as 0.125: each
+    # sees another part, and parts are alike in difficulty, as the single checkpoints' scores have
+    # it; 1: all.
     config.search.subset = 1.0
-    config.search.racing = 0.0
     config.search.finalists = 3  # with a subset: scored on all examples, to choose the winner from
     config.search.save_seconds = 60.0  # between saves of the strategy's state
 
@@ -203,8 +201,8 @@ def default() -> Config:
 
     config.export = ml_collections.ConfigDict()
     # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint. Also
-    # maxtext, maxtext_unscanned, gemma and tunix, see docs/trainers.md; and lora: adapters of one
-    # base as one adapter.
+    # npz and zarr, maxtext, maxtext_unscanned, gemma, tunix and levanter, see docs/trainers.md; and
+    # lora: adapters of one base as one adapter.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
     # Of that adapter: the best of this rank; 0: as high as the merge takes, which is exact.
@@ -271,7 +269,7 @@ def check(config: Config) -> None:
     check_choice("search.warm_start", search.warm_start, ("", gradient.NAME))
     if gradient.NAME in (search.strategy, search.warm_start):
         _check_gradient(config)
-    racing.check(search.subset, search.racing, search.finalists, search.strategy)
+    parts.check(search.subset, search.finalists)
     baselines.check(config.baselines)
 
 
@@ -301,7 +299,6 @@ def _check_gradient(config: Config) -> None:
         )
     unlike: list[tuple[str, Any, Any]] = [
         ("search.subset", config.search.subset, 1.0),
-        ("search.racing", config.search.racing, 0.0),
     ]
     if config.search.warm_start:
         unlike.append(("analyses.pool_sizes", tuple(config.analyses.pool_sizes), ()))
