@@ -314,10 +314,13 @@ def check_new(path: Path, first: str) -> None:
         )
 
 
-def check_same_config(
-    path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]
-) -> tuple[str, ...]:
+def check_same_config(path: Path, recorded: Any, now: Mapping[str, Any]) -> tuple[str, ...]:
     """Raises `JaxmergeError`, naming each field that is not as it was recorded in a directory.
+
+    Args:
+        path: of the directory.
+        recorded: what its file of the config says, whatever that is.
+        now: the config.
 
     Returns:
         The fields that may differ and do; see `RunDirectory.moved`.

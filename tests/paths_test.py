@@ -1,4 +1,4 @@
-"""Paths as they are written: `~` is the home directory, any other is relative to the current one."""
+"""Paths as written: `~` is the home directory, any other is relative to the current one."""
 
 import numpy as np
 import pytest

@@ -139,9 +139,7 @@ def _kill_somewhere(two: Processes, which: int, instants: random.Random) -> tupl
 
 
 @pytest.mark.slow
-def test_killed_at_random_instants_the_other_ends_and_both_go_on(
-    pool, uninterrupted, tmp_path
-):
+def test_killed_at_random_instants_the_other_ends_and_both_go_on(pool, uninterrupted, tmp_path):
     two = Processes(tmp_path / "killed", pool, SMALL)
     instants, missed = random.Random(1), 0
     for k in range(3):
