@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -44,6 +45,8 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
 def making(target: Path, what: str) -> Iterator[Path]:
     """A directory under a temporary name, for `appear`; nothing is left of one that has not.
 
+    Nor of those of processes that were killed meanwhile: whoever makes the target has its lock.
+
     Args:
         target: what it will be called.
         what: is written, for the message where it can't be.
@@ -53,6 +56,10 @@ def making(target: Path, what: str) -> Iterator[Path]:
     """
     new = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            process = left.name.split(".")[-2]
+            if process.isdecimal() and not _runs(int(process)):
+                shutil.rmtree(left)
         new.mkdir(parents=True)
         yield new
     except OSError as error:

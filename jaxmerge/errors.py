@@ -6,7 +6,20 @@ import contextlib
 import errno
 import math
 import os
+import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+# What code raises that is given a text for a number, a list for an object, a number beyond float64,
+# and so on.
+OF_OTHER_KIND = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class JaxmergeError(Exception):
@@ -123,6 +136,32 @@ def at(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise of_system(error, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def as_written(
+    where: str,
+    what: str = "a value in this file is not of the kind that a run writes",
+    expected: str = "the file as the run wrote it; or another directory, for a new run",
+) -> Iterator[None]:
+    """Values of another kind than the code inside takes are told as a `JaxmergeError`.
+
+    Args:
+        where: the file that they are from.
+        what: that is wrong, in a sentence.
+        expected: what would be right.
+    """
+    try:
+        yield
+    except OF_OTHER_KIND as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        raise JaxmergeError(
+            what,
+            where=where,
+            expected=expected,
+            found=f"{type(error).__name__} ({Path(last.filename).name}, line {last.lineno}): "
+            f"{str(error)[:200]}",
+        ) from error
 
 
 def told(error: BaseException) -> JaxmergeError | None:

@@ -29,7 +29,7 @@ from jaxmerge.durable import (
     there,
     whole_lines,
 )
-from jaxmerge.errors import JaxmergeError, at
+from jaxmerge.errors import JaxmergeError, as_written, at
 
 TRACES = "error-*.log"  # of errors that nobody foresaw, see `jaxmerge.entry`
 ANALYSIS = "analysis:"  # begins the origin of what only an analysis asked for
@@ -40,8 +40,6 @@ _CHOSEN = tuple(
 )
 # Fields of a config that say where a run computes, not what: it can go on elsewhere.
 _WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
-# What a spoiled line of the log ends in, numbers beyond float64 among it.
-_UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
 
 # One merge weight per checkpoint, in pool order; of groups that have weights of their own, each's.
@@ -202,15 +200,16 @@ class RunDirectory:
             self._lock.close()
 
     def read_json(self, name: str) -> Any:
-        """What a JSON file says; None where there is none."""
+        """What a file of a JSON object says; None where there is none."""
         path = self.path / name
 
         def read() -> bytes:
             with at(path):
                 return path.read_bytes() if path.exists() else b"null"
 
-        text = self._from_writer(read)
-        return parsed(text, str(path))
+        found = parsed(self._from_writer(read), str(path))
+        with as_written(str(path)):
+            return None if found is None else {**found}
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file whole."""
@@ -315,15 +314,20 @@ def check_new(path: Path, first: str) -> None:
         )
 
 
-def check_same_config(
-    path: Path, recorded: Mapping[str, Any], now: Mapping[str, Any]
-) -> tuple[str, ...]:
+def check_same_config(path: Path, recorded: Any, now: Mapping[str, Any]) -> tuple[str, ...]:
     """Raises `JaxmergeError`, naming each field that is not as it was recorded in a directory.
+
+    Args:
+        path: of the directory.
+        recorded: what its file of the config says, whatever that is.
+        now: the config.
 
     Returns:
         The fields that may differ and do; see `RunDirectory.moved`.
     """
-    before, after = flat(recorded), flat(json.loads(json.dumps(now)))
+    with as_written(str(path)):
+        before = flat(recorded)
+    after = flat(json.loads(json.dumps(now)))
     absent = "(absent)"
     lines = [
         f"{field}: {before.get(field, absent)!r} there, {after.get(field, absent)!r} now"
@@ -351,21 +355,13 @@ def _read_values(file: Path, count: int, offset: int) -> bytes:
 def _candidates(lines: bytes, where: str) -> list[Candidate]:
     candidates = []
     for number, line in enumerate(lines.splitlines()):
-        try:
+        way_out = "a candidate; a run goes on from the lines before this one"
+        with as_written(where, f"line {number + 1} can't be read", way_out):
             fields = json.loads(line)
-            genes = fields.get("genes")
-            if genes is not None:
-                genes = {name: as_gene(number) for name, number in genes.items()}
-            weights = as_weights(fields["weights"])
-            candidate = Candidate(**{**fields, "weights": weights, "genes": genes})
-            _check_kinds(candidate)
-        except _UNREADABLE as error:
-            raise JaxmergeError(
-                f"line {number + 1} can't be read",
-                where=where,
-                expected="a candidate; a run goes on from the lines before this one",
-                found=str(error),
-            ) from error
+            fields["weights"] = as_weights(fields["weights"])
+            if fields.get("genes") is not None:
+                fields["genes"] = {name: as_gene(gene) for name, gene in fields["genes"].items()}
+            _check_kinds(candidate := Candidate(**fields))
         if candidate.id != number:
             raise JaxmergeError(
                 f"line {number + 1} is out of order",
@@ -378,15 +374,17 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
 
 
 def _check_kinds(one: Candidate) -> None:
-    whole = (one.id, one.generation, one.row, *one.n.values(), *(one.out_of or {}).values())
-    kinds = [{*map(type, whole)}, {type(one.origin), type(one.name), type(one.split)}]
+    whole = [one.id, one.generation, one.row]
+    whole += [n for of in (one.n, one.out_of, one.tokens) for n in (of or {}).values()]
+    numbers = [one.seconds, *one.scores.values(), *(one.expected or {}).values()]
     if (
-        kinds != [{int}, {str}]
+        {*map(type, whole)} != {int}
+        or {*map(type, (one.origin, one.name, one.split))} != {str}
+        or {*map(type, numbers)} - {int, float}
         or min(whole) < 0
-        or {*map(type, one.scores.values())} - {int, float}
     ):
         raise ValueError("numbers, names or scores are of another kind")
-    np.asarray([*one.scores.values()], np.float64)  # OverflowError of a number beyond it
+    np.asarray([*whole, *numbers], np.float64)  # OverflowError of a number beyond it
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 
 import numpy as np
@@ -110,6 +111,45 @@ def test_a_garbled_log_is_refused(opened, tmp_path):
         log.write_text(garbled)
         with pytest.raises(JaxmergeError, match=named):
             opened()
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"weights": [0.1, 10**400]},
+        {"genes": {"density": 10**400}},
+        {"genes": {"density": [0.5, 10**400]}},
+        {"scores": {"sums": -(10**400)}},
+        {"expected": {"sums": 10**400}},
+        {"seconds": 10**400},
+        {"seconds": "1"},
+        {"tokens": {"read": 10**400}},
+        {"tokens": {"read": 0.5}},
+        {"n": {"sums": 10**400}},
+    ],
+    ids=str,
+)
+def test_numbers_of_the_log_that_are_none(opened, tmp_path, spoiled):
+    """Beyond float64, or of another kind; by the line."""
+    opened().append([_candidate(0)], _scores(0.0))
+    log = tmp_path / "candidates.jsonl"
+    log.write_text(json.dumps({**json.loads(log.read_text()), **spoiled}) + "\n")
+    with pytest.raises(JaxmergeError, match="line 1 can't be read"):
+        opened()
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '{"search": 3}', "{"])
+def test_files_of_a_run_that_it_did_not_write(opened, tmp_path, text):
+    directory = opened()
+    (tmp_path / "pool.json").write_text(text)
+    if text.startswith('{"'):
+        assert directory.read_json("pool.json") == {"search": 3}
+    else:
+        with pytest.raises(JaxmergeError, match=r"pool\.json"):
+            directory.read_json("pool.json")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(JaxmergeError, match=re.escape(str(tmp_path))):
+        check(tmp_path, CONFIG)
 
 
 def test_missing_examples_are_named(opened, tmp_path):

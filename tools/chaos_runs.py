@@ -186,13 +186,13 @@ def _make_pools(top: Path) -> None:
     import numpy as np
 
     from tests import tiny
-    from tools import fuzz_readers
+    from tools import fuzz_sound
 
     tiny.pool(top / "pool")
     for seed in range(3):
         directory = top / "models" / f"model{seed}"
         directory.mkdir(parents=True)
-        fuzz_readers.llama(directory, vocab_size=256, hidden_size=16, eos_token_id=10)
+        fuzz_sound.llama(directory, vocab_size=256, hidden_size=16, eos_token_id=10)
         file = directory / "model.safetensors"
         data = bytearray(file.read_bytes())
         first = 8 + int.from_bytes(data[:8], "little")

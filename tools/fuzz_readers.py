@@ -15,68 +15,24 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-SECONDS = 20  # that an input may take; sound ones take a tenth of a second
+from tools.fuzz_sound import (
+    ADAPTER,
+    EVOLVE,
+    LLAMA,
+    MERGE,
+    as_bytes,
+    llama,
+    run_directory,
+    tokenizer_files,
+    weights,
+)
+
+SECONDS = 20  # of work that an input may take; sound ones take a tenth of a second
+IDLE = 300  # seconds that it may take on a machine that is busy with something else
 BYTES = 2**28  # that it may add to the memory of the process
 MESSAGE = 20_000  # characters
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}
-    | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "eos_token_id": [1, 2],
-}
-ADAPTER = {
-    "peft_type": "LORA",
-    "r": 2,
-    "lora_alpha": 4,
-    "target_modules": ["q_proj"],
-    "rank_pattern": {"layers.0.self_attn.q_proj": 2},
-    "alpha_pattern": {},
-    "init_lora_weights": "pissa",
-    "use_dora": False,
-}
-MERGE = """
-merge_method: ties
-base_model: ./base
-models:
-  - model: ./a+./adapter
-    parameters: {density: [0.2, 0.5], weight: [{filter: mlp, value: 0.5}, {value: 1e-1}]}
-  - model: ./b@main
-parameters: &rest
-  normalize: true
-  <<: {lambda: 1.0}
-dtype: bfloat16
-tokenizer: {source: union, tokens: {<|x|>: {source: ./a, force: true}}, pad_to_multiple_of: 8}
----
-name: second
-merge_method: slerp
-slices:
-  - sources: [{model: ./a, layer_range: [0, 1]}, {model: ./b, layer_range: [0, 1]}]
-parameters: {t: 0.5}
-"""
-EVOLVE = """
-genome:
-  models: [./a, ./a]
-  merge_method: linear
-  layer_granularity: 1
-tasks:
-  - {name: arc_easy, weight: 2.0, metric: acc}
-limit: 10
-"""
 
 
 class Reader(NamedTuple):
@@ -169,8 +125,12 @@ def mergekit_evolve(directory: Path) -> Reader:
 
     file = directory / "evolve.yml"
     llama(directory / "a")
-    seed = EVOLVE.replace("./", f"{directory}/").encode()
-    return Reader((seed,), into(file, lambda: evolve.read(str(file))))
+
+    def read() -> None:
+        with contextlib.chdir(directory):  # what the file names is relative to that
+            evolve.read(str(file))
+
+    return Reader((EVOLVE.encode(),), into(file, read))
 
 
 def jsonl(directory: Path) -> Reader:
@@ -189,6 +149,35 @@ def jsonl(directory: Path) -> Reader:
         task(path=str(file), search=2, test=2, target="u", choices="c")
 
     return Reader((several, b"\xef\xbb\xbf" + several), into(file, read))
+
+
+def vocabulary(directory: Path) -> Reader:
+    """Tokens by number, for a merge of vocabularies that differ."""
+    from jaxmerge.checkpoints import vocabulary
+
+    seed = as_bytes(tokenizer_files()["tokenizer.json"])
+    return Reader((seed,), into(directory / vocabulary.FILE, lambda: vocabulary.read(directory, 9)))
+
+
+def weights_file(directory: Path) -> Reader:
+    """A table of weights for a merge, or the winner of a search."""
+    import numpy as np
+
+    from jaxmerge import config as configs
+    from jaxmerge.experiment import given
+
+    settings = configs.default()
+    settings.merge.weights_file = str(file := directory / "table.json")
+    settings.merge.method, settings.space.granularity = "ties", "leaf"
+    tree = {"a": np.zeros((2, 3)), "b": np.zeros(3)}
+    best = {"weights": {"x": 0.5, "y": 0.5}, "groups": [[0.5, 0.5]] * 2, "genes": {"density": 0.5}}
+    method = {"name": "ties", "fixed": {"lambda": 1.0}, "seed": 1}
+    seeds = (
+        {"weights": {"a": [0.1, 0.9], "b": [0.2, 0.8]}, "genes": {"density": {"a": 0.5, "b": 1.0}}},
+        {"best": best, "groups": ["a", "b"], "method": method},
+    )
+    read = into(file, lambda: given.read(settings, tree, "", ("x", "y")))
+    return Reader(tuple(map(as_bytes, seeds)), read)
 
 
 def candidates(directory: Path) -> Reader:
@@ -219,13 +208,9 @@ def verdict(read: Callable[[bytes], object], data: bytes) -> str:
     except Exception:  # whatever it is: an error that is not a message is what is looked for
         return traceback.format_exc()
     except _Hang:
-        return f"more than {SECONDS} seconds\n{traceback.format_exc()}"
+        return f"more than {SECONDS} seconds of work\n{traceback.format_exc()}"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     return f"{grown} bytes of memory" if grown > BYTES else said
-
-
-def as_bytes(value: Any) -> bytes:
-    return json.dumps(value).encode()
 
 
 def into(file: Path, read: Callable[[], object]) -> Callable[[bytes], object]:
@@ -238,54 +223,6 @@ def into(file: Path, read: Callable[[], object]) -> Callable[[bytes], object]:
     return write_and_read
 
 
-def weights(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
-    """A file of zeros."""
-    import numpy as np
-
-    from jaxmerge.checkpoints.safetensors import make_header
-
-    dtype = np.dtype(np.float32)
-    head = make_header((name, dtype, shape) for name, shape in tensors.items())
-    count = sum(int(np.prod(shape)) for shape in tensors.values())
-    file.write_bytes(head + bytes(4 * count))
-
-
-def llama(directory: Path, **changes: Any) -> None:
-    """A model of `LLAMA`, or of one that differs from it."""
-    config = {**LLAMA, **changes}
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    queries, keys = (
-        config[heads] * config["head_dim"]
-        for heads in ("num_attention_heads", "num_key_value_heads")
-    )
-    layer = "model.layers.0."
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config["vocab_size"], width),
-        "model.norm.weight": (width,),
-        f"{layer}self_attn.q_proj.weight": (queries, width),
-        f"{layer}self_attn.k_proj.weight": (keys, width),
-        f"{layer}self_attn.v_proj.weight": (keys, width),
-        f"{layer}self_attn.o_proj.weight": (width, queries),
-        f"{layer}mlp.gate_proj.weight": (inner, width),
-        f"{layer}mlp.up_proj.weight": (inner, width),
-        f"{layer}mlp.down_proj.weight": (width, inner),
-        f"{layer}input_layernorm.weight": (width,),
-        f"{layer}post_attention_layernorm.weight": (width,),
-    }
-    directory.mkdir(exist_ok=True)
-    weights(directory / "model.safetensors", shapes)
-    (directory / "config.json").write_bytes(as_bytes(config))
-
-
-def run_directory(directory: Path) -> Path:
-    """A finished run, fabricated."""
-    from tests.report.fabricated import fabricate
-
-    directory.mkdir()
-    fabricate(directory, budget=4)
-    return directory
-
-
 def _of_run(directory: Path, name: str) -> Reader:
     from jaxmerge import report
 
@@ -294,31 +231,30 @@ def _of_run(directory: Path, name: str) -> Reader:
     return Reader((seed,), into(run / name, lambda: report.write(run)))
 
 
+def _goes_on(directory: Path, name: str) -> Reader:
+    """What a run wrote, for the run that goes on."""
+    from jaxmerge.checkpoints.pool import Record
+    from jaxmerge.experiment import records
+    from jaxmerge.rundir import RunDirectory
+
+    run = run_directory(directory / "run")
+    said = json.loads((run / "config.json").read_text())
+    of_pool = [Record(**one) for one in json.loads((run / "pool.json").read_text())["checkpoints"]]
+    seed = (run / name).read_bytes()
+
+    def read() -> None:
+        with contextlib.closing(RunDirectory(run, said)) as opened:
+            records.record_pool(opened, of_pool)
+            records.record_tasks(opened, ())
+
+    return Reader((seed,), into(run / name, read))
+
+
 def _of_tokenizer(directory: Path, name: str) -> Reader:
     from jaxmerge.evaluation.tokenizer import Pretrained
     from jaxmerge.tasks.requests import Prompt
 
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4, "u": 5, "s": 6, "e": 7, "r": 8}
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added |= {"special": True}
-    files = {
-        "tokenizer.json": {
-            "version": "1.0",
-            "added_tokens": [{"id": i, "content": c, **added} for c, i in [*words.items()][:2]],
-            "pre_tokenizer": {**level, "use_regex": True},
-            "decoder": level,
-            "model": {"type": "BPE", "vocab": words, "merges": [["a", "b"]]},
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "chat_template": "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
-        },
-        "generation_config.json": {"eos_token_id": [1, 2], "max_length": 20},
-        "config.json": LLAMA,
-    }
+    files = tokenizer_files()
     for file, content in files.items():
         (directory / file).write_bytes(as_bytes(content))
 
@@ -340,13 +276,19 @@ def _alarm() -> Iterator[None]:
     def ring(*_: object) -> None:
         raise _Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = (
+        (signal.ITIMER_PROF, signal.SIGPROF, SECONDS),
+        (signal.ITIMER_REAL, signal.SIGALRM, IDLE),
+    )
+    before = [signal.signal(number, ring) for _, number, _ in timers]
+    for timer, _, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (timer, number, _), handler in zip(timers, before):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 READERS: dict[str, Callable[[Path], Reader]] = {
@@ -358,11 +300,15 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "tokenizer": functools.partial(_of_tokenizer, name="tokenizer.json"),
     "tokenizer_config": functools.partial(_of_tokenizer, name="tokenizer_config.json"),
     "generation_config": functools.partial(_of_tokenizer, name="generation_config.json"),
+    "vocabulary": vocabulary,
+    "weights_file": weights_file,
     "mergekit": mergekit,
     "mergekit_evolve": mergekit_evolve,
     "jsonl": jsonl,
     "candidates": candidates,
     "candidates_page": functools.partial(_of_run, name="candidates.jsonl"),
+    "config_goes_on": functools.partial(_goes_on, name="config.json"),
+    "pool_goes_on": functools.partial(_goes_on, name="pool.json"),
     "results": functools.partial(_of_run, name="results.json"),
     "run_config": functools.partial(_of_run, name="config.json"),
     "run_pool": functools.partial(_of_run, name="pool.json"),

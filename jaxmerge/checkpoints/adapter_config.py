@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -194,7 +195,7 @@ def _check_numbers(config: Mapping[str, Any], file: epath.Path) -> None:
         )
     for pattern in (*ranks, *alphas):
         try:
-            re.compile(pattern)
+            _matching(pattern)
         except (OverflowError, RecursionError, re.error) as error:
             raise JaxmergeError(
                 "a key of rank_pattern or alpha_pattern is no regular expression",
@@ -205,14 +206,17 @@ def _check_numbers(config: Mapping[str, Any], file: epath.Path) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _of_module(
     pattern: Mapping[str, int | float], module: str, default: int | float
 ) -> int | float:
     """What the first key that matches says, as in peft."""
-    matches = (
-        value for regex, value in pattern.items() if re.fullmatch(rf"(.*\.)?({regex})", module)
-    )
+    matches = (value for key, value in pattern.items() if _matching(key).fullmatch(module))
     return next(matches, default)
+
+
+def _matching(key: str) -> re.Pattern[str]:
+    """What the names of the modules are that a key of a pattern is for."""
+    return re.compile(rf"(.*\.)?({key})")

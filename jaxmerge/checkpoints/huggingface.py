@@ -209,7 +209,7 @@ def split(
         )
 
     def by_number(name: str) -> list[tuple[bool, int, str]]:
-        parts = re.split(r"(\d+)", name)
+        parts = re.split(r"(\d{1,18})", name)
         return [(each.isdecimal(), int(each) if each.isdecimal() else 0, each) for each in parts]
 
     groups: list[list[str]] = [[]]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, as_written
 from jaxmerge.textfiles import read_json
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -175,7 +175,8 @@ def write_tokenizer(new: Path, vocabulary: Vocabulary) -> None:
     (new / FILE).write_text(text, encoding="utf-8")
     settings = new / SETTINGS
     said = read_json(settings) if settings.exists() else {}
-    known = said.get("added_tokens_decoder")  # of versions before 5, which read both
+    # Of versions before 5, which read both.
+    known = said.get("added_tokens_decoder") if isinstance(said, dict) else None
     if isinstance(known, dict):
         said["added_tokens_decoder"] = {
             str(each["id"]): {key: value for key, value in each.items() if key != "id"}
@@ -193,6 +194,13 @@ def set_rows(config: dict[str, Any], rows: int) -> bool:
     return changed
 
 
+_UNREADABLE = "the tokenizer can't be read"
+_TOKENIZER = (
+    "a tokenizer.json; transformers makes one: AutoTokenizer.from_pretrained(DIR)"
+    ".save_pretrained(DIR)"
+)
+
+
 def read(directory: Path, rows: int) -> Words:
     """The tokens of a directory's tokenizer that the embeddings have rows for.
 
@@ -202,31 +210,22 @@ def read(directory: Path, rows: int) -> Words:
     """
     path = directory / FILE
     if not path.exists():
-        raise _unreadable(path, "no such file")
+        raise JaxmergeError(_UNREADABLE, where=str(path), expected=_TOKENIZER, found="no such file")
     content = read_json(path)
-    try:
+    with as_written(str(path), _UNREADABLE, _TOKENIZER):
         model = content["model"]["vocab"]
         if isinstance(model, list):  # Unigram: pieces with their scores
             model = {piece: index for index, (piece, _) in enumerate(model)}
         added = {each["content"]: each for each in content.get("added_tokens") or []}
         ids = {**model, **{token: each["id"] for token, each in added.items()}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-    settings = {
-        token: {key: bool(each.get(key, False)) for key in _FLAGS} for token, each in added.items()
-    }
-    in_order = dict(sorted(ids.items(), key=lambda item: item[1]))
+        settings = {
+            token: {key: bool(each.get(key, False)) for key in _FLAGS}
+            for token, each in added.items()
+        }
+        if not all(type(index) is int and index >= 0 for index in ids.values()):
+            raise TypeError("ids of tokens that are no whole numbers")
+        in_order = dict(sorted(ids.items(), key=lambda item: item[1]))
     return _within(Words(in_order, settings, content, directory), rows)
-
-
-def _unreadable(path: Path, found: str) -> JaxmergeError:
-    return JaxmergeError(
-        "the tokenizer can't be read",
-        where=str(path),
-        expected="a tokenizer.json; transformers makes one: AutoTokenizer"
-        ".from_pretrained(DIR).save_pretrained(DIR)",
-        found=found,
-    )
 
 
 def _new_tokens(first: Words, words: Sequence[Words]) -> dict[str, Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.durable import read_json
-from jaxmerge.errors import JaxmergeError, check_finite
+from jaxmerge.errors import JaxmergeError, as_written, check_finite
 from jaxmerge.merge.groups import Groups, groups
 from jaxmerge.merge.searched import own_name
 from jaxmerge.trees import PyTree
@@ -86,6 +86,13 @@ def read(config: Config, abstract: PyTree, layers: str, checkpoints: Sequence[st
         JaxmergeError: the file is not there, or not of such a merge.
     """
     path = Path(os.path.expanduser(config.merge.weights_file))
+    with as_written(str(path), "this is no table of weights", _TABLE):
+        return _read(config, path, abstract, layers, checkpoints)
+
+
+def _read(
+    config: Config, path: Path, abstract: PyTree, layers: str, checkpoints: Sequence[str]
+) -> Given:
     said = read_json(path)
     of_search = isinstance(said, dict) and "best" in said
     table = _of_search(config, path, said, checkpoints) if of_search else said
@@ -93,7 +100,7 @@ def read(config: Config, abstract: PyTree, layers: str, checkpoints: Sequence[st
         raise JaxmergeError(
             "this is no table of weights",
             where=str(path),
-            expected='the results.json of a search, or {"weights": ..., "genes": ...}',
+            expected=_TABLE,
             found=", ".join(table) if isinstance(table, dict) else type(table).__name__,
         )
     if config.merge.method == "linear" and table.get("genes"):
@@ -125,6 +132,7 @@ def read(config: Config, abstract: PyTree, layers: str, checkpoints: Sequence[st
     return Given(weights.astype(np.float32), genes, of, int(table.get("seed", config.seed)))
 
 
+_TABLE = 'the results.json of a search, or {"weights": ..., "genes": ...}'
 _ENTRIES = {"weights", "genes", "seed"}
 
 
@@ -178,7 +186,7 @@ def _by_group(path: Path, what: str, values: Any, names: Sequence[str]) -> np.nd
     rows = [values[name] for name in names] if names else values
     try:
         found = np.array(rows, np.float64)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise JaxmergeError(
             "these are no numbers", where=f"{path}, {what}", expected="numbers"
         ) from error

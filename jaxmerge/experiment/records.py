@@ -15,7 +15,7 @@ import numpy as np
 from jaxmerge import config as configs
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.config import Config
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, as_written
 from jaxmerge.hosts import processes
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.scores.formatting import plain_bounds
@@ -91,13 +91,15 @@ def record_pool(directory: RunDirectory, of_pool: Sequence[Record], *, base: boo
     records = [dataclasses.asdict(record) for record in of_pool]
     known = directory.read_json("pool.json")
     if known is not None:
-        before_all = known["checkpoints"] + ([known["base"]] if "base" in known else [])
-        for before, now in zip(before_all, records):
-            if before["fingerprint"] != now["fingerprint"]:
+        with as_written(str(directory.path / "pool.json")):
+            before_all = known["checkpoints"] + ([known["base"]] if "base" in known else [])
+            fingerprints = [before["fingerprint"] for before in before_all]
+        for before, now in zip(fingerprints, records):
+            if before != now["fingerprint"]:
                 raise JaxmergeError(
                     "the checkpoint is not the one that this run directory was started with",
                     where=now["source"],
-                    expected=f"fingerprint {before['fingerprint']}",
+                    expected=f"fingerprint {before}",
                     found=now["fingerprint"],
                 )
     apart = {"base": records.pop()} if base else {}
@@ -117,12 +119,13 @@ def record_tasks(directory: RunDirectory, tasks: Sequence[Task]) -> None:
     }
     processes.agree("the tasks' examples", json.dumps(records).encode())
     known = directory.read_json("tasks.json") or records
-    changed = [
-        name
-        for name, record in records.items()
-        # Directories of before have no bounds, which are for the report.
-        if {"bounds": record["bounds"], **known.get(name, {})} != record
-    ]
+    with as_written(str(directory.path / "tasks.json")):
+        changed = [
+            name
+            for name, record in records.items()
+            # Directories of before have no bounds, which are for the report.
+            if {"bounds": record["bounds"], **known.get(name, {})} != record
+        ]
     if changed:
         raise JaxmergeError(
             "the examples are not those that this run directory was started with",

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
+from jaxmerge.durable import read_json
+from jaxmerge.errors import as_written
 from jaxmerge.hosts import processes
 from jaxmerge.merge.groups import Groups
 from jaxmerge.models.model import Model
@@ -97,4 +99,7 @@ def sized(
 
 
 def _recorded(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()).get("evaluate", {}) if path.exists() else {}
+    if not path.exists():
+        return {}
+    with as_written(str(path)):
+        return {**read_json(path).get("evaluate", {})}

@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxmerge.checkpoints import huggingface
 from jaxmerge.mergekit.document import Reference, reference
-from jaxmerge.mergekit.models import is_embedding, locate, place, read_json
+from jaxmerge.mergekit.models import count_layers, is_embedding, locate, place
 from jaxmerge.mergekit.nodes import Node, documents
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")  # those of a genome
@@ -178,7 +178,7 @@ def _groups(entries: Mapping[str, Node], fields: Mapping[str, Any]) -> dict[str,
     if not size and not filters:
         return {"space.granularity": "model"}
     directory = Path(fields.get("pool.base") or fields["pool.checkpoints"][0])
-    layers = int(read_json(directory / "config.json").get("num_hidden_layers", 0))
+    layers = count_layers(directory / "config.json")
     if size and (not layers or layers % size):
         raise entries["layer_granularity"].error(
             "must divide the number of layers", expected=f"a divisor of {layers}", found=str(size)

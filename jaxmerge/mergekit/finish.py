@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxmerge.checkpoints.vocabulary import SETTINGS, set_rows, write_tokenizer
+from jaxmerge.errors import as_written
 from jaxmerge.mergekit import templates
 from jaxmerge.mergekit.document import Document
 from jaxmerge.mergekit.models import Member, read_json
 from jaxmerge.mergekit.plan import Plan
+from jaxmerge.textfiles import read_text
 
 YAML = "mergekit_config.yml"  # where mergekit itself, and what reads its merges, has it
 _TEMPLATE = "chat_template.jinja"
@@ -99,11 +101,18 @@ def template_of(directory: Path) -> str:
         JaxmergeError: a file can't be read.
     """
     if (directory / _TEMPLATE).exists():
-        return (directory / _TEMPLATE).read_text(encoding="utf-8")
+        return read_text(directory / _TEMPLATE)
     if not (directory / SETTINGS).exists():
         return ""
     found = read_json(directory / SETTINGS).get("chat_template") or ""
-    if isinstance(found, list):  # several, by name
-        named: Mapping[str, str] = {each["name"]: each["template"] for each in found}
-        return named.get("default", "")
+    with as_written(
+        str(directory / SETTINGS),
+        "the chat template is no text",
+        'a template, or a list of {"name": ..., "template": ...}; or leave chat_template out',
+    ):
+        if isinstance(found, list):  # several, by name
+            named: Mapping[str, str] = {each["name"]: each["template"] for each in found}
+            found = named.get("default", "")
+        if not isinstance(found, str):
+            raise TypeError(str(found)[:80])
     return found

@@ -27,7 +27,7 @@ _EMBEDDING = re.compile(
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 # A layer is the first number among the parts of a name.
-_LAYER = re.compile(r"(?P<module>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)")
+_LAYER = re.compile(r"(?P<module>.*?)\.(?P<layer>\d{1,9})\.(?P<rest>.+)")
 
 
 class Place(NamedTuple):
@@ -212,6 +212,23 @@ def locate(path: str, revision: str = "", made: Mapping[str, Path] = MappingProx
         expected="a directory"
         + (f"; or first: hf download {path}{at}" if _HUB.fullmatch(path) else ""),
     )
+
+
+def count_layers(path: Path) -> int:
+    """How many layers a `config.json` says; 0 where it does not.
+
+    Raises:
+        JaxmergeError: the file can't be read, or says something else.
+    """
+    count = read_json(path).get("num_hidden_layers", 0)
+    if type(count) is not int or count < 0:
+        raise JaxmergeError(
+            "num_hidden_layers is no whole number",
+            where=str(path),
+            expected="the number of layers, as transformers writes it",
+            found=str(count)[:80],
+        )
+    return count
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from jaxmerge import textfiles
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import OF_OTHER_KIND, JaxmergeError
 
 _MOST = 100_000  # values in a document
 
@@ -142,7 +142,7 @@ def as_number(value: Any) -> Any:
         return value
     try:
         return float(value)
-    except ValueError:
+    except (OverflowError, ValueError):
         return value
 
 
@@ -165,7 +165,7 @@ def documents(path: str) -> list[Node]:
                     expected=f"at most {_MOST} values",
                 )
             found.append(_node(loader, node, path, ""))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, *OF_OTHER_KIND) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise JaxmergeError(
@@ -201,7 +201,10 @@ def _node(loader: yaml.SafeLoader, node: Any, file: str, key: str) -> Node:
         items = [_node(loader, each, file, f"{key}[{i}]") for i, each in enumerate(node.value)]
         return Node(items, file, line, key)
     if not isinstance(node, yaml.MappingNode):
-        return Node(loader.construct_object(node), file, line, key)
+        value = loader.construct_object(node)
+        if type(value) is int:
+            float(value)  # OverflowError of a number beyond it, which can't be written out either
+        return Node(value, file, line, key)
     seen: set[str] = set()
     for name, _ in node.value:
         if name.value in seen and name.tag != "tag:yaml.org,2002:merge":

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.rope import Rope
 
+_LARGEST = 10**7  # size: more than any model has
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
@@ -63,12 +65,15 @@ class DecoderConfig:
     tied_embeddings: bool = True  # the output projection is the embedding
 
     def __post_init__(self):
+        sizes = (self.vocab, self.width, self.layers, self.heads, self.kv_heads, self.head_width)
         self._require(
-            self.kv_heads > 0 and self.heads % self.kv_heads == 0, "kv_heads must divide heads"
+            all(type(size) is int and 0 < size <= _LARGEST for size in (*sizes, self.feed_forward)),
+            f"sizes must be whole numbers from 1 to {_LARGEST}",
         )
+        self._require(self.heads % self.kv_heads == 0, "kv_heads must divide heads")
         self._require(
-            0 < self.layers * max(self.experts, 1) <= 10**6,
-            "there must be layers, and not more of them and of experts than any model has",
+            self.layers * max(self.experts, 1) <= 10**6,
+            "there are more layers and experts than any model has",
         )
         self._require(
             self.head_width % 2 == 0, "head_width must be even (rotary positions turn pairs)"

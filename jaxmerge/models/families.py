@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, as_written
 from jaxmerge.models.architecture import AttentionKind, DecoderConfig
 from jaxmerge.models.attributes import Attributes, check_counts, read_rope, scaled_rope
 from jaxmerge.models.layout import Layout
@@ -59,8 +59,9 @@ def context(directory: str) -> int:
     Raises:
         JaxmergeError: `config.json` is missing or unreadable.
     """
-    written = _written(os.path.join(directory, "config.json"))
-    return int(written.get("max_position_embeddings") or 0)
+    path = os.path.join(directory, "config.json")
+    with as_written(path, _OTHER_KIND, _AS_TRANSFORMERS):
+        return int(_written(path).get("max_position_embeddings") or 0)
 
 
 def completed(written: Mapping[str, Any], where: str) -> Any:
@@ -95,7 +96,7 @@ def _written(path: str) -> dict[str, Any]:
         raise JaxmergeError(
             "the config is no JSON object",
             where=path,
-            expected="config.json as transformers writes it",
+            expected=_AS_TRANSFORMERS,
             found=str(written)[:80],
         )
     return written
@@ -115,20 +116,15 @@ def from_config(config: Any, where: str) -> Architecture | None:
         return None
     family = FAMILIES[config.model_type]
     attributes = Attributes(config.to_dict(), where)
-    try:
+    with as_written(where, _OTHER_KIND, _AS_TRANSFORMERS):
         fields = family.read(attributes)
         attributes.refuse_rest()
-        decoder_config = DecoderConfig(**fields)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise JaxmergeError(
-            "a value of the config is of another kind than its attribute has",
-            where=where,
-            expected="config.json as transformers writes it",
-            found=f"{type(error).__name__}: {str(error)[:200]}",
-        ) from error
-    return Architecture(decoder_config, layout(decoder_config, {**NAMES, **family.names}))
+        made = DecoderConfig(**fields)
+        return Architecture(made, layout(made, {**NAMES, **family.names}))
 
 
+_OTHER_KIND = "a value of the config is of another kind than its attribute has"
+_AS_TRANSFORMERS = "config.json as transformers writes it"
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,14 @@ class Rope:
                 or "none",
                 found=str(dict(self.parameters)),
             ) from None
+        given = {"theta": self.theta, **dict(self.parameters)}
+        if not all(map(_is_sound, given.values())) or not given["theta"] * given.get("factor", 1.0):
+            raise JaxmergeError(
+                "a parameter of rotary positions is no finite number, negative, or 0",
+                where="rope",
+                expected="numbers above 0, or lists of them",
+                found=str(given)[:300],
+            )
 
     @staticmethod
     def from_plain(fields: Mapping[str, Any]) -> Rope:
@@ -58,6 +67,13 @@ class Rope:
             for name, value in fields.get("parameters", ())
         )
         return Rope(**values)
+
+
+def _is_sound(value: Any) -> bool:
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(
+        isinstance(number, int | float) and 0 <= number <= sys.float_info.max for number in numbers
+    )
 
 
 def turns(

@@ -15,7 +15,7 @@ from jaxmerge import rundir
 from jaxmerge.errors import JaxmergeError, way_out
 from jaxmerge.report import markup, page, plots
 from jaxmerge.report.markup import DASH, text
-from jaxmerge.report.reading import Json, Run, as_written, read
+from jaxmerge.report.reading import Json, Run, as_page, read
 from jaxmerge.report.tables import best_single
 from jaxmerge.scores import formatting, stats
 
@@ -57,9 +57,9 @@ def compare(directories: Sequence[Path], out: Path) -> Path:
         )
     cells = []
     for name, directory in zip(_names(resolved), directories):
-        with as_written(directory):
+        with as_page(directory):
             cells.append(Cell(name, _link(directory, out), read(directory)))
-    with as_written(out):
+    with as_page(out):
         rendered = _page(cells)
     return page.save(rendered, out)
 

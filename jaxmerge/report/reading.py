@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmerge import errors
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.scores import formatting
 from jaxmerge.scores.formatting import Format
 from jaxmerge.scores.objective import Objective, define, from_plain
 
 Json = dict[str, Any]
-
-# What code raises that is given a text for a number, a list for an object, and so on.
-_OF_OTHER_KIND = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 
 _CANDIDATE_FIELDS = ("id", "generation", "origin", "name", "split", "weights", "scores")
 _UNKNOWN = (None, None)  # the bounds of scores where tasks.json does not have them
@@ -119,25 +109,17 @@ def read(directory: Path) -> Run:
     )
 
 
-@contextlib.contextmanager
-def as_written(directory: Path) -> Iterator[None]:
+def as_page(directory: Path) -> contextlib.AbstractContextManager[None]:
     """Within it, values of another kind than a run writes are told as a `JaxmergeError`.
 
     Args:
         directory: of the run whose files a page is made of.
     """
-    try:
-        yield
-    except _OF_OTHER_KIND as error:
-        *_, last = traceback.extract_tb(error.__traceback__)
-        raise JaxmergeError(
-            "the page can't be made: a value in these files is not of the kind that a run writes",
-            where=str(directory),
-            expected="the files as their run wrote them; if nobody has changed them, please report "
-            "it",
-            found=f"{type(error).__name__} ({Path(last.filename).name}, line {last.lineno}): "
-            f"{str(error)[:200]}",
-        ) from error
+    return errors.as_written(
+        str(directory),
+        "the page can't be made: a value in these files is not of the kind that a run writes",
+        "the files as their run wrote them; if nobody has changed them, please report it",
+    )
 
 
 def models(results: Json) -> list[tuple[str, Json]]:

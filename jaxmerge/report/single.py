@@ -16,7 +16,7 @@ from jaxmerge.report import (
     tables,
     unfinished,
 )
-from jaxmerge.report.reading import Json, Run, as_written, models, read
+from jaxmerge.report.reading import Json, Run, as_page, models, read
 
 _INTERVALS = (
     "Brackets are 95% bootstrap intervals over test examples. Models are chosen on the search "
@@ -50,7 +50,7 @@ def write(directory: Path) -> Path:
     Raises:
         JaxmergeError: a file is missing, is not what a run leaves, or cannot be written.
     """
-    with as_written(directory):
+    with as_page(directory):
         run = read(directory)
         if run.results is None:
             rendered = _unfinished(run, datetime.datetime.now(datetime.UTC))

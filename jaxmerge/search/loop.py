@@ -95,17 +95,16 @@ def search(
     archive.skip(origin, name, first * population)
     saved = time.monotonic()
     for generation in range(first, generations):
-        mine = (one for one in archive.past if (one.origin, one.name) == (origin, name))
-        if budget_tokens and not _fits(archive, strategy, economy, [*mine], budget_tokens):
+        mine = [past for past in archive.past if (past.origin, past.name) == (origin, name)]
+        if budget_tokens and not _fits(archive, strategy, economy, mine, budget_tokens):
             break
         started = time.perf_counter()
         z_PxD, state = strategy.ask(seed, generation, state)
         requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
-        requests[0] = requests[0]._replace(
-            **_of_asking(strategy, generation, state), seconds=time.perf_counter() - started
-        )
-        candidates = _evaluated(archive, economy, requests)
-        fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
+        took = time.perf_counter() - started
+        requests[0] = requests[0]._replace(**_of_asking(strategy, generation, state), seconds=took)
+        scored = _evaluated(archive, economy, requests)
+        fitness_P = np.array([objective.of(one.scores) for one in scored])
         # A process that went astray must not go on: its collectives would match nobody's.
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)

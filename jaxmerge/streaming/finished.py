@@ -15,7 +15,7 @@ from etils import epath
 from jaxmerge.checkpoints import digest
 from jaxmerge.checkpoints.huggingface import WeightsFile
 from jaxmerge.checkpoints.safetensors import read_into
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, as_written
 from jaxmerge.rundir import RunDirectory
 
 NAME = "merge.json"
@@ -52,7 +52,8 @@ class Finished:
         known = directory.read_json(name) or {}
         self._inputs_before = known.get("inputs", head["inputs"])
         same = all(known.get(key) == value for key, value in head.items())
-        self._record: dict[str, Any] = {**head, "files": known["files"] if same else {}}
+        with as_written(str(directory.path / name)):
+            self._record: dict[str, Any] = {**head, "files": {**known["files"]} if same else {}}
 
     def add(
         self, file: WeightsFile, inputs: Sequence[Checksums], outputs: Mapping[int, Checksums]
@@ -83,10 +84,11 @@ class Finished:
         Raises:
             JaxmergeError: files have another name, size or time: all of them are listed.
         """
-        before, now = (
-            [_say(file) for files in inputs for file in files]
-            for inputs in (self._inputs_before, self._record["inputs"])
-        )
+        with as_written(str(self._directory.path / self._name)):
+            before, now = (
+                [_say(file) for files in inputs for file in files]
+                for inputs in (self._inputs_before, self._record["inputs"])
+            )
         if before != now:
             raise JaxmergeError(
                 "the checkpoints are not those that the merge here was made of; "

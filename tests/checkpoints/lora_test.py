@@ -239,7 +239,7 @@ def test_kinds_that_are_not_understood(adapter, tmp_path, field, value):
 
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("value", ["4", True, float("nan"), [4]])
+@pytest.mark.parametrize("value", ["4", True, float("nan"), [4], -(10**400)])
 def test_ranks_and_alphas_that_are_no_numbers(adapter, tmp_path, field, value):
     """In the config or in a pattern."""
     change = {field: {"up_proj": value} if "pattern" in field else value}

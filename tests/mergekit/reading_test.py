@@ -131,6 +131,10 @@ REFUSED = [
         "line 3, tokenizer_source",
         "one of the two",
     ),
+    ("merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: !!int ''}", "", "no YAML"),
+    ("merge_method: linear\nmodels: [{model: a}]\nparameters: {t: !!bool x}", "", "no YAML"),
+    (f"merge_method: linear\nmodels: [{{model: a}}]\nseed: 0x{'f' * 5000}", "", "no YAML"),
+    (f"merge_method: linear\nmodels: [{{model: a}}]\nparameters: {{t: 1{'0' * 400}}}", "", "no YA"),
     (
         "merge_method: linear\nmodels: [{model: a}]\n" + TOKEN,
         "line 3, tokenizer.tokens.x.source",

@@ -227,6 +227,9 @@ def test_no_decoder_for_other_models(tmp_path):
     assert families.from_config(transformers.BertConfig(), "bert") is None
 
 
+ROPE_OF_ZERO = {"rope_type": "linear", "rope_theta": 9.0, "factor": 0.0}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -236,6 +239,10 @@ def test_no_decoder_for_other_models(tmp_path):
         ('{"model_type": "llama", "hidden_size": 33}', "refuses the config"),
         ('{"model_type": "llama", "num_key_value_heads": 5}', "kv_heads must divide heads"),
         ('{"model_type": "llama", "num_hidden_layers": 4000000000}', "more than any model has"),
+        (json.dumps({"model_type": "llama", "intermediate_size": 10**400}), "sizes must be whole"),
+        ('{"model_type": "qwen2", "head_dim": 0}', "sizes must be whole"),
+        ('{"model_type": "llama", "rms_norm_eps": "x"}', "of another kind|refuses the config"),
+        (json.dumps({"model_type": "llama", "rope_parameters": ROPE_OF_ZERO}), "rope_parameters"),
     ],
 )
 def test_unusable_configs(tmp_path, text, said):
@@ -243,6 +250,13 @@ def test_unusable_configs(tmp_path, text, said):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(JaxmergeError, match=said):
         families.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("said", [[2], float("inf"), "x"])
+def test_a_context_that_is_no_number(tmp_path, said):
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": said}))
+    with pytest.raises(JaxmergeError, match="of another kind"):
+        families.context(str(tmp_path))
 
 
 def test_without_torch():
