@@ -6,19 +6,18 @@ fields set. Only the entry points know of configs: everything below them takes p
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from jaxmerge import tasks
-from jaxmerge.checkpoints import aligned, export, lora_export, pool
+from jaxmerge.checkpoints import aligned, export, lora_export, pool, steps
 from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
-from jaxmerge.merge import groups, methods, searched
+from jaxmerge.merge import groups, methods, schedules, searched
 from jaxmerge.report import tensorboard
 from jaxmerge.rundir import flat
 from jaxmerge.scores.objective import Objective, define
@@ -40,6 +39,10 @@ def default() -> Config:
     # (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike. --mode=evaluate
     # takes any.
     config.pool.checkpoints = ()
+    # Of one run: "start:stop:every", both ends included, such as "1000:5000:500", which are all
+    # there; "1000:5000", all that are there between; ends may be left out. pool.checkpoints is then
+    # the one directory that the steps lie in.
+    config.pool.steps = ""
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves. Of Orbax checkpoints it may be another,
     # which methods take the differences from.
@@ -121,6 +124,9 @@ def default() -> Config:
     # or several such tuples, for as many merges in one pass over the checkpoints. They are never
     # scaled: if they do not sum to 1, the merge is no average, and a warning says so.
     config.merge.weights = ()
+    # Instead of weights: mean, linear or sqrt, of checkpoints from the oldest to the newest, such
+    # as pool.steps; see jaxmerge.merge.schedules.
+    config.merge.schedule = ""
     # A name of jaxmerge.merge.methods.METHODS, such as "ties"; what is merged are differences from
     # pool.base where it takes a base. Single checkpoints and baselines are weighted sums still.
     config.merge.method = "linear"
@@ -344,6 +350,7 @@ def check_pool(config: Config) -> None:
             where="merge.weights" if config.merge.weights else "merge.genes",
             expected="none of them, or no merge.weights_file",
         )
+    schedules.check(config.merge.schedule, config.merge.weights, config.merge.weights_file)
     aligned.check(config.pool.vocabulary, config.pool.tokenizer or config.pool.model)
     lora_export.check_settings(config.export.formats, method=config.merge.method)
     if not config.pool.checkpoints:
@@ -352,6 +359,8 @@ def check_pool(config: Config) -> None:
             where="pool.checkpoints",
             expected="directories of checkpoints, or patterns such as ('models/*',)",
         )
+    if config.pool.steps:
+        steps.check(config.pool.steps, config.pool.checkpoints)
 
 
 def objective(config: Config) -> Objective:
@@ -372,21 +381,6 @@ def fields(config: Config) -> dict[str, Any]:
 def plain(config: Config) -> dict[str, Any]:
     """The config as dicts, lists, strings and numbers."""
     return _plain(config.to_dict())
-
-
-def imported(path: str, where: str) -> Callable[..., Any]:
-    """The function that `module:function` names.
-
-    Raises:
-        JaxmergeError: there is no such module or function.
-    """
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise JaxmergeError(
-            "can't be imported", where=where, expected="module:function", found=f"{path}: {error}"
-        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -18,8 +18,9 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.experiment import command_line
 from jaxmerge.experiment.methods import takes_weights
-from jaxmerge.experiment.sources import base_of
+from jaxmerge.experiment.sources import base_of, members
 from jaxmerge.merge.methods import METHODS
+from jaxmerge.merge.schedules import SCHEDULES
 from jaxmerge.mergekit import evolve
 from jaxmerge.tasks import BUILDERS, SUBJECTS, TASKS
 
@@ -31,6 +32,8 @@ def merge() -> None:
 
     --out=DIR        the merged checkpoint: a new directory, in the format of the checkpoints
     --weights=A,B    one number for each checkpoint, in their order; without it, the plain average
+    --steps=A:B:C    the steps A, A + C, ..., B of the run whose directory is named
+    --schedule=NAME  mean, linear or sqrt: weights as if the learning rate had decayed over them
     --format=NAME    huggingface, orbax, lora (of adapters), maxtext, maxtext_unscanned, gemma or
                      tunix, where it should not be that of the checkpoints
     --method=NAME    {methods}
@@ -48,6 +51,8 @@ def merge() -> None:
         jaxmerge merge config.yml --out=merged     a YAML of mergekit's, see docs/mergekit.md
     """
     flags.DEFINE_string("weights", "", "One number for each checkpoint.")
+    flags.DEFINE_string("steps", None, "Steps of a run, start:stop:every.")
+    flags.DEFINE_enum("schedule", None, [*SCHEDULES], "Of the weights of steps.")
     flags.DEFINE_enum("format", None, FORMATS, "The format of the merge.")
     flags.DEFINE_string("method", None, "The method of the merge.")
     flags.DEFINE_multi_string("gene", [], "NAME=X: a number of the method.")
@@ -170,7 +175,7 @@ def _yaml(config: Config) -> str:
 
 
 def _merge_yaml(config: Config, path: str, out: str, command: str) -> None:
-    for name in ("weights", "format", "method", "gene"):
+    for name in ("weights", "steps", "schedule", "format", "method", "gene"):
         if flags.FLAGS[name].present:
             raise JaxmergeError(
                 "the YAML says how to merge, and the result is a Hugging Face directory",
@@ -186,7 +191,11 @@ def _merge_yaml(config: Config, path: str, out: str, command: str) -> None:
 def _merge(config: Config, out: str, command: str) -> None:
     if path := _yaml(config):
         return _merge_yaml(config, path, out, command)
-    found = formats(config.pool.checkpoints)
+    if flags.FLAGS.steps:
+        config.pool.steps = flags.FLAGS.steps
+    if flags.FLAGS.schedule:
+        config.merge.schedule = flags.FLAGS.schedule
+    found = formats(members(config))
     own = "orbax" if found == {"orbax"} else "huggingface"
     config.export.formats = (flags.FLAGS.format or own,)
     if config.export.formats == ("huggingface",) and own == "orbax" and not base_of(config):
@@ -204,10 +213,10 @@ def _merge(config: Config, out: str, command: str) -> None:
     check_choice("--method", config.merge.method, tuple(METHODS))
     if flags.FLAGS.weights:
         config.merge.weights = _numbers(flags.FLAGS.weights, "--weights")
-    elif not (config.merge.weights or config.merge.weights_file) and takes_weights(
-        config.merge.method
-    ):
-        K = count(config.pool.checkpoints)
+    elif not (
+        config.merge.weights or config.merge.weights_file or config.merge.schedule
+    ) and takes_weights(config.merge.method):
+        K = count(members(config))
         config.merge.weights = (1 / K,) * K
     path = Path(out).absolute()
     command_line.merge(config, str(path.with_name(f".{path.name}.jaxmerge")), command, out)
