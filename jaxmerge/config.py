@@ -143,15 +143,17 @@ def default() -> Config:
     # For a search whose pool leaves no room for one merged model: a layer's weights are merged when
     # the model comes to it, in each pass, so for each token written: K times the bytes are read.
     # The scores are the same. The pool is on the device, and the model the package's decoder, or
-    # one that says its `layers`. To export the winner as Orbax still takes a whole merged model.
+    # one that says its `layers`. Exports in several formats take a whole merged model.
     config.merge.rematerialise = False
 
     config.space = ml_collections.ConfigDict()
-    config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.search.space
+    # softmax, abs, signed or free; or window, of the steps of one run: two numbers instead of a
+    # weight for each checkpoint, the length of the window and its curve. See jaxmerge.search.space.
+    config.space.constraint = "softmax"
     # What has weights of its own: "model", one weight a checkpoint; "layer"; a number of groups of
     # layers, such as "4"; "kind", each leaf, all its layers together; "leaf", each leaf and layer;
     # "patterns". See jaxmerge.merge.groups. "auto": "leaf" for search.strategy = "gradient", and
-    # "model" for all others, which want few numbers.
+    # "model" for all others, which want few numbers, and for a window.
     config.space.granularity = "auto"
     # Regular expressions; a leaf is in the group of the first that is found in its name.
     config.space.patterns = ()
@@ -181,7 +183,8 @@ def default() -> Config:
     # search ends by this or by its budget (of "gradient": its steps), whichever is reached first:
     # before the generation that would pass it. See "Budgets in tokens" in docs/searching.md.
     config.search.budget_tokens = 0
-    config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
+    # Genotype to start from, one value per checkpoint, or the two of a window; (): uniform merge.
+    config.search.init = ()
     # Of evosax's too: the standard deviation of the first generation, in genotype units, and fields
     # of the strategy's Params.
     config.search.sigma = 0.5
@@ -269,6 +272,8 @@ def check(config: Config) -> None:
     if config.merge.rematerialise:
         pool.check_rematerialise(config.pool.residency, config.pool.storage)
     space.check(config.space.constraint, config.space.bounds, config.space.shrink)
+    if config.space.constraint == space.WINDOW:
+        space.check_window(fields(config))
     groups.check(granularity(config), config.space.patterns)
     lora_export.check_settings(config.export.formats, constraint=config.space.constraint)
     search = config.search
@@ -284,7 +289,8 @@ def check(config: Config) -> None:
 def granularity(config: Config) -> str:
     """What has weights of its own; "auto" is what was measured best for the strategy."""
     if config.space.granularity == "auto":
-        return "leaf" if config.search.strategy == gradient.NAME else "model"
+        along = config.search.strategy == gradient.NAME
+        return "leaf" if along and config.space.constraint != space.WINDOW else "model"
     return config.space.granularity
 
 

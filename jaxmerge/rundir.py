@@ -47,8 +47,7 @@ _BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
 # One merge weight per checkpoint, in pool order; of groups that have weights of their own, each's.
 Weights = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
-
-# A method's numbers by name; of groups that have their own, each's.
+# Numbers by name; of groups that have their own, each's.
 Genes = dict[str, float | tuple[float, ...]]
 
 
@@ -105,9 +104,10 @@ class Candidate:
             estimates then. None: all were scored.
         dropped: whether it was dropped from a race, as one that can't be among the selected.
         expected: scores by task that the strategy expected of the generation, of its first
-            candidate: those that soft scores stand for. None: it expected nothing.
+            candidate: of soft scores. None: it expected nothing.
         genes: of a merge by another method its numbers that are searched, by name; of groups that
             have their own, each's. None: a weighted sum.
+        window: `length` and `exponent` of its window, see `search.space.window`. None: of none.
     """
 
     id: int
@@ -125,6 +125,7 @@ class Candidate:
     dropped: bool = False
     expected: dict[str, float] | None = None
     genes: Genes | None = None
+    window: Genes | None = None
 
     @property
     def coefficients(self) -> Weights:
@@ -257,9 +258,8 @@ class RunDirectory:
         """The per-example scores of a candidate, by task; NaN where it was not scored."""
         rows = {}
         for task, count in (candidate.out_of or candidate.n).items():
-            offset = candidate.row * count * 4
             file = self._examples(candidate.split, task)
-            read = functools.partial(_read_values, file, count, offset)
+            read = functools.partial(_read_values, file, count, candidate.row * count * 4)
             data = self._from_writer(read)
             rows[task] = np.frombuffer(data, "<f4")
             if len(rows[task]) != count:
@@ -355,11 +355,8 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
     for number, line in enumerate(lines.splitlines()):
         try:
             fields = json.loads(line)
-            genes = fields.get("genes")
-            if genes is not None:
-                genes = {name: as_gene(number) for name, number in genes.items()}
-            weights = as_weights(fields["weights"])
-            candidate = Candidate(**{**fields, "weights": weights, "genes": genes})
+            named = {name: _genes(fields.get(name)) for name in ("genes", "window")}
+            candidate = Candidate(**fields | named | {"weights": as_weights(fields["weights"])})
             _check_kinds(candidate)
         except _UNREADABLE as error:
             raise JaxmergeError(
@@ -379,14 +376,15 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
     return candidates
 
 
+def _genes(found: Mapping[str, Any] | None) -> Genes | None:
+    return None if found is None else {name: as_gene(number) for name, number in found.items()}
+
+
 def _check_kinds(one: Candidate) -> None:
     whole = (one.id, one.generation, one.row, *one.n.values(), *(one.out_of or {}).values())
     kinds = [{*map(type, whole)}, {type(one.origin), type(one.name), type(one.split)}]
-    if (
-        kinds != [{int}, {str}]
-        or min(whole) < 0
-        or {*map(type, one.scores.values())} - {int, float}
-    ):
+    of_scores = {*map(type, one.scores.values())}
+    if kinds != [{int}, {str}] or min(whole) < 0 or of_scores - {int, float}:
         raise ValueError("numbers, names or scores are of another kind")
     np.asarray([*one.scores.values()], np.float64)  # OverflowError of a number beyond it
 

@@ -204,7 +204,9 @@ def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any])
         said += ["base"] * (len(records) - len(weights))
         parts = [of_method(records, said, by_method(method, best["genes"]), "")]
     else:
-        parts = [of_weights(records, weights, "")]
+        said = formatting.window(best["window"], len(weights)) if "window" in best else ""
+        window = f"These are steps of one run, merged with {said}." if said else ""
+        parts = [of_weights(records, weights, "", window=window)]
     if "groups" in findings["best"]:
         parts.append(_GROUPS.format(count=len(findings["groups"])))
     parts.append(_scores(findings))

@@ -125,10 +125,11 @@ def export(
     )
     missing = [name for name in wanted if name not in json.loads(there)]
     if "orbax" in missing:
-        tree = map_named(lambda name, _: leaf(name), abstract)
+        if missing != ["orbax"]:  # no leaf is merged twice
+            tree = map_named(lambda name, _: leaf(name), abstract)
+            leaf = named_leaves(tree).__getitem__
         like_source = source if source and source.format == "orbax" else None
-        orbax.save(path / "orbax", tree, architecture=architecture, like=like_source)
-        leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
+        orbax.save(path / "orbax", abstract, architecture=architecture, like=like_source, leaf=leaf)
     for name in missing:
         if name == lora_export.NAME:
             adapter(path / name)

@@ -14,7 +14,7 @@ from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
-from jaxmerge.experiment.budget import WARM, build_strategy
+from jaxmerge.experiment.budget import WARM, build_strategy, start_of
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate, cost
@@ -83,7 +83,6 @@ class Climb:
         """
         K, fields = len(self._pool.names), self._config.space
         chosen = range(K) if chosen is None else chosen
-        init = self._config.search.init
 
         def slopes(
             weights_GxM: np.ndarray, step: int, forms: Mapping[str, str]
@@ -118,7 +117,7 @@ class Climb:
             self._objective,
             groups=self._pool.count,
             checkpoints=len(chosen),
-            start=[init[k] for k in chosen] if init else (),
+            start=start_of(self._config, chosen),
             constraint=fields.constraint,
             bounds=fields.bounds,
             shrink=fields.shrink,

@@ -13,6 +13,7 @@ from absl import flags
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints.export import FORMATS
+from jaxmerge.checkpoints.steps import check
 from jaxmerge.checkpoints.survey import count, formats
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError, check_choice
@@ -22,6 +23,7 @@ from jaxmerge.experiment.sources import base_of, members
 from jaxmerge.merge.methods import METHODS
 from jaxmerge.merge.schedules import SCHEDULES
 from jaxmerge.mergekit import evolve
+from jaxmerge.search.space import WINDOW
 from jaxmerge.tasks import BUILDERS, SUBJECTS, TASKS
 
 
@@ -51,7 +53,6 @@ def merge() -> None:
         jaxmerge merge config.yml --out=merged     a YAML of mergekit's, see docs/mergekit.md
     """
     flags.DEFINE_string("weights", "", "One number for each checkpoint.")
-    flags.DEFINE_string("steps", None, "Steps of a run, start:stop:every.")
     flags.DEFINE_enum("schedule", None, [*SCHEDULES], "Of the weights of steps.")
     flags.DEFINE_enum("format", None, FORMATS, "The format of the merge.")
     flags.DEFINE_string("method", None, "The method of the merge.")
@@ -67,6 +68,7 @@ def evaluate() -> None:
 
     --out=DIR     the run directory: evaluation.json has the scores, examples/ those of each example
     --task=TASK   what they are asked; may be given several times
+    --steps=A:B:C     the steps A, A + C, ..., B of the run whose directory is named
 
     {task}
 
@@ -85,13 +87,14 @@ def search() -> None:
                   merged/
     --task=TASK   what the merge should be good at; may be given several times
     --steps=N     along the gradient of the tasks' scores; 60 unless you say otherwise
+    --steps=A:B:C     the members are the steps A, A + C, ..., B of the run whose directory is
+                  named; what is searched are the length of a window of them, and its curve
 
     {task}
 
     What is maximised is the mean over the tasks, on the search examples of each; what is reported
     are its test examples, beside every checkpoint and the simple baselines.
     """
-    flags.DEFINE_integer("steps", None, "Steps along the gradient.", lower_bound=1)
     command_line.define_processes()
     _start_with_tasks(_search, search.__doc__)
 
@@ -145,6 +148,7 @@ def _value(text: str) -> Any:
 def _start(main: Callable[[Config, str, str], None], about: str | None) -> None:
     """Runs `main` with the config that the arguments make, --out, and the command as typed."""
     flags.DEFINE_string("out", None, "Where the result goes.")
+    flags.DEFINE_string("steps", None, "Steps of a run, start:stop:every; of a search also N.")
 
     def run(arguments: Sequence[str]) -> None:
         config: Config = flags.FLAGS.config
@@ -191,10 +195,9 @@ def _merge_yaml(config: Config, path: str, out: str, command: str) -> None:
 def _merge(config: Config, out: str, command: str) -> None:
     if path := _yaml(config):
         return _merge_yaml(config, path, out, command)
-    if flags.FLAGS.steps:
-        config.pool.steps = flags.FLAGS.steps
     if flags.FLAGS.schedule:
         config.merge.schedule = flags.FLAGS.schedule
+    _set_steps(config)
     found = formats(members(config))
     own = "orbax" if found == {"orbax"} else "huggingface"
     config.export.formats = (flags.FLAGS.format or own,)
@@ -242,6 +245,7 @@ def _gene(value: str, text: str) -> Any:
 
 def _evaluate(config: Config, out: str, command: str) -> None:
     _set_tasks(config)
+    _set_steps(config)
     command_line.evaluate(config, out, command)
 
 
@@ -250,9 +254,20 @@ def _search(config: Config, out: str, command: str) -> None:
         config.pool.checkpoints = ()
         _set_fields(config, evolve.read(path))
     _set_tasks(config)
-    if flags.FLAGS.steps:
-        config.search.steps = flags.FLAGS.steps
+    if (flags.FLAGS.steps or "").isdecimal():
+        config.search.steps = int(flags.FLAGS.steps)
+    elif _set_steps(config):
+        config.space.constraint = WINDOW
     command_line.search(config, out, command)
+
+
+def _set_steps(config: Config) -> bool:
+    """Puts the steps of a run into the config; whether --steps says any."""
+    if flags.FLAGS.steps is None:
+        return False
+    config.pool.steps = flags.FLAGS.steps
+    check(config.pool.steps, config.pool.checkpoints)
+    return True
 
 
 def _set_fields(config: Config, fields: Mapping[str, Any]) -> None:

@@ -37,7 +37,6 @@ from jaxmerge.experiment.sources import (
     start_jax,
     tokenizer_directory,
 )
-from jaxmerge.merge.linear import linear
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming import merge as streaming
 from jaxmerge.streaming.merge import Output
@@ -334,7 +333,9 @@ def _by_leaf(
         written += export(
             directory / each.path,
             leaves.abstract,
-            functools.partial(_merged_leaf, leaves, each.given),
+            functools.partial(
+                leaves.linear, weights_K=each.given.weights, groups=each.given.groups
+            ),
             source=sources[0],
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
@@ -351,11 +352,6 @@ def _by_leaf(
         if leaves.read:  # not of a merge that was there
             records = leaves.records()
     return written, records
-
-
-def _merged_leaf(leaves: LeafStream, given: Given, name: str) -> jax.Array:
-    trees = [{name: leaf} for leaf in leaves(name)]
-    return linear(trees, given.weights, given.groups)[name]
 
 
 def _read_all(leaves: LeafStream) -> None:

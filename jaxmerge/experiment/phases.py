@@ -98,8 +98,9 @@ def search(
     run = functools.partial(
         loop.search,
         archive,
-        to_weights=_to_coefficients(config, prepared),
+        to_weights=_to_coefficients(config, prepared, len(prepared.pool.names)),
         objective=objective,
+        numbers=_numbers(config, prepared, len(prepared.pool.names)),
         seed=config.seed,
         save_seconds=search.save_seconds,
     )
@@ -161,12 +162,13 @@ def analyse(
             budget = climbed.evaluations
         else:
             strategy = build_strategy(config, len(names), chosen, groups)
-        to_weights = _to_coefficients(config, prepared)
+        to_weights = _to_coefficients(config, prepared, len(chosen))
         best = loop.search(
             archive,
             strategy,
             lambda z: space.spread(to_weights(z), chosen, len(names)),
             objective=objective,
+            numbers=_numbers(config, prepared, len(chosen)),
             budget=budget,
             budget_tokens=config.search.budget_tokens,
             seed=config.seed,
@@ -213,12 +215,27 @@ def stored(prepared: Prepared, winner: Candidate) -> dict[str, Any] | None:
     return {**error, "scores": scores}
 
 
-def _to_coefficients(config: Config, prepared: Prepared) -> loop.ToWeights:
-    """Genotypes to merge weights, or to a method's rows, as the config says."""
+def _numbers(config: Config, prepared: Prepared, checkpoints: int) -> loop.ToNumbers | None:
+    """Genotypes to the numbers of their windows, of so many checkpoints; None: they have none."""
+    fields = config.space
+    if fields.constraint != space.WINDOW:
+        return None
+    return lambda z: space.numbers_of_window(
+        z, checkpoints, fields.bounds, groups=prepared.pool.count, shrink=fields.shrink
+    )
+
+
+def _to_coefficients(config: Config, prepared: Prepared, checkpoints: int) -> loop.ToWeights:
+    """Genotypes to merge weights of so many checkpoints, or to a method's rows."""
     fields, method, groups = config.space, prepared.method, prepared.pool.count
     if method is None:
         return lambda z: space.weights(
-            z, fields.constraint, fields.bounds, groups=groups, shrink=fields.shrink
+            z,
+            fields.constraint,
+            fields.bounds,
+            groups=groups,
+            shrink=fields.shrink,
+            checkpoints=checkpoints,
         )
     return lambda z: space.rows(
         z,

@@ -41,6 +41,7 @@ class Request(NamedTuple):
     tokens: Mapping[str, int] | None = None
     seconds: float = 0.0
     expected: Mapping[str, float] | None = None
+    window: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> Weights:
@@ -293,6 +294,7 @@ class Archive:
                     out_of=None if n == out_of else out_of,
                     dropped=one.dropped,
                     expected=dict(request.expected) if request.expected else None,
+                    window=dict(request.window) if request.window else None,
                 )
             )
         tasks = scored[0].row

@@ -105,20 +105,25 @@ def gradient(
         objective: of the T tasks that have soft scores.
         groups: G.
         checkpoints: K.
-        start: genotype to start from, one value per checkpoint; (): the uniform merge.
+        start: genotype to start from, of each group; (): the uniform merge.
         constraint: see `space.mapped`; `bounds` and `shrink` too.
     """
     optimizer, tasks = _optimizer(settings), objective.tasks
     mapped = functools.partial(
-        space.mapped, constraint=constraint, bounds=bounds, shrink=shrink if groups > 1 else 0.0
+        space.mapped,
+        constraint=constraint,
+        bounds=bounds,
+        shrink=shrink if groups > 1 else 0.0,
+        checkpoints=checkpoints,
     )
+    values = space.dimension(constraint, checkpoints)
 
     to_weights, moved = jax.jit(mapped), _moved(mapped, optimizer)
     seen = np.zeros((settings.generations, len(tasks), len(FORMS)), np.float32)
 
     def init(seed: int) -> State:
         with on_host():
-            z = jnp.tile(jnp.array(start or [0.0] * checkpoints, jnp.float32), (groups, 1))
+            z = jnp.tile(jnp.array(start or [0.0] * values, jnp.float32), (groups, 1))
             sums = {"sum": jnp.zeros_like(z), "seen": seen}
             return {"z": z, "optimizer": optimizer.init(z), **sums}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -45,6 +45,7 @@ class Economy(NamedTuple):
 
 
 ToWeights = Callable[[Float[np.ndarray, "P D"]], Float[np.ndarray, "P *G K"]]
+ToNumbers = Callable[[Float[np.ndarray, "P D"]], Sequence[Mapping[str, Any]]]
 
 
 def search(
@@ -61,6 +62,7 @@ def search(
     origin: str = "search",
     name: str = "search",
     economy: Economy | None = None,
+    numbers: ToNumbers | None = None,
 ) -> Candidate:
     """Runs `budget // population` generations at most; returns the best candidate of them.
 
@@ -81,6 +83,8 @@ def search(
         economy: how fewer examples are scored. The candidates that are scored in full for the
             decision have the origin `ORIGIN:decision`; they are not of the budget. None: all
             candidates are scored on all examples.
+        numbers: genotypes to the numbers of their windows, see `space.window`; None: genotypes are
+            of no window.
 
     Raises:
         JaxmergeError: a budget is less than one generation.
@@ -103,7 +107,11 @@ def search(
             break
         started = time.perf_counter()
         z_PxD, state = strategy.ask(seed, generation, state)
-        requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
+        windows = numbers(z_PxD) if numbers else [None] * len(z_PxD)
+        requests = [
+            Request(origin, name, row, generation, window=of_window)
+            for row, of_window in zip(to_weights(z_PxD), windows)
+        ]
         requests[0] = requests[0]._replace(
             **_of_asking(strategy, generation, state), seconds=time.perf_counter() - started
         )
