@@ -21,7 +21,7 @@ from jaxmerge.merge import groups, methods, schedules, searched
 from jaxmerge.report import tensorboard
 from jaxmerge.rundir import flat
 from jaxmerge.scores.objective import Objective, define
-from jaxmerge.search import baselines, gradient, racing, space
+from jaxmerge.search import baselines, gradient, parts, space
 
 # A locked ml_collections.ConfigDict; its fields, made at run time, are unknown to type checkers.
 Config = Any
@@ -189,12 +189,10 @@ def default() -> Config:
     # of the strategy's Params.
     config.search.sigma = 0.5
     config.search.params = ml_collections.ConfigDict()
-    # Fewer tokens, both off by default. subset: share of each task's search examples that a
-    # generation sees, such as 0.125: each sees another part, and parts are alike in difficulty, as
-    # the single checkpoints' scores have it; 1: all. racing: confidence, such as 0.9, with which
-    # candidates are dropped before they have seen all of these; 0: none are.
+    # Fewer tokens: share of each task's search examples that a generation sees, such as 0.125: each
+    # sees another part, and parts are alike in difficulty, as the single checkpoints' scores have
+    # it; 1: all.
     config.search.subset = 1.0
-    config.search.racing = 0.0
     config.search.finalists = 3  # with a subset: scored on all examples, to choose the winner from
     config.search.save_seconds = 60.0  # between saves of the strategy's state
 
@@ -282,7 +280,7 @@ def check(config: Config) -> None:
     check_choice("search.warm_start", search.warm_start, ("", gradient.NAME))
     if gradient.NAME in (search.strategy, search.warm_start):
         _check_gradient(config)
-    racing.check(search.subset, search.racing, search.finalists, search.strategy)
+    parts.check(search.subset, search.finalists)
     baselines.check(config.baselines)
 
 
@@ -313,7 +311,6 @@ def _check_gradient(config: Config) -> None:
         )
     unlike: list[tuple[str, Any, Any]] = [
         ("search.subset", config.search.subset, 1.0),
-        ("search.racing", config.search.racing, 0.0),
     ]
     if config.search.warm_start:
         unlike.append(("analyses.pool_sizes", tuple(config.analyses.pool_sizes), ()))

@@ -102,7 +102,6 @@ class Candidate:
             taken when a candidate was known are the sum up to its line.
         out_of: number of examples of each task in the split, where fewer were scored: `scores` are
             estimates then. None: all were scored.
-        dropped: whether it was dropped from a race, as one that can't be among the selected.
         expected: scores by task that the strategy expected of the generation, of its first
             candidate: of soft scores. None: it expected nothing.
         genes: of a merge by another method its numbers that are searched, by name; of groups that
@@ -122,7 +121,6 @@ class Candidate:
     seconds: float
     tokens: dict[str, int] | None = None
     out_of: dict[str, int] | None = None
-    dropped: bool = False
     expected: dict[str, float] | None = None
     genes: Genes | None = None
     window: Genes | None = None

@@ -48,6 +48,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "gradient by leaf": {"search.strategy": "gradient", "space.granularity": "leaf"},
     "Sep-CMA-ES by leaf": {"search.strategy": "Sep_CMA_ES", "space.granularity": "leaf"},
     "SNES by leaf": {"search.strategy": "SNES", "space.granularity": "leaf"},
+    "CMA-ES, eighths": {
+        **{"search.strategy": "CMA_ES", "space.granularity": "model", "search.subset": 0.125},
+    },
     "CMA-ES, warm": {"search.strategy": "CMA_ES", "space.granularity": "model", **_WARM},
     "SNES by leaf, warm": {"search.strategy": "SNES", "space.granularity": "leaf", **_WARM},
 }

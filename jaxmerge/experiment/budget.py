@@ -16,7 +16,7 @@ from jaxmerge.experiment.methods import searched, takes_weights
 from jaxmerge.search import gradient, strategies
 from jaxmerge.search.baselines import BASELINES, PAPER
 from jaxmerge.search.loop import Economy
-from jaxmerge.search.slices import slices
+from jaxmerge.search.parts import deal
 from jaxmerge.search.space import WINDOW, dimension
 
 WARM = "warm-start"  # the origin and name of candidates of a search along gradients before another
@@ -159,11 +159,8 @@ def economy(
         population: candidates of a generation.
     """
     search = config.search
-    if search.subset == 1 and not search.racing:
-        return None
-    racing = bool(search.racing)
-    parts = slices(individuals, subset=search.subset, racing=racing, seed=config.seed)
-    return Economy(parts, search.racing, max(1, population // 2), search.finalists)
+    parts = deal(individuals, subset=search.subset, seed=config.seed)
+    return Economy(parts, max(1, population // 2), search.finalists) if len(parts) > 1 else None
 
 
 def evaluations(

@@ -99,10 +99,7 @@ def curve(run: Run, origin: str) -> Json:
     ends = [int(np.flatnonzero(generation_P == g)[-1]) + 1 for g in generations]
     spread = [np.quantile(objective_P[generation_P == g], _SPREAD) for g in generations]
     low, median, high = ([scaled(form, q) for q in column] for column in zip(*spread))
-    # Estimates of candidates that were dropped from a race may be above what is surely better.
-    dropped_P = np.array([bool(line.get("dropped")) for line in lines])
-    standing_P = np.where(dropped_P, objective_P.min(), objective_P)
-    best = [scaled(form, value) for value in np.maximum.accumulate(standing_P)]
+    best = [scaled(form, value) for value in np.maximum.accumulate(objective_P)]
     before = run.of_origin(WARM) if origin == "search" else []
     took = list(accumulate(cost(line.get("tokens")) for line in [*before, *lines]))
     tokens = [took[len(before) + end - 1] for end in ends]
@@ -151,7 +148,7 @@ def _scored(candidate: Json) -> str:
     if not candidate.get("out_of"):
         return ""
     n, of = sum(candidate["n"].values()), sum(candidate["out_of"].values())
-    return f" ({'dropped, ' if candidate['dropped'] else ''}estimate from {n:,} of {of:,} examples)"
+    return f" (estimate from {n:,} of {of:,} examples)"
 
 
 def _titles(run: Run) -> Json:

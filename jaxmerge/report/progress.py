@@ -82,7 +82,7 @@ class Progress:
             if self._objective and candidate.expected:
                 climbed = self._objective.over([*candidate.expected])
                 self._soft = self._format.score(climbed.of(candidate.expected))
-            if self._objective and candidate.origin == "search" and not candidate.dropped:
+            if self._objective and candidate.origin == "search":
                 self._best_value = max(self._best_value, self._objective.of(candidate.scores))
                 self._best = self._format.score(self._best_value)
         self._recent.extend(one for one in candidates if one.seconds)  # the others are copies

@@ -75,10 +75,6 @@ class Run(NamedTuple):
         """The candidates of one origin, on the search split."""
         return [candidate for candidate in self.searched if candidate["origin"] == origin]
 
-    def standing(self, origin: str) -> list[Json]:
-        """Those that no race has dropped: their scores are of the most examples there are."""
-        return [candidate for candidate in self.of_origin(origin) if not candidate.get("dropped")]
-
 
 def read(directory: Path) -> Run:
     """Reads the files of a run.

@@ -82,10 +82,9 @@ class Board:
     def _write(self, generation: int) -> None:
         assert self._objective is not None
         values_P = [self._objective.of(one.scores) for one in self._generation]
-        standing = [one for one in self._generation if not one.dropped]
-        reached = {"objective/best": max(self._objective.of(one.scores) for one in standing)}
+        reached = {"objective/best": max(values_P)}
         for task in self._objective.tasks:
-            reached[f"best/{task}"] = max(one.scores[task] for one in standing)
+            reached[f"best/{task}"] = max(one.scores[task] for one in self._generation)
         for name, value in reached.items():
             self._best[name] = max(self._best.get(name, value), value)
         points = {

@@ -44,7 +44,7 @@ def headline(run: Run) -> tuple[str, str]:
             f"{budget:,} {unit}. "
         )
     best = {
-        origin: max((objective.of(one["scores"]) for one in run.standing(origin)), default=None)
+        origin: max((objective.of(one["scores"]) for one in run.of_origin(origin)), default=None)
         for origin in ("search", "individual")
     }
     if best["search"] is not None:
@@ -123,7 +123,7 @@ def _search(run: Run) -> tuple[int, int, str]:
 
 def _best_of(run: Run, origin: str, name: str) -> Json:
     objective = run.objective
-    best = max(run.standing(origin), key=lambda candidate: objective.of(candidate["scores"]))
+    best = max(run.of_origin(origin), key=lambda candidate: objective.of(candidate["scores"]))
     return _entry(run, best, name)
 
 

@@ -21,7 +21,7 @@ from jaxmerge.evaluation.evaluator import Evaluator, Sample
 from jaxmerge.evaluation.remember import Remembering
 from jaxmerge.rundir import Candidate, RunDirectory, Weights, as_gene, as_weights
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search.slices import Keep, Slices, score
+from jaxmerge.search.parts import Places, score
 
 # Weights asked for again may differ in their last bits when the strategy now runs on another kind
 # of CPU; the recorded ones, which the scores belong to, stand. Anything more is another run.
@@ -68,7 +68,6 @@ class _Scored(NamedTuple):
     seconds: float = 0.0
     read: int = 0
     written: int = 0
-    dropped: bool = False
 
 
 class Archive:
@@ -134,22 +133,16 @@ class Archive:
             done += self._evaluate(split, requests, groups, known)
         return done
 
-    def race(
-        self,
-        requests: Sequence[Request],
-        slices: Slices,
-        chosen: Sequence[int],
-        keep: Keep | None = None,
+    def evaluate_parts(
+        self, requests: Sequence[Request], parts: Sequence[Places]
     ) -> list[Candidate]:
-        """The requests as candidates scored on slices of the search split, in order.
+        """The requests as candidates scored on parts of the search split, in order.
 
-        They are recorded at once: a race that is interrupted starts again.
+        They are recorded at once: when it is interrupted it starts again.
 
         Args:
-            requests: they compete with each other.
-            slices: of the search examples.
-            chosen: which of the slices.
-            keep: which go on to the next slice; None: all do.
+            requests: the candidates.
+            parts: of the search examples.
 
         Raises:
             JaxmergeError: the log holds other candidates here than those asked for.
@@ -157,7 +150,7 @@ class Archive:
         done = self._recorded("search", requests)
         if len(done) < len(requests):
             self._directory.cut(self._next)
-            return self._race(requests, slices, chosen, keep)
+            return self._evaluate_parts(requests, parts)
         self._next += len(done)
         self._tell(done)
         return done
@@ -230,12 +223,8 @@ class Archive:
             done += recorded
         return done
 
-    def _race(
-        self,
-        requests: Sequence[Request],
-        slices: Slices,
-        chosen: Sequence[int],
-        keep: Keep | None,
+    def _evaluate_parts(
+        self, requests: Sequence[Request], parts: Sequence[Places]
     ) -> list[Candidate]:
         evaluator = self._evaluators["search"]
         known = {
@@ -249,13 +238,12 @@ class Archive:
             for task, row in self._directory.examples(earlier).items():
                 known[task][same] = np.where(np.isnan(row), known[task][same], row)
         weights_PxK = stacked([request.key for request in requests])
-        raced = score(evaluator, slices, chosen, weights_PxK, known, keep)
+        found = score(evaluator, parts, weights_PxK, known)
         scored = [
             _Scored(
-                {task: scores[p] for task, scores in raced.rows.items()},
-                {task: _mean(scores[p]) for task, scores in raced.rows.items()},
-                *(float(raced.seconds_P[p]), int(raced.read_P[p]), int(raced.written_P[p])),
-                dropped=bool(raced.dropped_P[p]),
+                {task: scores[p] for task, scores in found.rows.items()},
+                {task: _mean(scores[p]) for task, scores in found.rows.items()},
+                *(float(found.seconds_P[p]), int(found.read_P[p]), int(found.written_P[p])),
             )
             for p in range(len(requests))
         ]
@@ -292,7 +280,6 @@ class Archive:
                     seconds=round(request.seconds + one.seconds, 6),
                     tokens=_added({"read": one.read, "written": one.written}, request.tokens),
                     out_of=None if n == out_of else out_of,
-                    dropped=one.dropped,
                     expected=dict(request.expected) if request.expected else None,
                     window=dict(request.window) if request.window else None,
                 )

@@ -22,8 +22,7 @@ from jaxmerge.rundir import Candidate, Weights, cost
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import space
 from jaxmerge.search.archive import Archive, Request, best
-from jaxmerge.search.racing import Race
-from jaxmerge.search.slices import Slices
+from jaxmerge.search.parts import Places
 from jaxmerge.search.strategies import State, Strategy
 
 
@@ -31,15 +30,13 @@ class Economy(NamedTuple):
     """How a search scores fewer examples; its final decision is made on all of them.
 
     Attributes:
-        slices: of the search examples; each generation is scored on those of a part.
-        confidence: of the race in each generation; 0: there is none. See `racing.Race`.
+        parts: of the search examples; each generation is scored on one, in turn.
         selected: of a generation, how many the strategy selects.
         finalists: candidates that are scored on all examples at the end: averages of those that
             the strategy selected late, and those of the best estimates.
     """
 
-    slices: Slices
-    confidence: float
+    parts: tuple[Places, ...]
     selected: int
     finalists: int
 
@@ -115,7 +112,8 @@ def search(
         requests[0] = requests[0]._replace(
             **_of_asking(strategy, generation, state), seconds=time.perf_counter() - started
         )
-        fitness_P = _evaluated(archive, economy, requests, objective, seed)
+        candidates = _evaluated(archive, economy, requests)
+        fitness_P = np.array([objective.of(candidate.scores) for candidate in candidates])
         # A process that went astray must not go on: its collectives would match nobody's.
         processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
         state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
@@ -172,8 +170,8 @@ def _fits(
     scored = [of_one - cost(strategy.tokens(number)) for number, of_one in took.items()]
     scoring, deciding = strategy.population * dearest, 0
     if economy:
-        scoring = -(-scoring // economy.slices.parts)
-        deciding = economy.finalists * dearest if economy.slices.parts > 1 else 0
+        scoring = -(-scoring // len(economy.parts))
+        deciding = economy.finalists * dearest
     asking = cost(strategy.tokens(generation))
     needed = took.total() + asking + max(scored, default=scoring) + deciding
     if needed > budget and not generation:
@@ -187,37 +185,13 @@ def decision(origin: str) -> str:
 
 
 def _evaluated(
-    archive: Archive,
-    economy: Economy | None,
-    requests: Sequence[Request],
-    objective: Objective,
-    seed: int,
-) -> Float[np.ndarray, " P"]:
-    """The fitness of a generation; with an economy, on its slices."""
+    archive: Archive, economy: Economy | None, requests: Sequence[Request]
+) -> list[Candidate]:
+    """A generation; with an economy, on the part that is its turn."""
     if not economy:
-        candidates = archive.evaluate("search", requests)
-        return np.array([objective.of(candidate.scores) for candidate in candidates])
-    chosen = economy.slices.of_generation(requests[0].generation)
-    tests = len(requests) * (len(chosen) - 1)
-    race = Race(objective, economy.selected, economy.confidence, tests, seed)
-    keep = race.kept if economy.confidence else None
-    candidates = archive.race(requests, economy.slices, chosen, keep)
-    return _fitness(candidates, objective, economy)
-
-
-def _fitness(
-    candidates: Sequence[Candidate], objective: Objective, economy: Economy
-) -> Float[np.ndarray, " P"]:
-    """The objective; in a race ranks, where who was dropped earlier is below who was dropped later.
-
-    An estimate from fewer examples may be above that of a candidate that is surely better.
-    """
-    value_P = np.array([objective.of(candidate.scores) for candidate in candidates])
-    if not economy.confidence:
-        return value_P
-    seen_P = np.array([sum(candidate.n.values()) for candidate in candidates])
-    _, rank_P = np.unique(np.stack([seen_P, value_P]), axis=1, return_inverse=True)
-    return rank_P.astype(np.float64)
+        return archive.evaluate("search", requests)
+    turn = requests[0].generation % len(economy.parts)
+    return archive.evaluate_parts(requests, [economy.parts[turn]])
 
 
 def _decided(
@@ -229,22 +203,19 @@ def _decided(
     generation owes less, and in its average the errors of the estimates cancel out, as in that of
     the iterates of a stochastic approximation (Polyak & Juditsky, SIAM J. Control 30, 1992).
     """
-    if economy.slices.parts == 1:
-        return [one for one in mine if not one.dropped]
     generations = mine[-1].generation + 1
     half, quarter = generations // 2, generations - max(1, generations // 4)
     late = [one for one in mine if one.generation >= half]  # early ones are worse
-    standing = [one for one in late if not one.dropped]
-    standing.sort(key=lambda one: (-objective.of(one.scores), one.id))
+    by_estimate = sorted(late, key=lambda one: (-objective.of(one.scores), one.id))
     finalists = [
         (_average(late, economy, objective, half), generations - 1),
         (_average(late, economy, objective, quarter), generations - 1),
-        *((np.array(one.coefficients, np.float32), one.generation) for one in standing),
+        *((np.array(one.coefficients, np.float32), one.generation) for one in by_estimate),
     ]
     origin, name = decision(mine[0].origin), mine[0].name
     requests = [Request(origin, name, *finalist) for finalist in finalists]
     chosen = list({request.key: request for request in requests}.values())[: economy.finalists]
-    return archive.race(chosen, economy.slices, range(len(economy.slices.places)))
+    return archive.evaluate_parts(chosen, economy.parts)
 
 
 def _average(
@@ -254,8 +225,8 @@ def _average(
     rows: list[Weights] = []
     for generation in range(first, late[-1].generation + 1):
         asked = [one for one in late if one.generation == generation]
-        order = np.argsort(-_fitness(asked, objective, economy), kind="stable")
-        rows += [asked[i].coefficients for i in order[: economy.selected]]
+        asked.sort(key=lambda one: (-objective.of(one.scores), one.id))
+        rows += [one.coefficients for one in asked[: economy.selected]]
     return np.mean(rows, axis=0).astype(np.float32)
 
 

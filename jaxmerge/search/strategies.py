@@ -24,12 +24,6 @@ State = Any  # a pytree of arrays
 _SVES = ("SV_CMA_ES", "SV_Open_ES")  # several populations that repel each other
 _SV_POPULATIONS = 2
 
-# Strategies that move by ranks, to the better half of a generation: they can do with races.
-BY_RANK = (
-    *("CMA_ES", "Sep_CMA_ES", "MA_ES", "LM_MA_ES", "Rm_ES"),
-    *("CR_FM_NES", "SNES", "xNES", "SimpleES"),
-)
-
 # Fitness that a strategy sees in place of NaN or infinity, which poison the state of many.
 _WORST = 1e9
 

@@ -27,7 +27,7 @@ def test_each_way_of_searching_has_its_curve_over_tokens(directory: Path) -> Non
     for line in searched[::9]:  # asking for a generation takes tokens too
         line["tokens"]["differentiated"] = 1000
     searched[100]["scores"] = dict.fromkeys(TASKS, 0.99)  # an estimate
-    searched[100] |= {"out_of": dict.fromkeys(TASKS, 800), "dropped": False}
+    searched[100] |= {"out_of": dict.fromkeys(TASKS, 800)}
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = report.write(directory).read_text()
     data = plotted(source)

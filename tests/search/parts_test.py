@@ -1,11 +1,10 @@
-"""Searches that score fewer examples: subsets, races, and no weights twice."""
+"""Searches that score fewer examples: on parts of them, and no weights twice."""
 
 import copy
 import dataclasses
 import json
 import shutil
 
-import jax
 import jsonschema
 import numpy as np
 import pytest
@@ -20,9 +19,8 @@ from jaxmerge.scores.objective import define
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.loop import Economy, search
-from jaxmerge.search.racing import Race
-from jaxmerge.search.slices import slices
-from jaxmerge.search.strategies import BY_RANK, evosax
+from jaxmerge.search.parts import deal
+from jaxmerge.search.strategies import evosax
 from tests import tiny
 from tests.command import ROOT
 
@@ -83,7 +81,7 @@ def _softmax(z_PxD):
 STRATEGY = evosax("CMA_ES", 4, 8)
 
 
-def _run(path, lives=float("inf"), *, subset=0.5, confidence=0.9, saved=0.0, budget_tokens=0):
+def _run(path, lives=float("inf"), *, saved=0.0, budget_tokens=0):
     """A search; its log without seconds, the winner, and what was asked of the evaluator."""
     directory, formula = RunDirectory(path, {}), Formula(lives)
     try:
@@ -91,7 +89,7 @@ def _run(path, lives=float("inf"), *, subset=0.5, confidence=0.9, saved=0.0, bud
         alone = baselines.individuals(archive, NAMES)
         rows = [directory.examples(one) for one in alone]
         scores = {task: np.stack([row[task] for row in rows]) for task in TASKS}
-        parts = slices(scores, subset=subset, racing=bool(confidence), seed=0)
+        parts = deal(scores, subset=0.5, seed=0)
         best = search(
             archive,
             STRATEGY,
@@ -102,7 +100,7 @@ def _run(path, lives=float("inf"), *, subset=0.5, confidence=0.9, saved=0.0, bud
             seed=1,
             states=path / "state",
             save_seconds=saved,
-            economy=Economy(parts, confidence, selected=4, finalists=3),
+            economy=Economy(parts, selected=4, finalists=3),
         )
         examples = [directory.examples(one) for one in directory.candidates]
     finally:
@@ -111,16 +109,13 @@ def _run(path, lives=float("inf"), *, subset=0.5, confidence=0.9, saved=0.0, bud
     return [{**line, "seconds": 0} for line in lines], best, formula.asked, examples
 
 
-@pytest.mark.parametrize(("subset", "confidence"), [(0.5, 0.9), (1.0, 0.9), (0.5, 0.0)])
-def test_killed_at_any_step_it_ends_the_same(tmp_path, subset, confidence):
-    options = {"subset": subset, "confidence": confidence}
-    whole = _run(tmp_path / "whole", **options)
-    for i, lives in enumerate((4, 9, 14)):
+def test_killed_at_any_step_it_ends_the_same(tmp_path):
+    whole = _run(tmp_path / "whole")
+    for lives, saved in ((4, 0.0), (9, 1e9), (14, 0.0)):
         path = tmp_path / str(lives)
-        options["saved"] = [0.0, 1e9, 0.0][i]
         with pytest.raises(Killed):
-            _run(path, lives, **options)
-        lines, best, _, examples = _run(path, **options)
+            _run(path, lives, saved=saved)
+        lines, best, _, examples = _run(path, saved=saved)
         assert lines == whole[0]
         assert best.weights == whole[1].weights
         for ours, theirs in zip(examples, whole[3]):
@@ -128,34 +123,23 @@ def test_killed_at_any_step_it_ends_the_same(tmp_path, subset, confidence):
                 np.testing.assert_array_equal(ours[task], theirs[task])
 
 
-@pytest.mark.parametrize(("subset", "confidence"), [(0.5, 0.9), (1.0, 0.9), (0.5, 0.0)])
-def test_what_is_scored_and_who_can_win(tmp_path, subset, confidence):
-    lines, best, asked, examples = _run(tmp_path, subset=subset, confidence=confidence)
+def test_what_is_scored_and_who_can_win(tmp_path):
+    lines, best, asked, examples = _run(tmp_path)
     assert len(set(asked)) == len(asked)  # never the same weights on the same example
     searched = [line for line in lines if line["origin"] == "search"]
     assert len(searched) == 48
-    assert any(line["dropped"] for line in searched) == bool(confidence)
     for line, rows in zip(lines, examples):
         assert line["n"] == {task: int(np.isfinite(rows[task]).sum()) for task in TASKS}
         assert line["out_of"] == (None if line["n"] == N else N)
     assert best.out_of is None
-    assert not best.dropped
-    whole = [line for line in lines if line["origin"] == "search:decision"] or [
-        line for line in searched if not line["out_of"]
-    ]
+    whole = [line for line in lines if line["origin"] == "search:decision"]
     assert OBJECTIVE.of(best.scores) == max(OBJECTIVE.of(line["scores"]) for line in whole)
-    if subset < 1:
-        late = [line for line in searched if line["generation"] >= 3]
-        averages = [_average_of_selected(late, first) for first in (3, 5)]
-        best_estimate = max(
-            (line for line in late if not line["dropped"]),
-            key=lambda line: (OBJECTIVE.of(line["scores"]), -line["id"]),
-        )
-        np.testing.assert_allclose(
-            [line["weights"] for line in whole],
-            [*averages, best_estimate["weights"]],
-            rtol=1e-6,
-        )
+    late = [line for line in searched if line["generation"] >= 3]
+    averages = [_average_of_selected(late, first) for first in (3, 5)]
+    best_estimate = max(late, key=lambda line: (OBJECTIVE.of(line["scores"]), -line["id"]))
+    np.testing.assert_allclose(
+        [line["weights"] for line in whole], [*averages, best_estimate["weights"]], rtol=1e-6
+    )
     read = sum(line["tokens"]["read"] for line in lines)
     assert read == 10 * len(asked)
 
@@ -174,13 +158,11 @@ def test_the_decision_is_within_a_budget_in_tokens(tmp_path):
 
 
 def _average_of_selected(lines, first):
-    """Of the upper half of each generation: who lasted longer is above, then by the estimate."""
+    """Of the upper half of each generation by the estimates."""
     rows = []
     for generation in range(first, lines[-1]["generation"] + 1):
         asked = [line for line in lines if line["generation"] == generation]
-        asked.sort(
-            key=lambda line: (sum(line["n"].values()), OBJECTIVE.of(line["scores"])), reverse=True
-        )
+        asked.sort(key=lambda line: OBJECTIVE.of(line["scores"]), reverse=True)
         rows += [line["weights"] for line in asked[: STRATEGY.population // 2]]
     return np.mean(rows, axis=0)
 
@@ -222,89 +204,30 @@ def test_parts_are_alike_in_difficulty():
     ease_N = rng.beta(0.5, 0.5, 200)
     known_KxN = (rng.uniform(size=(8, 200)) < ease_N).astype(np.float32)
     other_N = (rng.uniform(size=200) < ease_N).astype(np.float32)
-    drawn = [slices({"a": known_KxN}, subset=1 / 8, racing=False, seed=i) for i in range(500)]
-    means = [other_N[each.places[0]["a"]].mean() for each in drawn]
+    drawn = [deal({"a": known_KxN}, subset=1 / 8, seed=i) for i in range(500)]
+    means = [other_N[parts[0]["a"]].mean() for parts in drawn]
     # Four standard errors.
     assert abs(np.mean(means) - other_N.mean()) < 4 * np.std(means) / 500**0.5
     plain = [other_N[rng.permutation(200)[:25]].mean() for _ in range(500)]
     assert np.std(means) < 0.8 * np.std(plain)
 
 
-def test_slices_are_a_partition():
+def test_parts_are_a_partition():
     rng = np.random.default_rng(0)
     known = {task: (rng.uniform(size=(4, n)) < 0.5).astype(np.float32) for task, n in N.items()}
-    made = slices(known, subset=0.5, racing=True, seed=3)
-    assert (len(made.places), made.parts) == (6, 2)
-    assert [len(each["sums"]) for each in made.places] == [20, 20, 40] * 2
-    assert [*made.of_generation(3)] == [3, 4, 5]
+    parts = deal(known, subset=0.2, seed=3)
+    assert len(parts) == 5
     for task, n in N.items():
-        assert sorted(made.examples(range(6))[task]) == list(range(n))
-    small = slices(known, subset=0.2, racing=True, seed=3)  # the first look would be at 6 words
-    assert len(small.places) == small.parts == 5
-    assert slices(known, subset=0.001, racing=False, seed=3).parts == N["words"]
+        assert {len(part[task]) for part in parts} <= {n // 5, n // 5 + 1}
+        assert sorted(np.concatenate([part[task] for part in parts])) == list(range(n))
+    assert len(deal(known, subset=0.001, seed=3)) == N["words"]
 
 
-def _rows(chances_P, examples, rng):
-    return {
-        task: (rng.uniform(size=(len(chances_P), examples)) < chances_P[:, None]) * 1.0
-        for task in TASKS
-    }
-
-
-def test_a_race_drops_what_is_surely_worse_and_little_else():
-    rng = np.random.default_rng(0)
-    race = Race(OBJECTIVE, selected=4, confidence=0.8, tests=8)
-    clear = np.array([0.1, 0.9, 0.9, 0.2, 0.9, 0.9])
-    kept_P = race.kept(_rows(clear, 64, rng), 0.25)
-    assert kept_P.tolist() == [False, True, True, False, True, True]
-    wrong = 0
-    for _ in range(100):  # all are alike: whoever is dropped is dropped wrongly
-        kept_P = race.kept(_rows(np.full(8, 0.5), 64, rng), 0.25)
-        wrong += not kept_P.all()
-    # At most a fifth by the bound, and four standard errors of 100 trials (0.04 each).
-    assert wrong <= 20 + 16
-    # With all examples seen, nothing is left to chance.
-    rows = {task: np.eye(1, 64, k=0) * np.arange(6)[:, None] for task in TASKS}
-    assert race.kept(rows, 1.0).tolist() == [False, False, True, True, True, True]
-
-
-@pytest.mark.parametrize("name", BY_RANK)
-def test_strategies_that_may_race_move_by_the_ranks_of_the_better_half(name):
-    """Only the covariance of CMA_ES has (negative) weights for the lower half too."""
-    strategy = evosax(name, 4, 8)
-    z_PxD, state = strategy.ask(0, 0, strategy.init(0))
-    fitness_P = np.array([3.0, 7, 0, 5, 1, 6, 2, 4])
-    told, stretched, mixed = (
-        strategy.tell(0, 0, z_PxD, each, state)
-        for each in (
-            fitness_P,
-            np.exp(fitness_P),
-            np.where(fitness_P < 4, 3 - fitness_P, fitness_P),
-        )
-    )
-    for field in vars(told):
-        if field != "best_fitness":
-            same = jax.tree.map(np.array_equal, *(getattr(one, field) for one in (told, stretched)))
-            assert jax.tree.all(same), field
-            if (name, field) != ("CMA_ES", "C"):
-                jax.tree.map(
-                    np.testing.assert_array_equal, getattr(told, field), getattr(mixed, field)
-                )
-
-
-def test_a_race_needs_ranks():
-    config = configs.default()
-    config.pool.checkpoints, config.objective.tasks = ("a",), ("arithmetic",)
-    config.search.racing, config.search.strategy = 0.95, "Open_ES"
-    with pytest.raises(JaxmergeError, match=r"search\.racing"):
-        configs.check(config)
-
-
-def test_a_run_with_both(tmp_path):
+def test_a_run(tmp_path):
     """Its winner is scored in full, the report marks estimates, and a cut log gives the same."""
     config = tiny.run_config(configs.default(), tiny.pool(tmp_path / "pool"))
     config.baselines, config.heldout, config.search.budget = ("uniform",), (), 8
-    config.search.subset, config.search.racing, config.search.finalists = 0.5, 0.6, 2
+    config.search.subset, config.search.finalists = 0.5, 2
     config.analyses.leave_one_out = config.analyses.transfer = False
     held = Held()  # what is compiled
     found = run(config, str(tmp_path / "run"), held=held)
@@ -318,7 +241,7 @@ def test_a_run_with_both(tmp_path):
     assert log[found["best"]["id"]]["origin"] == "search:decision"
     assert not any(log[i]["out_of"] for i in found["pareto"])
     estimates = [line for line in log if line["origin"] == "search"]
-    assert {sum(line["n"].values()) for line in estimates if not line["dropped"]} == {10}
+    assert {sum(line["n"].values()) for line in estimates} == {10}
     assert "estimate from 10 of 20 examples" in (tmp_path / "run" / "report.html").read_text()
     lines = (tmp_path / "run" / "candidates.jsonl").read_text().splitlines(keepends=True)
     for kept in (origins.index("search") + 6, origins.index("search:decision") + 1):
