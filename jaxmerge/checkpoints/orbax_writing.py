@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -67,9 +68,9 @@ def write(path: epath.Path, item: str, tree: PyTree, custom: Mapping[str, Any]) 
         with v0.Checkpointer(handler) as checkpointer:
             checkpointer.save(path, args=args, custom_metadata=custom)
     except BaseException:
-        for unfinished in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
-            if processes.first():
-                unfinished.rmtree()
+        if processes.first():
+            with contextlib.suppress(OSError):
+                (path.parent / f"{path.name}.orbax-checkpoint-tmp").rmtree(missing_ok=True)
         raise
 
 
@@ -88,6 +89,7 @@ class _InTurn:
             leaves = [await asyncio.to_thread(value.make) for value in values[part]]
             for written in await self._arrays.serialize(leaves, infos[part], args[part]):
                 await asyncio.to_thread(written.result)
+            del leaves, written  # before the next are made
         return []
 
 

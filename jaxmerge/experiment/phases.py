@@ -155,6 +155,8 @@ def analyse(
     names, directory = prepared.pool.names, prepared.directory
 
     def search_over(chosen: Sequence[int]) -> Found:
+        if config.space.constraint == space.WINDOW:
+            chosen = sorted(chosen)  # from the oldest on
         name = f"best-{len(chosen)}"
         budget, groups = pool_size_budget(config), prepared.pool.count
         if climbed:
