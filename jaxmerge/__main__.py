@@ -8,7 +8,7 @@
     jaxmerge sweep --config=FILE --workdir=DIR --sweep=FIELD=VALUE,VALUE     a run for each value
     jaxmerge report DIR [DIR ...]                 the page of a run, or one that compares several
 
-Checkpoints are Hugging Face directories, PEFT adapters or Orbax checkpoints. The same command goes
+Checkpoints are Hugging Face directories, PEFT adapters, or Orbax, zarr or .npz. The same command goes
 on where it was stopped. `jaxmerge COMMAND --help` says more of a command, and --help=fields lists
 every field of a config: --config.FIELD=VALUE sets one, with or without a config file. Runs with a
 config file: python -m jaxmerge.run --config=FILE --workdir=DIR.

@@ -35,9 +35,9 @@ def default() -> Config:
     config.seed = 0  # of the search and the random baseline; tasks have their own
 
     config.pool = ml_collections.ConfigDict()
-    # Directories or patterns, such as ("pools/quickstart/*",), of Orbax, of Hugging Face
-    # (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike. --mode=evaluate
-    # takes any.
+    # Checkpoints or patterns, such as ("pools/quickstart/*",), of Orbax, zarr or .npz, of Hugging
+    # Face (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike.
+    # --mode=evaluate takes any.
     config.pool.checkpoints = ()
     # Of one run: "start:stop:every", both ends included, such as "1000:5000:500", which are all
     # there; "1000:5000", all that are there between; ends may be left out. pool.checkpoints is then
@@ -47,9 +47,9 @@ def default() -> Config:
     # used; "": that which the checkpoints bring themselves. Of Orbax checkpoints it may be another,
     # which methods take the differences from.
     config.pool.base = ""
-    # Of Orbax checkpoints. item: the one of a step with several that holds the parameters, such as
-    # "items"; subtree: where in it they are, such as "params". "": what is clear by itself is
-    # taken, what is not is refused; see jaxmerge.checkpoints.parameters.
+    # item: of an Orbax step with several, the one that holds the parameters, such as "items";
+    # subtree: where in a checkpoint of Orbax, zarr or .npz they are, such as "params". "": what is
+    # clear by itself is taken, what is not is refused; see jaxmerge.checkpoints.parameters.
     config.pool.item = ""
     config.pool.subtree = ""
     # "default" or "llama3.1", as in MaxText's config: of Llama models of MaxText whose rope is not
@@ -210,8 +210,8 @@ def default() -> Config:
 
     config.export = ml_collections.ConfigDict()
     # What is written to WORKDIR/merged; huggingface where there is such a base or checkpoint. Also
-    # maxtext, maxtext_unscanned, gemma and tunix, see docs/trainers.md; and lora: adapters of one
-    # base as one adapter.
+    # npz and zarr, maxtext, maxtext_unscanned, gemma, tunix and levanter, see docs/trainers.md; and
+    # lora: adapters of one base as one adapter.
     config.export.formats = ("orbax", "huggingface")
     config.export.dtype = ""  # of the Hugging Face weights: "bfloat16"; "": as they were evaluated
     # Of that adapter: the best of this rank; 0: as high as the merge takes, which is exact.

@@ -27,6 +27,7 @@ from jaxmerge.checkpoints import orbax
 from jaxmerge.checkpoints.pool import load
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import FORMATS
+from jaxmerge.checkpoints.trainers import STORED
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation import vocabularies
 from jaxmerge.evaluation.batches import Limits
@@ -210,7 +211,7 @@ def _model(source: Source) -> Model:
 
 def _directory_of(source: Source) -> str:
     """Where the tokenizer of a checkpoint is: an adapter may have its own."""
-    own = [] if source.format == "orbax" else [source.path]
+    own = [] if source.format in STORED else [source.path]
     rows = int(source.architecture["vocab"])
     found = vocabularies.choose(own, [source.base] if source.base else [], rows=rows)
     return found or _beside(source.path)

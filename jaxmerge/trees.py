@@ -37,6 +37,30 @@ def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTr
     )
 
 
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of dicts in which leaves have these names.
+
+    Raises:
+        JaxmergeError: a name is that of a leaf and of what is above another.
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                break
+        if not isinstance(inner, dict) or last in inner:
+            raise JaxmergeError(
+                "a leaf lies below another",
+                where=name,
+                expected='names of which none is another with "/" and more behind it',
+            )
+        inner[last] = leaf
+    return tree
+
+
 def pruned(tree: PyTree, keep: Callable[[str], bool]) -> PyTree:
     """The tree with some of its leaves alone.
 

@@ -21,14 +21,14 @@ def get_config():
 
 
 class Command:
-    """A command line on the tiny pool."""
+    """A command line on the tiny pool; all of them share what is compiled."""
 
     module = "jaxmerge.run"
 
     def __init__(self, directory: Path, pool: Path, change: str = ""):
         self.workdir = directory / "run"
         self.config = directory / "config.py"
-        cache = str(directory / "cache")
+        cache = os.environ["JAXMERGE_TESTS_CACHE"]
         self.config.write_text(CONFIG_FILE.format(pool=str(pool), cache=cache, change=change))
 
     def start(self, *flags: str) -> subprocess.Popen[str]:

@@ -1,7 +1,10 @@
 """Every test runs on 8 CPU devices, with shapes checked and with warnings as errors."""
 
 import gc
+import os
+import shutil
 import sys
+import tempfile
 
 import jax
 import pytest
@@ -14,6 +17,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Array annotations of the whole package are checked on every call.
 install_import_hook("jaxmerge", "beartype.beartype")
+
+
+CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they start, find
+
+
+def pytest_configure(config):
+    """Makes the compilation cache of all commands that tests start; see `command.Command`."""
+    if not hasattr(config, "workerinput"):
+        os.environ[CACHE] = tempfile.mkdtemp()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(CACHE))
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -49,7 +49,7 @@ def write(directory: Path) -> None:
         model = trainers.check("maxtext", str(base))
         for form in FORMS:
             for name, leaf in (trainers.table(model, form) or {}).items():
-                found[f"{form}:{name}"] = np.asarray(from_decoder(leaves, leaf))
+                found[f"{form}:{name}"] = np.asarray(from_decoder(leaves, leaf, model.config))
         np.savez(base / "arrays.npz", allow_pickle=False, **found)
 
 

@@ -96,6 +96,25 @@ def safetensors(directory: Path) -> Reader:
     return Reader((file.read_bytes(),), into(file, lambda: read_header(epath.Path(file))))
 
 
+def npz(directory: Path) -> Reader:
+    import numpy as np
+    from etils import epath
+
+    from jaxmerge.checkpoints import npz as arrays
+
+    file, values = directory / "m.npz", {"params/a": np.ones((2, 3), "f4"), "opt/b": np.ones(2)}
+    seeds = []
+    for write in (np.savez, np.savez_compressed):
+        write(file, allow_pickle=False, **values)
+        seeds.append(file.read_bytes())
+
+    def read() -> object:
+        source = arrays.describe("m", epath.Path(file))
+        return arrays.restore(source, source.abstract)
+
+    return Reader(tuple(seeds), into(file, read))
+
+
 def index(directory: Path) -> Reader:
     from etils import epath
 
@@ -332,6 +351,7 @@ def _alarm() -> Iterator[None]:
 
 READERS: dict[str, Callable[[Path], Reader]] = {
     "safetensors": safetensors,
+    "npz": npz,
     "index": index,
     "config": config,
     "adapter_config": adapter_config,
@@ -349,4 +369,4 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "run_tasks": functools.partial(_of_run, name="tasks.json"),
 }
 # Those that parse bytes themselves, which is worth a look at what the bytes reach.
-OF_BYTES = ("safetensors", "index", "adapter_config", "mergekit", "jsonl", "candidates")
+OF_BYTES = ("safetensors", "npz", "index", "adapter_config", "mergekit", "jsonl", "candidates")

@@ -21,7 +21,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.models import config_keys
 from jaxmerge.models.layout import BUFFERS, COMPUTED, Layout, Part
 from jaxmerge.textfiles import read_json
-from jaxmerge.trees import PyTree
+from jaxmerge.trees import PyTree, nested
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -126,14 +126,7 @@ def abstract(checkpoint: Checkpoint) -> PyTree:
     }
     if not checkpoint.architecture.get("model"):
         return leaves
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        inner = tree
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = leaf
-    return tree
+    return nested(leaves)
 
 
 def read_values(

@@ -17,7 +17,21 @@ from jaxmerge.errors import JaxmergeError, check_least
 from jaxmerge.hosts import processes
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
-FORMATS = ("orbax", "huggingface", lora_export.NAME, *trainers.FORMS)
+FORMATS = (*trainers.STORED, "huggingface", lora_export.NAME, *trainers.FORMS)
+
+
+def place(path: Path, name: str) -> Path:
+    """Where in the directory `merged` a format is written."""
+    return path / ("merged.npz" if name == "npz" else name)
+
+
+def in_order(written: Sequence[Path], formats: Sequence[str]) -> list[Path]:
+    """What was written, in the order of its formats."""
+
+    def number(path: Path) -> int:
+        return [place(path.parent, name) for name in formats].index(path)
+
+    return sorted(written, key=number)
 
 
 def check(formats: Sequence[str], dtype: str, lora_rank: int = 0) -> None:
@@ -97,14 +111,14 @@ def export(
     rope_type: str = "",
     adapter: Callable[[Path], object] = lambda path: None,
 ) -> list[Path]:
-    """Writes `path/orbax` and `path/huggingface`; what is there already is left as it is.
+    """Writes all formats, each to its `place`; what is there already is left as it is.
 
     Args:
         path: the directory `merged`.
         abstract: tree of the merged model's leaves.
         leaf: the merged leaf of a name, such as `Pool.merged` gives it.
-        source: the pool's first checkpoint; the Orbax checkpoint is made like it where it is one
-            too, see `orbax.save`.
+        source: the pool's first checkpoint; what is written by name is made like it where it is
+            of the same format, see `orbax.save`.
         formats: of `FORMATS`; `huggingface` is left out when `like` is "".
         architecture: what the Orbax checkpoint says of its model.
         like: Hugging Face directory that the configuration and tokenizer are copied from.
@@ -116,23 +130,26 @@ def export(
         adapter: writes the format `lora` to a path, see `lora_export.write`.
 
     Returns:
-        The directories of all formats that are there now.
+        The places of all formats, which are there now.
     """
     path = Path(path).expanduser()
     wanted = [name for name in formats if name != "huggingface" or like]
     there = processes.from_first(
-        lambda: json.dumps([name for name in wanted if (path / name).is_dir()]).encode()
+        lambda: json.dumps([name for name in wanted if place(path, name).exists()]).encode()
     )
     missing = [name for name in wanted if name not in json.loads(there)]
+    like_sources = {source.format: source} if source else {}
     if "orbax" in missing:
         if missing != ["orbax"]:  # no leaf is merged twice
             tree = map_named(lambda name, _: leaf(name), abstract)
             leaf = named_leaves(tree).__getitem__
-        like_source = source if source and source.format == "orbax" else None
+        like_source = like_sources.get("orbax")
         orbax.save(path / "orbax", abstract, architecture=architecture, like=like_source, leaf=leaf)
     for name in missing:
         if name == lora_export.NAME:
             adapter(path / name)
+        elif name in trainers.STORED and name != "orbax":
+            trainers.STORED[name].save(place(path, name), abstract, leaf, like_sources.get(name))
         elif name in trainers.FORMS:
             trainers.write(path / name, name, like, leaf, rope_type=rope_type)
     if "huggingface" in missing and not processes.first():
@@ -150,7 +167,7 @@ def export(
             shard_bytes=shard_bytes,
             card=card,
         )
-    return [path / name for name in wanted]
+    return [place(path, name) for name in wanted]
 
 
 def _here(leaf: Callable[[str], jax.Array], name: str) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.trees import PyTree, named_leaves, pruned
@@ -108,6 +109,40 @@ def at(where: str, tree: PyTree, path: str) -> PyTree:
             )
         tree = tree[key]
     return tree
+
+
+def below(where: str, tree: PyTree, path: str) -> PyTree:
+    """As `at`, of what must have leaves below it.
+
+    Raises:
+        JaxmergeError: there is none, or it is a leaf.
+    """
+    found = at(where, tree, path)
+    if not isinstance(found, Mapping):
+        raise JaxmergeError(
+            "the subtree is an array",
+            where=where,
+            expected="pool.subtree: what is above arrays",
+            found=path,
+        )
+    return found
+
+
+def header(where: str, shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
+    """What an array that NumPy knows is like.
+
+    Raises:
+        JaxmergeError: it is of a type that JAX does not have.
+    """
+    if dtype != jnp.bfloat16 and (dtype.kind not in "biuf" or dtype.itemsize > 4):
+        raise JaxmergeError(
+            "the array is of a type that can't be merged",
+            where=where,
+            expected="booleans or numbers of 32 bits at most, which JAX has: "
+            "array.astype(numpy.float32) before it is saved",
+            found=str(dtype),
+        )
+    return jax.ShapeDtypeStruct(tuple(shape), dtype.newbyteorder("="))
 
 
 def under(tree: PyTree, path: str) -> PyTree:

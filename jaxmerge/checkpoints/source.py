@@ -31,7 +31,7 @@ class Source(NamedTuple):
             see `trainers.View`; None for all others.
         rows: how its embeddings are read in the vocabulary of the pool, see `rows.Rows`; None: as
             they are stored.
-        custom: metadata that others wrote beside an Orbax checkpoint, kept with what is written.
+        custom: what others wrote beside an Orbax or zarr checkpoint, kept with what is written.
     """
 
     name: str

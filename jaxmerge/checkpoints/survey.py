@@ -23,9 +23,9 @@ _OF_ROWS = re.compile(
     r"embed_out)\.weight) is|: architecture (vocab|vocab_size) is"
 )
 # By the name in `Source.format`; the first that recognises a path reads it.
-FORMATS = {"orbax": orbax, "lora": lora, "huggingface": huggingface}
-# What reads a source, by its format: Orbax checkpoints may be of a trainer, see `find`.
-READERS = FORMATS | dict.fromkeys(("maxtext", "gemma", "tunix"), trainers)
+FORMATS = {**trainers.STORED, "lora": lora, "huggingface": huggingface}
+# What reads a source, by its format: checkpoints may be of a trainer, see `find`.
+READERS = FORMATS | dict.fromkeys(("maxtext", "gemma", "tunix", "levanter"), trainers)
 
 
 def formats(patterns: Sequence[str]) -> set[str]:
@@ -35,6 +35,15 @@ def formats(patterns: Sequence[str]) -> set[str]:
         JaxmergeError: a path has no checkpoint.
     """
     return {format_of(path) for pattern in patterns for path in _find(pattern)}
+
+
+def by_name(patterns: Sequence[str]) -> bool:
+    """Whether all checkpoints have leaves that are merged by their names, as they are stored.
+
+    Raises:
+        JaxmergeError: a path has no checkpoint.
+    """
+    return formats(patterns) <= trainers.STORED.keys()
 
 
 def count(patterns: Sequence[str]) -> int:
@@ -68,8 +77,8 @@ def find(
         rope_type: of MaxText's Llama models, see `config.pool.rope_type`.
         vocabulary: `base` or `union`: checkpoints are read in one vocabulary, see `aligned.align`;
             "": as they are stored.
-        as_stored: Orbax checkpoints have the leaves that are in them. Else those of a trainer that
-            is known are taken for the decoder's, where `base` or a Hugging Face member says which
+        as_stored: checkpoints have the leaves that are in them. Else those of a trainer that is
+            known are taken for the decoder's, where `base` or a Hugging Face member says which
             model they are of; see `trainers.as_decoder`.
         by_tensor: every tensor of a Hugging Face directory is a leaf, see `directory.read`; the
             checkpoints must all be such directories.
@@ -88,11 +97,13 @@ def find(
         directory.check_filled(named_leaves(source.abstract), source.path)
     if vocabulary:
         return aligned.align(found, vocabulary, base, by_tensor=by_tensor)
-    if as_stored or all(source.format != "orbax" for source in found):
+    if as_stored or all(source.format not in trainers.STORED for source in found):
         return tuple(found)
     of_model = base or next((each.directory for each in found if each.directory), "")
     return tuple(
-        trainers.as_decoder(source, of_model, rope_type) if source.format == "orbax" else source
+        trainers.as_decoder(source, of_model, rope_type)
+        if source.format in trainers.STORED
+        else source
         for source in found
     )
 

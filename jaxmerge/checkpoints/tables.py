@@ -64,7 +64,8 @@ class Leaf(NamedTuple):
     """A leaf of a trainer's tree.
 
     Attributes:
-        axes: its axes, a letter each: those of `AXES`, L for layers, S for the leaves of `of`.
+        axes: its axes, a letter each: those of `AXES`, L for layers, S for the leaves of `of`; JG
+            for H where query heads are two axes, those of one key head together.
         of: the decoder's leaves that it is made of; one, or as many as S has.
         layers: of those, in this order; one where there is no L; () where they have no layers.
         change: of the values.
@@ -88,6 +89,7 @@ class Leaf(NamedTuple):
             **{"V": config.vocab, "D": config.width, "H": config.heads, "J": config.kv_heads},
             **{"C": config.head_width, "F": config.feed_forward, "E": config.experts},
             **{"L": len(self.layers), "S": len(self.of)},
+            "G": config.heads // config.kv_heads,
         }
         return tuple(of_letter[letter] for letter in self.axes)
 
@@ -138,6 +140,9 @@ def to_decoder(stored: Array, leaf: Leaf, of: str, config: DecoderConfig) -> Arr
     axes = leaf.axes
     if leaf.flat:
         stored = stored.reshape(leaf.sizes(config))
+    if "JG" in axes:
+        axes, at = axes.replace("JG", "H"), axes.index("J")
+        stored = stored.reshape(*stored.shape[:at], -1, *stored.shape[at + 2 :])
     if "S" in axes:
         stored = jnp.take(stored, leaf.of.index(of), axis=axes.index("S"))
         axes = axes.replace("S", "")
@@ -150,14 +155,15 @@ def to_decoder(stored: Array, leaf: Leaf, of: str, config: DecoderConfig) -> Arr
     return _changed(values, of, leaf.change, back=False)
 
 
-def from_decoder(leaves: Mapping[str, Array], leaf: Leaf) -> Array:
+def from_decoder(leaves: Mapping[str, Array], leaf: Leaf, config: DecoderConfig) -> Array:
     """The trainer's leaf out of the decoder's: the inverse of `to_decoder`.
 
     Args:
         leaves: at least those of `leaf.of`.
         leaf: what is wanted.
+        config: of the model.
     """
-    axes = leaf.axes.replace("S", "")
+    axes = leaf.axes.replace("S", "").replace("JG", "H")
 
     def one(of: str) -> Array:
         values = leaves[of]
@@ -169,8 +175,7 @@ def from_decoder(leaves: Mapping[str, Array], leaf: Leaf) -> Array:
 
     if "S" in leaf.axes:
         return jnp.stack([one(of) for of in leaf.of], axis=leaf.axes.index("S"))
-    values = one(leaf.of[0])
-    return values.reshape(-1) if leaf.flat else values
+    return one(leaf.of[0]).reshape(leaf.shape(config))
 
 
 def _changed(values: Array, of: str, change: Change, *, back: bool) -> Array:

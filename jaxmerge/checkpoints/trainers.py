@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from jaxmerge.checkpoints import gemma, maxtext, orbax, tunix
+from jaxmerge.checkpoints import gemma, levanter, maxtext, npz, orbax, tunix, zarr
 from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.tables import AXES, Known, Leaf, Table, from_decoder, to_decoder
@@ -24,6 +24,8 @@ from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.trees import PyTree, map_named, named_leaves, pruned
 
+# What reads checkpoints whose leaves are merged by name, and may be of a trainer; by format.
+STORED: dict[str, Any] = {"orbax": orbax, "npz": npz, "zarr": zarr}
 _VALUE = "/value"  # how leaves of Flax NNX end
 ROPE_TYPES = ("", "default", "llama3.1")
 
@@ -36,12 +38,14 @@ class Form(NamedTuple):
         subtree: what is above the leaves.
         below: what is below each.
         custom: metadata that the trainer looks for.
+        storage: of `STORED`.
     """
 
     item: str = ""
     subtree: str = ""
     below: str = ""
     custom: Mapping[str, Any] = {}
+    storage: str = "orbax"
 
 
 # By the name in `export.formats`.
@@ -50,6 +54,7 @@ FORMS = {
     "maxtext_unscanned": Form("items", "params/params", custom={"scan_layers": False}),
     "gemma": Form(),
     "tunix": Form("model_params", below="value"),
+    "levanter": Form(subtree="model", custom=levanter.CUSTOM, storage="zarr"),
 }
 
 
@@ -80,7 +85,7 @@ def as_decoder(source: Source, directory: str, rope_type: str = "") -> Source:
     """The checkpoint as one of the decoder, if it is of a trainer that is known; else as it is.
 
     Args:
-        source: an Orbax checkpoint.
+        source: of a format in `STORED`.
         directory: Hugging Face directory of the same model; its config is enough.
         rope_type: see `config.pool.rope_type`.
 
@@ -115,14 +120,14 @@ def as_decoder(source: Source, directory: str, rope_type: str = "") -> Source:
             + "\n  ".join(nearest[2][:20]),
             where=source.path,
             expected="a checkpoint of that model; or pool.model, your own; "
-            'or a merge by name: export.formats = ("orbax",)',
+            f'or a merge by name: export.formats = ("{source.format}",)',
         )
     layout, names = fitting[0]
     if len(fitting) > 1 and any(dict(other) != dict(names) for _, other in fitting[1:]):
         raise JaxmergeError(
             "the checkpoint fits several layouts, and its names and shapes do not say which",
             where=source.path,
-            expected='a merge by name: export.formats = ("orbax",)',
+            expected=f'a merge by name: export.formats = ("{source.format}",)',
             found=", ".join(name for name, _ in fitting),
         )
     _check_rope(model, layout, rope_type, source.path)
@@ -176,10 +181,13 @@ def write(
         _put(
             tree,
             [*name.split("/"), *filter(None, [form.below])],
-            from_decoder(at_hand, leaves[name]),
+            from_decoder(at_hand, leaves[name], model.config),
         )
-    like = Source("", "", "orbax", {}, form.subtree, {}, {}, item=form.item, custom=form.custom)
-    orbax.save(path, tree, like=like)
+    where = {"subtree": form.subtree, "item": form.item, "custom": form.custom}
+    like = Source("", "", form.storage, {}, architecture={}, checksums={}, **where)
+    if form.storage == "orbax":
+        return orbax.save(path, tree, like=like)
+    return STORED[form.storage].save(path, tree, named_leaves(tree).__getitem__, like)
 
 
 def check(layout: str, directory: str, rope_type: str = "") -> Known:
@@ -210,7 +218,8 @@ def _tables(model: Known, rope_type: str) -> dict[str, Table]:
     interleaved = model.model_type == "llama" and (
         rope_type == "llama3.1" or (not rope_type and _scaled(model))
     )
-    return {**maxtext.tables(interleaved), **gemma.tables(), **tunix.tables()}
+    others = {**gemma.tables(), **tunix.tables(), **levanter.tables()}
+    return {**maxtext.tables(interleaved), **others}
 
 
 def _scaled(model: Known) -> bool:
@@ -308,7 +317,7 @@ def _restored(view: View, name: str, leaf: jax.ShapeDtypeStruct) -> Array:
         return jax.ShapeDtypeStruct(of.shape, of.dtype, sharding=where)
 
     wanted = map_named(placed, pruned(view.stored.abstract, table.__contains__))
-    stored = named_leaves(orbax.restore(view.stored, wanted))
+    stored = named_leaves(STORED[view.stored.format].restore(view.stored, wanted))
     program = _program(tuple(part for _, part in parts), name, view.known.config, here)
     return program([stored[each] for each, _ in parts]).astype(leaf.dtype)
 

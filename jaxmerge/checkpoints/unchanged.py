@@ -34,10 +34,12 @@ class Unchanged:
 
 
 def files_of(directory: str) -> list[str]:
-    """The files of a checkpoint's directory; of an address that is not on this machine, none.
+    """The files of a checkpoint, which may be one; of an address on another machine, none.
 
     Where there are safetensors, they alone: a trainer may keep other steps beside them.
     """
+    if os.path.isfile(directory):
+        return [directory]
     weights = glob.glob(os.path.join(glob.escape(directory), "*.safetensors"))
     return weights or [
         os.path.join(top, name) for top, _, names in os.walk(directory) for name in names

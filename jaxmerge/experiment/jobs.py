@@ -15,6 +15,7 @@ from jaxmerge import config as configs
 from jaxmerge.checkpoints.export import FORMATS
 from jaxmerge.checkpoints.steps import check
 from jaxmerge.checkpoints.survey import count, formats
+from jaxmerge.checkpoints.trainers import STORED
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.experiment import command_line
@@ -36,16 +37,16 @@ def merge() -> None:
     --weights=A,B    one number for each checkpoint, in their order; without it, the plain average
     --steps=A:B:C    the steps A, A + C, ..., B of the run whose directory is named
     --schedule=NAME  mean, linear or sqrt: weights as if the learning rate had decayed over them
-    --format=NAME    huggingface, orbax, lora (of adapters), maxtext, maxtext_unscanned, gemma or
-                     tunix, where it should not be that of the checkpoints
+    --format=NAME    huggingface, orbax, npz, zarr, lora (of adapters), maxtext, maxtext_unscanned,
+                     gemma, tunix or levanter, where it should not be that of the checkpoints
     --method=NAME    {methods}
     --gene=NAME=X    a number of the method, such as --gene=density=0.5, or one for each checkpoint,
                      --gene=density=0.5,0.3; may be given several times
 
-    Checkpoints are Hugging Face directories, PEFT adapters or Orbax checkpoints, or patterns such
-    as 'models/*', and must be alike. Between Hugging Face directories the merge goes from file to
-    file in a fixed amount of memory, and any architecture will do. The checksums of all tensors
-    that were read and written are kept in .DIR.jaxmerge, beside DIR.
+    Checkpoints are Hugging Face directories, PEFT adapters, Orbax or zarr checkpoints or files of
+    .npz, or patterns such as 'models/*', and must be alike. Between Hugging Face directories the
+    merge goes from file to file in a fixed amount of memory, and any architecture will do. The
+    checksums of all tensors that were read and written are kept in .DIR.jaxmerge, beside DIR.
 
     Often wanted: --config.pool.base=DIR (what adapters are laid upon, and what methods take the
     differences from), --config.export.dtype=TYPE.
@@ -199,14 +200,22 @@ def _merge(config: Config, out: str, command: str) -> None:
         config.merge.schedule = flags.FLAGS.schedule
     _set_steps(config)
     found = formats(members(config))
-    own = "orbax" if found == {"orbax"} else "huggingface"
+    stored = found <= STORED.keys()
+    own = "huggingface" if not stored else "orbax" if len(found) > 1 else min(found)
     config.export.formats = (flags.FLAGS.format or own,)
-    if config.export.formats == ("huggingface",) and own == "orbax" and not base_of(config):
+    if config.export.formats == ("huggingface",) and stored and not base_of(config):
         raise JaxmergeError(
             "nothing says which Hugging Face model these checkpoints are of",
             where="--format",
-            expected="orbax, or --config.pool.base=DIR of such a model",
+            expected=f"{own}, or --config.pool.base=DIR of such a model",
             found="huggingface",
+        )
+    if config.export.formats == ("npz",) and ".npz" not in Path(out).name:
+        raise JaxmergeError(
+            "a file of arrays has .npz in its name, or it is not found as one",
+            where="--out",
+            expected=f"{out}.npz",
+            found=out,
         )
     if flags.FLAGS.method:
         config.merge.method = flags.FLAGS.method

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints import card, lora_export, survey
-from jaxmerge.checkpoints.export import export
+from jaxmerge.checkpoints.export import export, in_order, place
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.checkpoints.survey import formats
+from jaxmerge.checkpoints.trainers import STORED
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment import adapters, given, methods
@@ -56,8 +57,8 @@ class Merge(NamedTuple):
 def merge(config: Config, workdir: str, command: str = "", out: str = "") -> list[Path]:
     """The merges with the weights of `config.merge`; any architecture will do.
 
-    Between Hugging Face directories they go from file to file in blocks, see `streaming`. Orbax
-    checkpoints and adapters are read, and Orbax checkpoints are written, leaf by leaf.
+    Between Hugging Face directories they go from file to file in blocks, see `streaming`. All
+    other checkpoints are read, and written, leaf by leaf.
 
     Args:
         config: from a `get_config()`; its tasks and search are not looked at.
@@ -79,7 +80,7 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     if config.merge.method != "linear":
         return _by_method(config, workdir, command, out)
     in_blocks, by_leaf = _paths(config)
-    as_stored = formats(members(config)) == {"orbax"} and not config.merge.weights_file
+    as_stored = survey.by_name(members(config)) and not config.merge.weights_file
     sources = find_checkpoints(config, by_tensor=bool(in_blocks), as_stored=as_stored)
     # Before anything is written: it may refuse what can be merged by tensor, or as it is stored.
     parts = [
@@ -114,7 +115,7 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
                 paths[0].rename(out)
     if out:
         return [Path(out)]
-    return sorted(written, key=lambda path: config.export.formats.index(path.name))
+    return in_order(written, config.export.formats)
 
 
 def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Path]:
@@ -123,12 +124,12 @@ def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Pat
     count = survey.count(members(config))
     methods.check_inputs(config.merge.method, count, with_base=bool(with_base and config.pool.base))
     by_tensor = _paths(config) == (("huggingface",), ())
-    only_orbax = {*formats(members(config)), *config.export.formats} == {"orbax"}
+    by_name = {*formats(members(config)), *config.export.formats} <= STORED.keys()
     sources = find_checkpoints(
         config,
         by_tensor=by_tensor,
         # A base, and numbers by group, are of the decoder's leaves.
-        as_stored=only_orbax and not with_base and not config.merge.weights_file,
+        as_stored=by_name and not with_base and not config.merge.weights_file,
         with_base=with_base,
     )
     merges = _merges(config, sources[:count])
@@ -159,7 +160,7 @@ def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Pat
         written[0].rename(out)
     if out:
         return [Path(out)]
-    return sorted(written, key=lambda path: config.export.formats.index(path.name))
+    return in_order(written, config.export.formats)
 
 
 def _method_card(config: Config, merge: Merge, command: str, records: Sequence[Record]) -> str:
@@ -189,14 +190,14 @@ def _paths(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _views(config: Config, by_leaf: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
     """The formats that are written leaf by leaf, and whether of the leaves as they are stored.
 
-    Orbax checkpoints are merged by name, whatever model they are of, and written as they came. All
-    other formats are made of the decoder's leaves.
+    Orbax checkpoints and the like are merged by name, whatever model they are of, and written as
+    they came. All other formats are made of the decoder's leaves.
     """
-    if formats(members(config)) != {"orbax"} or config.merge.weights_file:
+    if not survey.by_name(members(config)) or config.merge.weights_file:
         return [(by_leaf, False)] if by_leaf else []
-    by_name = tuple(each for each in by_leaf if each == "orbax")
-    skipped = ("orbax",) if base_of(config) else ("orbax", "huggingface")  # see `export`
-    made = tuple(each for each in by_leaf if each not in skipped)
+    by_name = tuple(each for each in by_leaf if each in STORED)
+    skipped = () if base_of(config) else ("huggingface",)  # see `export`
+    made = tuple(each for each in by_leaf if each not in (*by_name, *skipped))
     return [(each, each is by_name) for each in (by_name, made) if each]
 
 
@@ -326,7 +327,9 @@ def _by_leaf(
             says; a merge in blocks has done so.
     """
     written, records = [], ()
-    finished = all((directory / each.path / name).is_dir() for each in merges for name in wanted)
+    finished = all(
+        place(directory / each.path, name).exists() for each in merges for name in wanted
+    )
     for each in merges:
         leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
         text = functools.partial(_card_of_stream, config, leaves, each, command)

@@ -14,6 +14,7 @@ from jaxmerge.checkpoints import lora_export, orbax, steps
 from jaxmerge.checkpoints.export import check_like
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import survey
+from jaxmerge.checkpoints.trainers import STORED
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation import vocabularies
@@ -82,7 +83,7 @@ def find_checkpoints(
     Args:
         config: of the run.
         by_tensor: see `survey.survey`.
-        as_stored: see `survey.find`; only Orbax checkpoints can be written then.
+        as_stored: see `survey.find`; what is written then is written by name.
         with_base: the base comes last, as one more.
 
     Raises:
@@ -98,7 +99,7 @@ def find_checkpoints(
     if "lora" in config.export.formats and not as_stored:
         lora_export.check(sources)
     _say_missing(sources)
-    formats = ("orbax",) if as_stored else config.export.formats
+    formats = () if as_stored else config.export.formats
     check_like(
         formats,
         like_by_tensor(config, sources) if by_tensor else huggingface_directory(config, sources),
@@ -148,9 +149,10 @@ def where_of(config: Config) -> dict[str, Any]:
 
 
 def base_of(config: Config) -> str:
-    """The Hugging Face directory that `pool.base` names; "": none, or it is an Orbax checkpoint."""
+    """The Hugging Face directory that `pool.base` names; "": none, or it is stored otherwise."""
     named = os.path.expanduser(config.pool.base)
-    return "" if named and orbax.recognises(orbax.absolute(named)) else named
+    where = orbax.absolute(named)
+    return "" if named and any(each.recognises(where) for each in STORED.values()) else named
 
 
 def huggingface_directory(config: Config, sources: Sequence[Source]) -> str:

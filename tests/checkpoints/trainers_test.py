@@ -58,6 +58,7 @@ FORMS = [
     *((name, "maxtext_unscanned") for name in ("mixtral", "gemma2")),
     *((name, "gemma") for name in ("gemma2", "gemma3")),
     *((name, "tunix") for name in ("qwen2", "qwen3_moe", "gemma3")),
+    *((name, "levanter") for name in ("qwen2", "qwen3")),
 ]
 
 
@@ -146,7 +147,7 @@ def test_interleaved_heads(tmp_path):
     found = to_decoder(jnp.asarray(stored), leaf, "layers/key", known.config)
     halves = np.concatenate([stored[..., ::2], stored[..., 1::2]], -1)
     np.testing.assert_array_equal(found[0], np.transpose(halves, (1, 2, 0)))
-    back = from_decoder({"layers/key": found}, leaf)
+    back = from_decoder({"layers/key": found}, leaf, known.config)
     np.testing.assert_array_equal(back, stored)
 
 

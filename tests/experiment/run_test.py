@@ -281,7 +281,7 @@ def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
     killed = Command(tmp_path / "killed", pool)
     instants = random.Random(0)
     kills = 0
-    for _ in range(4):
+    for _ in range(3):
         process = killed.start()
         log = killed.workdir / "candidates.jsonl"
         lines_before = len(log.read_text().splitlines()) if log.exists() else 0

@@ -229,7 +229,7 @@ def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
     (tmp_path / "killed").mkdir()
     killed = Sweep(tmp_path / "killed", pool)
     instants, kills = random.Random(0), 0
-    for _ in range(4):
+    for _ in range(3):
         before = killed.lines()
         process = killed.start(*axes)
         while process.poll() is None and killed.lines() <= before:

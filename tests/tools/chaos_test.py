@@ -16,7 +16,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "chaos.py"
     "flags",
     [
         ("kills", "--job=merge", "--count=3"),
-        ("faults", "--job=merge", "--kind=ENOSPC", "--every=30"),
+        ("faults", "--job=merge", "--kind=ENOSPC", "--every=60"),
     ],
     ids=lambda flags: flags[0],
 )
