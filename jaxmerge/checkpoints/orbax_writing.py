@@ -53,11 +53,12 @@ def write(path: epath.Path, item: str, tree: PyTree, custom: Mapping[str, Any]) 
     known = v0.type_handlers
     plain = [kind for kind in known.supported_types() if kind is not jax.Array]
     arrays = known.get_type_handler(jax.Array)
+    in_turn: Any = _InTurn(arrays)
     registry = known.create_type_handler_registry(
         *((kind, known.get_type_handler(kind)) for kind in plain),
-        *((jax.Array, arrays), (Later, _InTurn(arrays))),
+        *((jax.Array, arrays), (Later, in_turn)),
     )
-    handler = v0.PyTreeCheckpointHandler(
+    handler: Any = v0.PyTreeCheckpointHandler(
         use_compression=False, use_zarr3=bool(item), type_handler_registry=registry
     )
     args: Any = v0.args.PyTreeSave(tree)

@@ -209,7 +209,7 @@ def weights(
     return mapped(z, constraint, bounds, pulled, checkpoints).astype(np.float32)
 
 
-def _by_group(z_PxD: Float[np.ndarray, "P D"], groups: int) -> Float[np.ndarray, "P *G D"]:
+def _by_group(z_PxD: Float[np.ndarray, "P D"], groups: int) -> Float[np.ndarray, "P *G d"]:
     z = np.asarray(z_PxD, np.float64)
     return z.reshape(len(z), groups, -1) if groups > 1 else z
 

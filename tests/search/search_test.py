@@ -144,7 +144,7 @@ def test_a_search_over_a_window_has_its_two_numbers_in_the_log(tmp_path):
     assert best in again.candidates
     for one in again.candidates:
         assert one.window is not None
-        length, exponent = map(np.float64, one.window.values())
+        length, exponent = (np.asarray(each) for each in one.window.values())
         expected = schedules.window(length, exponent, 4)
         np.testing.assert_allclose(one.weights, expected, atol=1e-6)  # float32
 
