@@ -67,7 +67,7 @@ def save(
     checksums: dict[str, str] = {}
     make = leaf or named_leaves(params).__getitem__
 
-    def made(name: str) -> jax.Array:
+    def made(name: str) -> Any:  # of NumPy too
         found = make(name)
         checksums.update({name: digest.checksum for name, digest in digests({name: found}).items()})
         return found
