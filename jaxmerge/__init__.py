@@ -42,6 +42,7 @@ _HOME = {  # public name -> module; none is the name of a module of the package
     "merger": "merge.linear",
     "model_of": "models.decoder:described",
     "save": "checkpoints.orbax",
+    "schedule_weights": "merge.schedules",
     "search_weights": "search.loop:search",
     "survey": "checkpoints.survey",
 }

@@ -6,19 +6,18 @@ fields set. Only the entry points know of configs: everything below them takes p
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from jaxmerge import tasks
-from jaxmerge.checkpoints import aligned, export, lora_export, pool
+from jaxmerge.checkpoints import aligned, export, lora_export, pool, steps
 from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.evaluation import evaluator
-from jaxmerge.merge import groups, methods, searched
+from jaxmerge.merge import groups, methods, schedules, searched
 from jaxmerge.report import tensorboard
 from jaxmerge.rundir import flat
 from jaxmerge.scores.objective import Objective, define
@@ -40,6 +39,10 @@ def default() -> Config:
     # Face (safetensors), or PEFT adapters (LoRA, DoRA); at least two that are alike.
     # --mode=evaluate takes any.
     config.pool.checkpoints = ()
+    # Of one run: "start:stop:every", both ends included, such as "1000:5000:500", which are all
+    # there; "1000:5000", all that are there between; ends may be left out. pool.checkpoints is then
+    # the one directory that the steps lie in.
+    config.pool.steps = ""
     # Hugging Face directory that adapters are added to, and whose tokenizer and configuration are
     # used; "": that which the checkpoints bring themselves. Of Orbax checkpoints it may be another,
     # which methods take the differences from.
@@ -121,6 +124,9 @@ def default() -> Config:
     # or several such tuples, for as many merges in one pass over the checkpoints. They are never
     # scaled: if they do not sum to 1, the merge is no average, and a warning says so.
     config.merge.weights = ()
+    # Instead of weights: mean, linear or sqrt, of checkpoints from the oldest to the newest, such
+    # as pool.steps; see jaxmerge.merge.schedules.
+    config.merge.schedule = ""
     # A name of jaxmerge.merge.methods.METHODS, such as "ties"; what is merged are differences from
     # pool.base where it takes a base. Single checkpoints and baselines are weighted sums still.
     config.merge.method = "linear"
@@ -137,15 +143,17 @@ def default() -> Config:
     # For a search whose pool leaves no room for one merged model: a layer's weights are merged when
     # the model comes to it, in each pass, so for each token written: K times the bytes are read.
     # The scores are the same. The pool is on the device, and the model the package's decoder, or
-    # one that says its `layers`. To export the winner as Orbax still takes a whole merged model.
+    # one that says its `layers`. Exports in several formats take a whole merged model.
     config.merge.rematerialise = False
 
     config.space = ml_collections.ConfigDict()
-    config.space.constraint = "softmax"  # softmax, abs, signed or free; see jaxmerge.search.space
+    # softmax, abs, signed or free; or window, of the steps of one run: two numbers instead of a
+    # weight for each checkpoint, the length of the window and its curve. See jaxmerge.search.space.
+    config.space.constraint = "softmax"
     # What has weights of its own: "model", one weight a checkpoint; "layer"; a number of groups of
     # layers, such as "4"; "kind", each leaf, all its layers together; "leaf", each leaf and layer;
     # "patterns". See jaxmerge.merge.groups. "auto": "leaf" for search.strategy = "gradient", and
-    # "model" for all others, which want few numbers.
+    # "model" for all others, which want few numbers, and for a window.
     config.space.granularity = "auto"
     # Regular expressions; a leaf is in the group of the first that is found in its name.
     config.space.patterns = ()
@@ -177,7 +185,8 @@ def default() -> Config:
     # search ends by this or by its budget (of "gradient": its steps), whichever is reached first:
     # before the generation that would pass it. See "Budgets in tokens" in docs/searching.md.
     config.search.budget_tokens = 0
-    config.search.init = ()  # genotype to start from, one value per checkpoint; (): uniform merge
+    # Genotype to start from, one value per checkpoint, or the two of a window; (): uniform merge.
+    config.search.init = ()
     # Of evosax's too: the standard deviation of the first generation, in genotype units, and fields
     # of the strategy's Params.
     config.search.sigma = 0.5
@@ -263,6 +272,8 @@ def check(config: Config) -> None:
     if config.merge.rematerialise:
         pool.check_rematerialise(config.pool.residency, config.pool.storage)
     space.check(config.space.constraint, config.space.bounds, config.space.shrink)
+    if config.space.constraint == space.WINDOW:
+        space.check_window(fields(config))
     groups.check(granularity(config), config.space.patterns)
     lora_export.check_settings(config.export.formats, constraint=config.space.constraint)
     search = config.search
@@ -278,7 +289,8 @@ def check(config: Config) -> None:
 def granularity(config: Config) -> str:
     """What has weights of its own; "auto" is what was measured best for the strategy."""
     if config.space.granularity == "auto":
-        return "leaf" if config.search.strategy == gradient.NAME else "model"
+        along = config.search.strategy == gradient.NAME
+        return "leaf" if along and config.space.constraint != space.WINDOW else "model"
     return config.space.granularity
 
 
@@ -343,6 +355,7 @@ def check_pool(config: Config) -> None:
             where="merge.weights" if config.merge.weights else "merge.genes",
             expected="none of them, or no merge.weights_file",
         )
+    schedules.check(config.merge.schedule, config.merge.weights, config.merge.weights_file)
     aligned.check(config.pool.vocabulary, config.pool.tokenizer or config.pool.model)
     lora_export.check_settings(config.export.formats, method=config.merge.method)
     if not config.pool.checkpoints:
@@ -351,6 +364,8 @@ def check_pool(config: Config) -> None:
             where="pool.checkpoints",
             expected="directories of checkpoints, or patterns such as ('models/*',)",
         )
+    if config.pool.steps:
+        steps.check(config.pool.steps, config.pool.checkpoints)
 
 
 def objective(config: Config) -> Objective:
@@ -371,21 +386,6 @@ def fields(config: Config) -> dict[str, Any]:
 def plain(config: Config) -> dict[str, Any]:
     """The config as dicts, lists, strings and numbers."""
     return _plain(config.to_dict())
-
-
-def imported(path: str, where: str) -> Callable[..., Any]:
-    """The function that `module:function` names.
-
-    Raises:
-        JaxmergeError: there is no such module or function.
-    """
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise JaxmergeError(
-            "can't be imported", where=where, expected="module:function", found=f"{path}: {error}"
-        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -266,6 +266,7 @@ def _task(config: Config, name: str) -> Task:
 
 def _described(config: Config, model: Model) -> PyTree:
     patterns = [path for path in config.pool.checkpoints if any(mark in path for mark in "*?[")]
+    patterns += [f"pool.steps {config.pool.steps}"] if config.pool.steps else []
     if model.init is None or patterns:
         raise JaxmergeError(
             "checkpoints that are only described must be listed, and their model must know its "

@@ -35,9 +35,7 @@ TRACES = "error-*.log"  # of errors that nobody foresaw, see `jaxmerge.entry`
 ANALYSIS = "analysis:"  # begins the origin of what only an analysis asked for
 
 # Sizes of which 0 stands for what the directory has: it was chosen when that was made.
-_CHOSEN = tuple(
-    f"evaluate.{name}" for name in ("candidates_per_step", "batch_size", "batch_tokens")
-)
+_CHOSEN = ("evaluate.candidates_per_step", "evaluate.batch_size", "evaluate.batch_tokens")
 # Fields of a config that say where a run computes, not what: it can go on elsewhere.
 _WHERE = ("mesh.", "pool.residency", "merge.rematerialise", "compilation_cache")
 _BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
@@ -45,8 +43,7 @@ _BOTH_WAYS = 3  # tokens forward that one costs which goes forward and backward
 # One merge weight per checkpoint, in pool order; of groups that have weights of their own, each's.
 Weights = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
-
-# A method's numbers by name; of groups that have their own, each's.
+# Numbers by name; of groups that have their own, each's.
 Genes = dict[str, float | tuple[float, ...]]
 
 
@@ -102,9 +99,10 @@ class Candidate:
         out_of: number of examples of each task in the split, where fewer were scored: `scores` are
             estimates then. None: all were scored.
         expected: scores by task that the strategy expected of the generation, of its first
-            candidate: those that soft scores stand for. None: it expected nothing.
+            candidate: of soft scores. None: it expected nothing.
         genes: of a merge by another method its numbers that are searched, by name; of groups that
             have their own, each's. None: a weighted sum.
+        window: `length` and `exponent` of its window, see `search.space.window`. None: of none.
     """
 
     id: int
@@ -121,6 +119,7 @@ class Candidate:
     out_of: dict[str, int] | None = None
     expected: dict[str, float] | None = None
     genes: Genes | None = None
+    window: Genes | None = None
 
     @property
     def coefficients(self) -> Weights:
@@ -254,9 +253,8 @@ class RunDirectory:
         """The per-example scores of a candidate, by task; NaN where it was not scored."""
         rows = {}
         for task, count in (candidate.out_of or candidate.n).items():
-            offset = candidate.row * count * 4
             file = self._examples(candidate.split, task)
-            read = functools.partial(_read_values, file, count, offset)
+            read = functools.partial(_read_values, file, count, candidate.row * count * 4)
             data = self._from_writer(read)
             rows[task] = np.frombuffer(data, "<f4")
             if len(rows[task]) != count:
@@ -358,10 +356,9 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
         way_out = "a candidate; a run goes on from the lines before this one"
         with as_written(where, f"line {number + 1} can't be read", way_out):
             fields = json.loads(line)
-            fields["weights"] = as_weights(fields["weights"])
-            if fields.get("genes") is not None:
-                fields["genes"] = {name: as_gene(gene) for name, gene in fields["genes"].items()}
-            _check_kinds(candidate := Candidate(**fields))
+            named = {name: _genes(fields.get(name)) for name in ("genes", "window")}
+            candidate = Candidate(**fields | named | {"weights": as_weights(fields["weights"])})
+            _check_kinds(candidate)
         if candidate.id != number:
             raise JaxmergeError(
                 f"line {number + 1} is out of order",
@@ -371,6 +368,10 @@ def _candidates(lines: bytes, where: str) -> list[Candidate]:
             )
         candidates.append(candidate)
     return candidates
+
+
+def _genes(found: Mapping[str, Any] | None) -> Genes | None:
+    return None if found is None else {name: as_gene(number) for name, number in found.items()}
 
 
 def _check_kinds(one: Candidate) -> None:

@@ -138,9 +138,9 @@ def test_without_jax(start):
     assert len(seen) > 1 or start == "errors"
 
 
-def test_one_file_knows_the_experimental_orbax():
-    users = [path for path in FILES if "orbax.checkpoint" in path.read_text()]
-    assert [path.name for path in users] == ["orbax.py"]
+def test_a_reader_and_a_writer_know_orbax():
+    users = [path.name for path in FILES if "orbax.checkpoint" in path.read_text()]
+    assert users == ["orbax.py", "orbax_writing.py"]
 
 
 def test_public_names_are_what_they_say():

@@ -97,7 +97,11 @@ _COMMAND = """
 
 
 def of_weights(
-    records: Sequence[Mapping[str, Any]], weights: Sequence[float], command: str, groups: int = 1
+    records: Sequence[Mapping[str, Any]],
+    weights: Sequence[float],
+    command: str,
+    groups: int = 1,
+    window: str = "",
 ) -> str:
     """The card of a merge with given weights.
 
@@ -106,10 +110,12 @@ def of_weights(
         weights: alpha_k, in the same order.
         command: what made it; "" where it was made from Python.
         groups: G; of several, the weights are their means.
+        window: a sentence on the steps of a run and their schedule; "": they are none.
     """
     said = [f"{weight:.6g}" for weight in weights]
     made = _LINEAR.format(count=len(records))
     made += _GROUPS.format(count=groups).rstrip() if groups > 1 else ""
+    made += f"\n\n{window}" if window else ""
     return _of(records, said, made, command)
 
 
@@ -198,7 +204,9 @@ def of_search(records: Sequence[Mapping[str, Any]], findings: Mapping[str, Any])
         said += ["base"] * (len(records) - len(weights))
         parts = [of_method(records, said, by_method(method, best["genes"]), "")]
     else:
-        parts = [of_weights(records[: len(weights)], weights, "")]
+        said = formatting.window(best["window"], len(weights)) if "window" in best else ""
+        window = f"These are steps of one run, merged with {said}." if said else ""
+        parts = [of_weights(records[: len(weights)], weights, "", window=window)]
     if "groups" in findings["best"]:
         parts.append(_GROUPS.format(count=len(findings["groups"])))
     parts.append(_scores(findings))

@@ -137,9 +137,11 @@ def export(
     missing = _missing(path, wanted)
     alike = {source.format: source} if source else {}
     if "orbax" in missing:
-        tree = map_named(lambda name, _: leaf(name), abstract)
-        orbax.save(path / "orbax", tree, architecture=architecture, like=alike.get("orbax"))
-        leaf = named_leaves(tree).__getitem__  # no leaf is merged twice
+        if missing != ["orbax"]:  # no leaf is merged twice
+            tree = map_named(lambda name, _: leaf(name), abstract)
+            leaf = named_leaves(tree).__getitem__
+        like_source = alike.get("orbax")
+        orbax.save(path / "orbax", abstract, architecture=architecture, like=like_source, leaf=leaf)
     for name in missing:
         if name == lora_export.NAME:
             adapter(path / name)

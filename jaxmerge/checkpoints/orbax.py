@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmerge.checkpoints import parameters
+from jaxmerge.checkpoints import orbax_writing, parameters
 from jaxmerge.checkpoints.digest import digests
 from jaxmerge.checkpoints.leaves import Keep, as_read
+from jaxmerge.checkpoints.orbax_writing import Later
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError, at
 from jaxmerge.trees import PyTree, map_named, named_leaves
@@ -37,18 +39,20 @@ def save(
     *,
     architecture: Mapping[str, Any] | None = None,
     like: Source | None = None,
+    leaf: Callable[[str], jax.Array] | None = None,
 ) -> None:
     """Writes the parameters as one sharded checkpoint, with a checksum of every leaf.
 
-    The directory appears whole or not at all. Nothing is compressed: the bytes of weights hardly
-    shrink, and zstd makes the writing several times slower.
+    The directory appears whole or not at all.
 
     Args:
         path: the directory to make; it must not exist.
-        params: pytree of arrays.
+        params: pytree of arrays; or of what only says their shapes and dtypes.
         architecture: `Model.architecture`, so that the checkpoint can be opened by itself.
         like: an Orbax checkpoint whose item, subtree, carried leaves and metadata are kept, so
             that what reads it reads this one too. None: a checkpoint of our own.
+        leaf: makes the leaf of a name; some are made and written before the next are, so that the
+            whole tree is never in memory. None: `params` has them.
 
     Raises:
         JaxmergeError: there is something at `path`, or it can't be written; what is carried can't
@@ -60,27 +64,32 @@ def save(
             raise JaxmergeError(
                 "there is something here already", where=str(path), expected="a path that is free"
             )
-    ours: Any = {
-        "checksums": {name: digest.checksum for name, digest in digests(params).items()},
-        "architecture": dict(architecture or {}),
-        "subtree": like.subtree if like else "",
-    }
-    custom: Any = {"jaxmerge": ours}
+    checksums: dict[str, str] = {}
+    make = leaf or named_leaves(params).__getitem__
+
+    def made(name: str) -> Any:  # of NumPy too
+        found = make(name)
+        checksums.update({name: digest.checksum for name, digest in digests({name: found}).items()})
+        return found
+
+    def wanted(name: str, of: Any) -> Any:
+        if leaf is None and not isinstance(of, jax.Array):  # of NumPy, which Orbax tells apart
+            return made(name)
+        return Later(functools.partial(made, name), of.shape, of.dtype)
+
+    tree = map_named(wanted, params)
+    ours = {"checksums": checksums, "architecture": dict(architecture or {})}
+    custom: Any = {"jaxmerge": {**ours, "subtree": like.subtree if like else ""}}
     item = _ITEM
     if like is not None:
         custom, item = {**like.custom, **custom}, like.item
         if like.carried:
-            params = parameters.joined(params, _load(like, _repeated(like.carried, params)))
-        params = parameters.under(params, like.subtree)
-    if not item:
-        with at(path), _system_errors():
-            return _save_flat(path, params, custom)
-    ocp = _orbax()
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    with at(path), _system_errors(), context:
-        ocp.save(path, params, checkpointable_name=item, custom_metadata=custom)
-    return None
+            carried = _load(like, _repeated(like.carried, params))
+            kept = jax.tree.map(lambda of: Later(lambda: of, of.shape, of.dtype), carried)
+            tree = parameters.joined(tree, kept)
+        tree = parameters.under(tree, like.subtree)
+    with at(path), _system_errors():
+        orbax_writing.write(path, item, tree, custom)
 
 
 @contextlib.contextmanager
@@ -201,24 +210,13 @@ def _load(source: Source, abstract: PyTree) -> PyTree:
 
 def _repeated(abstract: PyTree, beside: PyTree) -> PyTree:
     """The leaves with a sharding: whole on every device that others lie on."""
-    where = jax.tree.leaves(beside)[0].sharding
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = getattr(jax.tree.leaves(beside)[0], "sharding", None) or here
     if isinstance(where, NamedSharding):
         where = NamedSharding(where.mesh, PartitionSpec())
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract
     )
-
-
-def _save_flat(path: epath.Path, tree: PyTree, custom: Mapping[str, Any]) -> None:
-    """Writes a tree that lies in the directory itself, as Orbax's older interface does.
-
-    Trainers that save so read so: they look for no item.
-    """
-    import orbax.checkpoint as v0
-
-    handler = v0.PyTreeCheckpointHandler(use_compression=False)
-    with v0.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=v0.args.PyTreeSave(tree), custom_metadata=dict(custom))
 
 
 def _step_and_item(path: epath.Path) -> tuple[epath.Path, str]:

@@ -7,12 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from jaxmerge.checkpoints.digest import LeafDigest, digests
 from jaxmerge.checkpoints.mergers import read_leaf
 from jaxmerge.checkpoints.pool import Record, check_values, record
 from jaxmerge.checkpoints.source import Source
+from jaxmerge.merge.groups import Groups
+from jaxmerge.merge.leafwise import LeafwiseMerger
+from jaxmerge.sharding import make_mesh
 
 
 class LeafStream:
@@ -33,7 +38,12 @@ class LeafStream:
         self.abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.cast_to(leaf)), sources[0].abstract
         )
-        self._sharding = SingleDeviceSharding(device)
+        self._device = device
+        self._sharding = NamedSharding(make_mesh(devices=[device]), PartitionSpec())
+        self._placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding),
+            self.abstract,
+        )
         self._digests: list[dict[str, LeafDigest]] = [{} for _ in sources]
 
     def __call__(self, name: str) -> list[jax.Array]:
@@ -43,15 +53,35 @@ class LeafStream:
             JaxmergeError: data are missing, damaged or not finite; a leaf that can't be averaged
                 differs from that of the first checkpoint.
         """
-        leaves = []
-        for source, known in zip(self._sources, self._digests):
-            leaf = read_leaf(source, name, self._sharding)
-            known |= digests({name: leaf})
-            checksums = {each: source.checksums[each] for each in {name} & source.checksums.keys()}
-            alone = source._replace(checksums=checksums)
-            check_values(alone, {name: leaf}, {name: known[name]}, self._digests[0])
-            leaves.append(leaf.astype(self.cast_to(leaf)))
-        return leaves
+        return [self.one(k, name) for k in range(len(self._sources))]
+
+    def one(self, k: int, name: str) -> jax.Array:
+        """That leaf of one checkpoint."""
+        if k and name not in self._digests[0]:
+            self.one(0, name)  # with whose the others are compared
+        source, known = self._sources[k], self._digests[k]
+        leaf = read_leaf(source, name, self._sharding)
+        known |= digests({name: leaf})
+        checksums = {each: source.checksums[each] for each in {name} & source.checksums.keys()}
+        alone = source._replace(checksums=checksums)
+        check_values(alone, {name: leaf}, {name: known[name]}, self._digests[0])
+        return leaf.astype(self.cast_to(leaf))
+
+    def linear(self, name: str, weights_K: Float[np.ndarray, "*G K"], groups: Groups | None) -> Any:
+        """That leaf of the linear merge; one leaf of a checkpoint is in memory beside the sum.
+
+        Args:
+            name: of the leaf.
+            weights_K: of the checkpoints; with groups `[G, K]`.
+            groups: of leaves that share their weights; None: all do.
+        """
+        merged = LeafwiseMerger(self._placed, self.one, len(self._sources), groups).leaf(
+            name, np.asarray(weights_K, np.float32)
+        )
+        for k in range(len(self._sources)):  # those of weight 0 are checked and recorded too
+            if name not in self._digests[k]:
+                self.one(k, name)
+        return jax.device_put(merged, self._device)
 
     def checksums(self, names: Iterable[str]) -> list[dict[str, str]]:
         """Of leaves that have been read, of each checkpoint."""

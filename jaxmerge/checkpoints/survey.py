@@ -34,7 +34,7 @@ def formats(patterns: Sequence[str]) -> set[str]:
     Raises:
         JaxmergeError: a path has no checkpoint.
     """
-    return {_format(path) for pattern in patterns for path in _find(pattern)}
+    return {format_of(path) for pattern in patterns for path in _find(pattern)}
 
 
 def by_name(patterns: Sequence[str]) -> bool:
@@ -90,7 +90,7 @@ def find(
     found = [
         huggingface.describe(name, path, by_tensor=True)
         if by_tensor
-        else FORMATS[_format(path)].describe(name, path, subtree, base, item)
+        else FORMATS[format_of(path)].describe(name, path, subtree, base, item)
         for name, path in zip(_names(paths), paths)
     ]
     for source in found:
@@ -220,14 +220,14 @@ def _completed(source: Source) -> Source:
 def _find(pattern: str) -> list[epath.Path]:
     path = orbax.absolute(pattern)
     matches = _matches(path)
-    if matches == [path] and not _format(path):
+    if matches == [path] and not format_of(path):
         raise JaxmergeError(
             "this is no checkpoint",
             where=str(path),
             expected=f"a finished checkpoint of a known format: {', '.join(FORMATS)}"
             + _steps_within(path),
         )
-    found = [match for match in matches if _format(match)]
+    found = [match for match in matches if format_of(match)]
     if not found:
         raise JaxmergeError(
             "there is no checkpoint here",
@@ -267,13 +267,13 @@ def _is_match(name: str, pattern: str) -> bool:
     return not hidden and fnmatch.fnmatchcase(name, pattern)
 
 
-def _format(path: epath.Path) -> str:
+def format_of(path: epath.Path) -> str:
     return next((name for name, module in FORMATS.items() if module.recognises(path)), "")
 
 
 def _steps_within(path: epath.Path) -> str:
     """What to name instead of a directory of checkpoints, for a message."""
-    inside = path.is_dir() and any(each.is_dir() and _format(each) for each in path.iterdir())
+    inside = path.is_dir() and any(each.is_dir() and format_of(each) for each in path.iterdir())
     return f"; the ones in here are '{path}/*'" if inside else ""
 
 

@@ -17,6 +17,7 @@ from jaxmerge.search import gradient, strategies
 from jaxmerge.search.baselines import BASELINES, PAPER
 from jaxmerge.search.loop import Economy
 from jaxmerge.search.parts import deal
+from jaxmerge.search.space import WINDOW, dimension
 
 WARM = "warm-start"  # the origin and name of candidates of a search along gradients before another
 
@@ -71,31 +72,40 @@ def build_strategy(
     Raises:
         JaxmergeError: names the field.
     """
-    init = config.search.init
-    if init and (len(init) != checkpoints or not takes_weights(config.merge.method)):
+    init, constraint = config.search.init, config.space.constraint
+    wanted = dimension(constraint, checkpoints)
+    if init and (len(init) != wanted or not takes_weights(config.merge.method)):
         raise JaxmergeError(
-            "needs one value per checkpoint",
+            "needs the two values of a window"
+            if constraint == WINDOW
+            else "needs one value per checkpoint",
             where="search.init",
-            expected=f"{checkpoints} values" if takes_weights(config.merge.method) else "()",
+            expected=f"{wanted} values" if takes_weights(config.merge.method) else "()",
             found=str(len(init)),
         )
     if config.search.strategy == gradient.NAME:  # what it asks for is known when the pool is there
         return _unasked(gradient.POPULATION)
     chosen = range(checkpoints) if chosen is None else chosen
     of = searched(config, checkpoints)
-    dimension = groups * (of.numbers if of else len(chosen))
-    population = config.search.population or strategies.default_population(dimension)
+    values = groups * (of.numbers if of else dimension(constraint, len(chosen)))
+    population = config.search.population or strategies.default_population(values)
     if start is None and init:
-        own = [init[k] for k in chosen] + [0.0] * (len(of.genes) if of else 0)
+        own = start_of(config, chosen) + [0.0] * (len(of.genes) if of else 0)
         start = np.array(own * groups, np.float32)
     return strategies.evosax(
         config.search.strategy,
-        dimension,
+        values,
         population,
         mean=start,
         sigma=sigma or config.search.sigma,
         params=config.search.params.to_dict(),
     )
+
+
+def start_of(config: Config, chosen: Sequence[int]) -> list[float]:
+    """What `search.init` says of the chosen checkpoints; []: nothing."""
+    init = list(config.search.init)
+    return init if config.space.constraint == WINDOW or not init else [init[k] for k in chosen]
 
 
 def _unasked(population: int) -> strategies.Strategy:

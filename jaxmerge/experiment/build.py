@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 
@@ -56,7 +58,7 @@ def build_model(config: Config, source: Source) -> Model:
     try:
         if named == "decoder":
             return decoder(DecoderConfig.from_plain(arguments))
-        built = configs.imported(named, "pool.model")(**arguments)
+        built = _imported(named, "pool.model")(**arguments)
     except TypeError as error:
         raise JaxmergeError(
             "these are not the model's arguments",
@@ -118,14 +120,14 @@ def build_tokenizer(
             expected='a directory here, "bytes", or "module:function"; nothing is downloaded',
             found=named,
         )
-    return configs.imported(named, "pool.tokenizer")()
+    return _imported(named, "pool.tokenizer")()
 
 
 def build_task(config: Config, name: str) -> Task:
     """The task of this name, with the arguments and sizes that the config gives it."""
     arguments = config.tasks.get(name, ml_collections.ConfigDict()).to_dict()
     builder = arguments.pop("builder", name)
-    build = BUILDERS.get(builder) or configs.imported(builder, f"tasks.{name}.builder")
+    build = BUILDERS.get(builder) or _imported(builder, f"tasks.{name}.builder")
     sizes = {
         "search": config.objective.search_examples,
         "test": config.objective.test_examples,
@@ -166,3 +168,18 @@ def bounds_of(tasks: Sequence[Task]) -> dict[str, list[float | None]]:
 def warnings_of(tasks: Sequence[Task]) -> tuple[str, ...]:
     """What the tasks warn of, each by its name."""
     return tuple(f"{task.name}: {task.warning}" for task in tasks if task.warning)
+
+
+def _imported(path: str, where: str) -> Callable[..., Any]:
+    """The function that `module:function` names.
+
+    Raises:
+        JaxmergeError: there is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise JaxmergeError(
+            "can't be imported", where=where, expected="module:function", found=f"{path}: {error}"
+        ) from error

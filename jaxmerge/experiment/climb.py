@@ -16,7 +16,7 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.experiment import methods
-from jaxmerge.experiment.budget import WARM, build_strategy
+from jaxmerge.experiment.budget import WARM, build_strategy, start_of
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
 from jaxmerge.merge.searched import Searched
@@ -123,7 +123,8 @@ class Climb:
             self._objective,
             start=_start(self._config, of, self._pool.count, chosen),
             mapped=functools.partial(
-                space.row if of else space.mapped, **_settings(self._config, of, self._pool.count)
+                space.row if of else space.mapped,
+                **{"checkpoints": len(chosen), **_settings(self._config, of, self._pool.count)},
             ),
             summing=0 if self._config.space.constraint == "free" else len(chosen),
         )
@@ -186,10 +187,10 @@ def _start(
     config: Config, of: Searched | None, groups: int, chosen: Sequence[int]
 ) -> Float[np.ndarray, "G D"]:
     """The genotype that a search along gradients starts from."""
-    init = config.search.init
-    start_GxD = np.zeros((groups, of.numbers if of else len(chosen)), np.float32)
-    if init:
-        start_GxD[:, : len(chosen)] = [init[k] for k in chosen]
+    own = start_of(config, chosen)
+    values = of.numbers if of else space.dimension(config.space.constraint, len(chosen))
+    start_GxD = np.zeros((groups, values), np.float32)
+    start_GxD[:, : len(own)] = own
     return start_GxD
 
 

@@ -34,6 +34,7 @@ from jaxmerge.experiment.records import open_directory, record_pool, record_task
 from jaxmerge.experiment.sizes import least_step, sized
 from jaxmerge.experiment.sources import (
     huggingface_directory,
+    members,
     model_directories,
     start_jax,
     tokenizer_directory,
@@ -139,8 +140,8 @@ def table(findings: Mapping[str, Any]) -> str:
 
 def _subjects(config: Config) -> list[_Subject]:
     """All checkpoints with their models; what can't be evaluated is refused before any is."""
-    pool, subjects = config.pool, []
-    for source in find(pool.checkpoints, **where_of(config)):
+    subjects = []
+    for source in find(members(config), **where_of(config)):
         model, directory = build_model(config, source), huggingface_directory(config, [source])
         subject = _Subject(source, model, directory, tokenizer_directory(config, [source]))
         _tokenizer(config, subject)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from jaxmerge.config import Config
 from jaxmerge.durable import read_json
 from jaxmerge.errors import JaxmergeError, as_written, check_finite
 from jaxmerge.merge.groups import Groups, groups
+from jaxmerge.merge.schedules import SCHEDULES, schedule_weights
 from jaxmerge.merge.searched import own_name
 from jaxmerge.trees import PyTree
 
@@ -57,6 +59,44 @@ class Given(NamedTuple):
             for gene, values in self.genes.items()
         }
         return self.weights[g], own
+
+
+def weights_of(config: Config, checkpoints: int) -> tuple[Any, ...]:
+    """`merge.weights`, or of K checkpoints those of `merge.schedule`; (): neither is given."""
+    if not config.merge.schedule:
+        return tuple(config.merge.weights)
+    return tuple(schedule_weights(config.merge.schedule, checkpoints).tolist())
+
+
+def check_weights(row: Any, checkpoints: Sequence[str]) -> None:
+    """Raises `JaxmergeError` unless a merge has a finite weight for each of the checkpoints."""
+    if not isinstance(row, tuple | list) or len(row) != len(checkpoints):
+        raise JaxmergeError(
+            "needs one weight per checkpoint",
+            where="merge.weights",
+            expected=f"{len(checkpoints)} numbers, for {', '.join(checkpoints)}",
+            found=str(row),
+        )
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in row):
+        raise JaxmergeError(
+            "weights are finite numbers",
+            where="merge.weights",
+            expected="a number for each checkpoint",
+            found=str(row),
+        )
+
+
+def window(config: Config) -> str:
+    """A sentence on the steps of a run that are merged, and the schedule; "": there is neither."""
+    steps, schedule = config.pool.steps, config.merge.schedule
+    said = [f"Members are the steps {steps} of one run."] if steps else []
+    if schedule:
+        curve = {1.0: "1 - x"}.get(SCHEDULES[schedule], f"1 - x^{SCHEDULES[schedule]:g}")
+        said.append(
+            f"Weights are those of the schedule `{schedule}`, oldest member first: as if the "
+            f"learning rate had decayed by {curve} meanwhile (WSM, arXiv 2507.17634)."
+        )
+    return " ".join(said)
 
 
 def from_config(config: Config, weights: Sequence[float]) -> Given:

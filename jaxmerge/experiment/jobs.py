@@ -13,15 +13,18 @@ from absl import flags
 
 from jaxmerge import config as configs
 from jaxmerge.checkpoints.export import FORMATS
+from jaxmerge.checkpoints.steps import check
 from jaxmerge.checkpoints.survey import count, formats
 from jaxmerge.checkpoints.trainers import STORED
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.experiment import command_line
 from jaxmerge.experiment.methods import takes_weights
-from jaxmerge.experiment.sources import base_of
+from jaxmerge.experiment.sources import base_of, members
 from jaxmerge.merge.methods import METHODS
+from jaxmerge.merge.schedules import SCHEDULES
 from jaxmerge.mergekit import evolve
+from jaxmerge.search.space import WINDOW
 from jaxmerge.tasks import BUILDERS, SUBJECTS, TASKS
 
 
@@ -32,6 +35,8 @@ def merge() -> None:
 
     --out=DIR        the merged checkpoint: a new directory, in the format of the checkpoints
     --weights=A,B    one number for each checkpoint, in their order; without it, the plain average
+    --steps=A:B:C    the steps A, A + C, ..., B of the run whose directory is named
+    --schedule=NAME  mean, linear or sqrt: weights as if the learning rate had decayed over them
     --format=NAME    huggingface, orbax, npz, zarr, lora (of adapters), maxtext, maxtext_unscanned,
                      gemma, tunix or levanter, where it should not be that of the checkpoints
     --method=NAME    {methods}
@@ -49,6 +54,7 @@ def merge() -> None:
         jaxmerge merge config.yml --out=merged     a YAML of mergekit's, see docs/mergekit.md
     """
     flags.DEFINE_string("weights", "", "One number for each checkpoint.")
+    flags.DEFINE_enum("schedule", None, [*SCHEDULES], "Of the weights of steps.")
     flags.DEFINE_enum("format", None, FORMATS, "The format of the merge.")
     flags.DEFINE_string("method", None, "The method of the merge.")
     flags.DEFINE_multi_string("gene", [], "NAME=X: a number of the method.")
@@ -63,6 +69,7 @@ def evaluate() -> None:
 
     --out=DIR     the run directory: evaluation.json has the scores, examples/ those of each example
     --task=TASK   what they are asked; may be given several times
+    --steps=A:B:C     the steps A, A + C, ..., B of the run whose directory is named
 
     {task}
 
@@ -81,13 +88,14 @@ def search() -> None:
                   merged/
     --task=TASK   what the merge should be good at; may be given several times
     --steps=N     along the gradient of the tasks' scores; 60 unless you say otherwise
+    --steps=A:B:C     the members are the steps A, A + C, ..., B of the run whose directory is
+                  named; what is searched are the length of a window of them, and its curve
 
     {task}
 
     What is maximised is the mean over the tasks, on the search examples of each; what is reported
     are its test examples, beside every checkpoint and the simple baselines.
     """
-    flags.DEFINE_integer("steps", None, "Steps along the gradient.", lower_bound=1)
     command_line.define_processes()
     _start_with_tasks(_search, search.__doc__)
 
@@ -141,6 +149,7 @@ def _value(text: str) -> Any:
 def _start(main: Callable[[Config, str, str], None], about: str | None) -> None:
     """Runs `main` with the config that the arguments make, --out, and the command as typed."""
     flags.DEFINE_string("out", None, "Where the result goes.")
+    flags.DEFINE_string("steps", None, "Steps of a run, start:stop:every; of a search also N.")
 
     def run(arguments: Sequence[str]) -> None:
         config: Config = flags.FLAGS.config
@@ -171,7 +180,7 @@ def _yaml(config: Config) -> str:
 
 
 def _merge_yaml(config: Config, path: str, out: str, command: str) -> None:
-    for name in ("weights", "format", "method", "gene"):
+    for name in ("weights", "steps", "schedule", "format", "method", "gene"):
         if flags.FLAGS[name].present:
             raise JaxmergeError(
                 "the YAML says how to merge, and the result is a Hugging Face directory",
@@ -187,7 +196,10 @@ def _merge_yaml(config: Config, path: str, out: str, command: str) -> None:
 def _merge(config: Config, out: str, command: str) -> None:
     if path := _yaml(config):
         return _merge_yaml(config, path, out, command)
-    found = formats(config.pool.checkpoints)
+    if flags.FLAGS.schedule:
+        config.merge.schedule = flags.FLAGS.schedule
+    _set_steps(config)
+    found = formats(members(config))
     stored = found <= STORED.keys()
     own = "huggingface" if not stored else "orbax" if len(found) > 1 else min(found)
     config.export.formats = (flags.FLAGS.format or own,)
@@ -213,10 +225,10 @@ def _merge(config: Config, out: str, command: str) -> None:
     check_choice("--method", config.merge.method, tuple(METHODS))
     if flags.FLAGS.weights:
         config.merge.weights = _numbers(flags.FLAGS.weights, "--weights")
-    elif not (config.merge.weights or config.merge.weights_file) and takes_weights(
-        config.merge.method
-    ):
-        K = count(config.pool.checkpoints)
+    elif not (
+        config.merge.weights or config.merge.weights_file or config.merge.schedule
+    ) and takes_weights(config.merge.method):
+        K = count(members(config))
         config.merge.weights = (1 / K,) * K
     path = Path(out).absolute()
     command_line.merge(config, str(path.with_name(f".{path.name}.jaxmerge")), command, out)
@@ -242,6 +254,7 @@ def _gene(value: str, text: str) -> Any:
 
 def _evaluate(config: Config, out: str, command: str) -> None:
     _set_tasks(config)
+    _set_steps(config)
     command_line.evaluate(config, out, command)
 
 
@@ -250,9 +263,20 @@ def _search(config: Config, out: str, command: str) -> None:
         config.pool.checkpoints = ()
         _set_fields(config, evolve.read(path))
     _set_tasks(config)
-    if flags.FLAGS.steps:
-        config.search.steps = flags.FLAGS.steps
+    if (flags.FLAGS.steps or "").isdecimal():
+        config.search.steps = int(flags.FLAGS.steps)
+    elif _set_steps(config):
+        config.space.constraint = WINDOW
     command_line.search(config, out, command)
+
+
+def _set_steps(config: Config) -> bool:
+    """Puts the steps of a run into the config; whether --steps says any."""
+    if flags.FLAGS.steps is None:
+        return False
+    config.pool.steps = flags.FLAGS.steps
+    check(config.pool.steps, config.pool.checkpoints)
+    return True
 
 
 def _set_fields(config: Config, fields: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -34,10 +34,10 @@ from jaxmerge.experiment.sources import (
     find_checkpoints,
     host_alone,
     huggingface_directory,
+    members,
     start_jax,
     tokenizer_directory,
 )
-from jaxmerge.merge.linear import linear
 from jaxmerge.rundir import RunDirectory
 from jaxmerge.streaming import merge as streaming
 from jaxmerge.streaming.merge import Output
@@ -80,7 +80,7 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     if config.merge.method != "linear":
         return _by_method(config, workdir, command, out)
     in_blocks, by_leaf = _paths(config)
-    as_stored = survey.by_name(config.pool.checkpoints) and not config.merge.weights_file
+    as_stored = survey.by_name(members(config)) and not config.merge.weights_file
     sources = find_checkpoints(config, by_tensor=bool(in_blocks), as_stored=as_stored)
     # Before anything is written: it may refuse what can be merged by tensor, or as it is stored.
     parts = [
@@ -92,8 +92,8 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     merges = _merges(config, sources)
     if "lora" in config.export.formats:
         lora_export.check_weights([each.weights for each in merges])
-    for warning in filter(None, map(_warning, merges)):
-        print(f"jaxmerge: {warning}", file=sys.stderr)
+    for said in filter(None, [given.window(config), *map(_warning, merges)]):
+        print(f"jaxmerge: {said}", file=sys.stderr)
     if out:
         _check_place(Path(out), Path(workdir), merges, config.export.formats)
     written = []
@@ -121,10 +121,10 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
 def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Path]:
     """The merges by another method than the weighted sum, a tensor at a time."""
     with_base = methods.takes_base(config)
-    count = survey.count(config.pool.checkpoints)
+    count = survey.count(members(config))
     methods.check_inputs(config.merge.method, count, with_base=bool(with_base and config.pool.base))
     by_tensor = _paths(config) == (("huggingface",), ())
-    by_name = {*formats(config.pool.checkpoints), *config.export.formats} <= STORED.keys()
+    by_name = {*formats(members(config)), *config.export.formats} <= STORED.keys()
     sources = find_checkpoints(
         config,
         by_tensor=by_tensor,
@@ -183,7 +183,7 @@ def set_up_host(config: Config) -> None:
 def _paths(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The formats that are written in blocks, and those that are written leaf by leaf."""
     wanted = tuple(config.export.formats)
-    if formats(config.pool.checkpoints) != {"huggingface"} or config.merge.weights_file:
+    if formats(members(config)) != {"huggingface"} or config.merge.weights_file:
         return (), wanted
     in_blocks = tuple(name for name in wanted if name == "huggingface")
     return in_blocks, tuple(name for name in wanted if name not in in_blocks)
@@ -195,7 +195,7 @@ def _views(config: Config, by_leaf: tuple[str, ...]) -> list[tuple[tuple[str, ..
     Orbax checkpoints and the like are merged by name, whatever model they are of, and written as
     they came. All other formats are made of the decoder's leaves.
     """
-    if not survey.by_name(config.pool.checkpoints) or config.merge.weights_file:
+    if not survey.by_name(members(config)) or config.merge.weights_file:
         return [(by_leaf, False)] if by_leaf else []
     by_name = tuple(each for each in by_leaf if each in STORED)
     skipped = () if base_of(config) else ("huggingface",)  # see `export`
@@ -205,20 +205,20 @@ def _views(config: Config, by_leaf: tuple[str, ...]) -> list[tuple[tuple[str, ..
 
 def _merges(config: Config, sources: Sequence[Source]) -> list[Merge]:
     """The merges that are asked for, each with one weight per checkpoint."""
-    weights, names = tuple(config.merge.weights), tuple(config.merge.names)
+    weights, names = given.weights_of(config, len(sources)), tuple(config.merge.names)
     if config.merge.weights_file:
         return [_from_file(config, sources)]
     several = any(isinstance(each, tuple | list) for each in weights)
     rows = weights if several else (weights,)
     if methods.takes_weights(config.merge.method):
         for row in rows:
-            _check_weights(row, sources)
+            given.check_weights(row, [source.name for source in sources])
     elif weights:
         raise JaxmergeError(
             f"checkpoints have no weights in {config.merge.method}",
-            where="merge.weights",
-            expected="()",
-            found=str(weights),
+            where="merge.schedule" if config.merge.schedule else "merge.weights",
+            expected="neither weights nor a schedule",
+            found=config.merge.schedule or str(weights),
         )
     if not several and not names:
         return [_merge_of(config, "merged", weights)]
@@ -264,23 +264,6 @@ def _check_place(out: Path, workdir: Path, merges: Sequence[Merge], wanted: Sequ
         )
 
 
-def _check_weights(row: Any, sources: Sequence[Source]) -> None:
-    if not isinstance(row, tuple | list) or len(row) != len(sources):
-        raise JaxmergeError(
-            "needs one weight per checkpoint",
-            where="merge.weights",
-            expected=f"{len(sources)} numbers, for {', '.join(each.name for each in sources)}",
-            found=str(row),
-        )
-    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in row):
-        raise JaxmergeError(
-            "weights are finite numbers",
-            where="merge.weights",
-            expected="a number for each checkpoint",
-            found=str(row),
-        )
-
-
 def _warning(merge: Merge) -> str:
     """What is said of weights that make no average; they are used as they are. "": nothing."""
     total = math.fsum(merge.weights)
@@ -321,7 +304,7 @@ def _in_blocks(
             directory,
             like=huggingface_directory(config, sources),
             tokenizer=tokenizer_directory(config, sources),
-            card=lambda records, output: _card(records, output.weights, command),
+            card=lambda records, output: _card(config, records, output.weights, command),
             memory_bytes=config.merge.memory_bytes,
             progress=bar.update,
         )
@@ -351,11 +334,13 @@ def _by_leaf(
     )
     for each in merges:
         leaves = LeafStream(sources, jax.devices()[0], dtype=config.pool.dtype)
-        text = functools.partial(_card_of_stream, leaves, each, command)
+        text = functools.partial(_card_of_stream, config, leaves, each, command)
         written += export(
             directory / each.path,
             leaves.abstract,
-            functools.partial(_merged_leaf, leaves, each.given),
+            functools.partial(
+                leaves.linear, weights_K=each.given.weights, groups=each.given.groups
+            ),
             source=sources[0],
             architecture=sources[0].architecture,
             like=huggingface_directory(config, sources),
@@ -374,26 +359,25 @@ def _by_leaf(
     return written, records
 
 
-def _merged_leaf(leaves: LeafStream, given: Given, name: str) -> jax.Array:
-    trees = [{name: leaf} for leaf in leaves(name)]
-    return linear(trees, given.weights, given.groups)[name]
-
-
 def _read_all(leaves: LeafStream) -> None:
     for name in named_leaves(leaves.abstract):
         leaves(name)
 
 
-def _card_of_stream(leaves: LeafStream, merge: Merge, command: str) -> str:
+def _card_of_stream(config: Config, leaves: LeafStream, merge: Merge, command: str) -> str:
     if not leaves.read:  # of an adapter, whose factors alone were read
         _read_all(leaves)
     groups = merge.given.groups
     count = len(groups.names) if groups else 1
-    return _card(leaves.records(), merge.weights, command, count)
+    return _card(config, leaves.records(), merge.weights, command, count)
 
 
 def _card(
-    records: Sequence[Record], weights: Sequence[float], command: str, groups: int = 1
+    config: Config,
+    records: Sequence[Record],
+    weights: Sequence[float],
+    command: str,
+    groups: int = 1,
 ) -> str:
     plain = [dataclasses.asdict(record) for record in records]
-    return card.of_weights(plain, list(weights), command, groups)
+    return card.of_weights(plain, list(weights), command, groups, given.window(config))

@@ -28,6 +28,7 @@ from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.stream import LeafStream
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError, check_finite
+from jaxmerge.experiment import given as given_numbers
 from jaxmerge.experiment.given import Given
 from jaxmerge.experiment.sources import huggingface_directory, tokenizer_directory
 from jaxmerge.merge.methods import METHODS, check_inputs, complete, merge_tensor
@@ -276,7 +277,9 @@ def described(config: Config, given: Given) -> str:
     genes += " in the first group of leaves; others have their own" if given.groups else ""
     named = f"`{config.merge.method}` ({METHODS[config.merge.method].paper})"
     variant = ", in mergekit's variant" if config.merge.variant == "mergekit" else ""
-    return f"by {named}{variant}" + (f", with {genes}" if genes else "")
+    numbers = f", with {genes}" if genes else ""
+    window = given_numbers.window(config).rstrip(".")
+    return f"by {named}{variant}{numbers}" + (f". {window}" if window else "")
 
 
 def _genes(config: Config, weights: Any, genes: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,9 @@ def search(
     run = functools.partial(
         loop.search,
         archive,
-        to_weights=_to_coefficients(config, prepared),
+        to_weights=_to_coefficients(config, prepared, len(prepared.pool.names)),
         objective=objective,
+        numbers=_numbers(config, prepared, len(prepared.pool.names)),
         seed=config.seed,
         save_seconds=search.save_seconds,
     )
@@ -154,6 +155,8 @@ def analyse(
     names, directory = prepared.pool.names, prepared.directory
 
     def search_over(chosen: Sequence[int]) -> Found:
+        if config.space.constraint == space.WINDOW:
+            chosen = sorted(chosen)  # from the oldest on
         name = f"best-{len(chosen)}"
         budget, groups = pool_size_budget(config), prepared.pool.count
         if climbed:
@@ -161,12 +164,13 @@ def analyse(
             budget = climbed.evaluations
         else:
             strategy = build_strategy(config, len(names), chosen, groups)
-        to_weights = _to_coefficients(config, prepared)
+        to_weights = _to_coefficients(config, prepared, len(chosen))
         best = loop.search(
             archive,
             strategy,
             lambda z: space.spread(to_weights(z), chosen, len(names)),
             objective=objective,
+            numbers=_numbers(config, prepared, len(chosen)),
             budget=budget,
             budget_tokens=config.search.budget_tokens,
             seed=config.seed,
@@ -213,12 +217,27 @@ def stored(prepared: Prepared, winner: Candidate) -> dict[str, Any] | None:
     return {**error, "scores": scores}
 
 
-def _to_coefficients(config: Config, prepared: Prepared) -> loop.ToWeights:
-    """Genotypes to merge weights, or to a method's rows, as the config says."""
+def _numbers(config: Config, prepared: Prepared, checkpoints: int) -> loop.ToNumbers | None:
+    """Genotypes to the numbers of their windows, of so many checkpoints; None: they have none."""
+    fields = config.space
+    if fields.constraint != space.WINDOW:
+        return None
+    return lambda z: space.numbers_of_window(
+        z, checkpoints, fields.bounds, groups=prepared.pool.count, shrink=fields.shrink
+    )
+
+
+def _to_coefficients(config: Config, prepared: Prepared, checkpoints: int) -> loop.ToWeights:
+    """Genotypes to merge weights of so many checkpoints, or to a method's rows."""
     fields, method, groups = config.space, prepared.method, prepared.pool.count
     if method is None:
         return lambda z: space.weights(
-            z, fields.constraint, fields.bounds, groups=groups, shrink=fields.shrink
+            z,
+            fields.constraint,
+            fields.bounds,
+            groups=groups,
+            shrink=fields.shrink,
+            checkpoints=checkpoints,
         )
     return lambda z: space.rows(
         z,

@@ -228,7 +228,7 @@ def made_of(config: Config) -> dict[str, Any]:
         "pool": pool,
         "residency": pool,
         "evaluators": [pool, tasks, plain["evaluate"], search["population"], of_gradient],
-        "strategy": [sources, strategy, grain, merged],
+        "strategy": [sources, strategy, grain, merged, plain["space"]["constraint"]],
         "sources": sources,
         "model": sources,
         "tasks": tasks,

@@ -287,6 +287,7 @@ def _entry(
         "weights": dict(zip(names, found.candidate.by_checkpoint)),
         **({"groups": grouped} if isinstance(grouped[0], tuple) else {}),
         **({} if found.candidate.genes is None else {"genes": found.candidate.genes}),
+        **({} if found.candidate.window is None else {"window": found.candidate.window}),
         "evaluations": found.evaluations,
         "tokens": found.tokens,
         "search": found.candidate.scores,

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxmerge.checkpoints import lora_export, orbax
+from jaxmerge.checkpoints import lora_export, orbax, steps
 from jaxmerge.checkpoints.export import check_like
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import survey
@@ -58,6 +58,19 @@ def host_alone() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def members(config: Config) -> tuple[str, ...]:
+    """Paths and patterns of the pool's checkpoints; of the steps of a run the path of each.
+
+    Raises:
+        JaxmergeError: the run has no such steps.
+    """
+    pool = config.pool
+    if not pool.steps:
+        return tuple(pool.checkpoints)
+    steps.check(pool.steps, pool.checkpoints)
+    return steps.members(pool.checkpoints[0], pool.steps)
+
+
 def find_checkpoints(
     config: Config,
     *,
@@ -80,7 +93,7 @@ def find_checkpoints(
     pool = config.pool
     where = where_of(config)
     where["as_stored"] |= as_stored
-    patterns = (*pool.checkpoints, pool.base) if with_base else pool.checkpoints
+    patterns = (*members(config), pool.base) if with_base else members(config)
     sources = survey(patterns, **where, dtype=pool.dtype, by_tensor=by_tensor)
     tokenizer_directory(config, sources)
     if "lora" in config.export.formats and not as_stored:

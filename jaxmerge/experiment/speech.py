@@ -18,9 +18,10 @@ from jaxmerge.durable import as_json, read_json, replacing
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator
 from jaxmerge.evaluation.speech import MEMBERS, PROMPTS, TOKENS, Verdict, listen
+from jaxmerge.experiment import given
 from jaxmerge.experiment.build import build_limits, build_model, build_tokenizer
 from jaxmerge.experiment.prepare import Prepared
-from jaxmerge.experiment.sources import huggingface_directory, where_of
+from jaxmerge.experiment.sources import huggingface_directory, members, where_of
 from jaxmerge.planning.here import room_of
 from jaxmerge.rundir import Candidate
 from jaxmerge.search.archive import stacked
@@ -71,7 +72,7 @@ def of_merge(config: Config, workdir: Path, written: Sequence[Path]) -> None:
         if str(path) in known:
             continue
         try:
-            found = _asked(config, path, _weights(config, _name(path)))
+            found = _asked(config, path)
         except JaxmergeError as error:
             found = f"it was not asked whether it still speaks: {error.what}"
         if isinstance(found, str):
@@ -91,9 +92,9 @@ def _name(path: Path) -> str:
     return path.parent.name
 
 
-def _weights(config: Config, name: str) -> Sequence[float]:
+def _weights(config: Config, name: str, checkpoints: int) -> Sequence[float]:
     """The weights of a merge; (): its method takes none."""
-    weights, names = tuple(config.merge.weights), tuple(config.merge.names)
+    weights, names = given.weights_of(config, checkpoints), tuple(config.merge.names)
     if not weights or not isinstance(weights[0], tuple | list):
         return weights
     return weights[(names or tuple(map(str, range(len(weights))))).index(name)]
@@ -103,13 +104,13 @@ def _say(path: Path, what: str) -> None:
     print(f"jaxmerge: {path}: {what}", file=sys.stderr)
 
 
-def _asked(config: Config, path: Path, weights: Sequence[float]) -> Verdict | str:
+def _asked(config: Config, path: Path) -> Verdict | str:
     """What was found; or why nothing was."""
-    pool, where = config.pool, where_of(config)
-    found = find(pool.checkpoints, **where)
+    where = where_of(config)
+    found = find(members(config), **where)
     # A merge says itself where its parameters are.
     made: dict[str, Any] = where | {"item": "", "subtree": "", "vocabulary": ""}
-    weights = weights or (1.0,) * len(found)
+    weights = _weights(config, _name(path), len(found)) or (1.0,) * len(found)
     sources = [*(found[k] for k in _heaviest(np.array(weights))), *find([str(path)], **made)]
     need, room = byte_count(sources[0].abstract) * (len(sources) + 1), _room(config)
     if need > room:

@@ -74,7 +74,7 @@ class LeafwiseMerger:
         like = named_leaves(self._like)[name]
         pop = like.sharding.mesh.shape["pop"]  # every place of the axis makes the same one
         merged = self._merged(name, like, np.repeat(weights_K[None], pop, axis=0))
-        return jax.jit(lambda leaf: leaf[0], out_shardings=like.sharding)(merged)
+        return _first(like.sharding)(merged)
 
     def leaves(self, name: str) -> list[Array]:
         """That leaf of every checkpoint."""
@@ -107,6 +107,11 @@ class LeafwiseMerger:
 
 
 _product = jax.jit(product, static_argnames="by_slice")
+
+
+@functools.cache
+def _first(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda leaf: leaf[0], out_shardings=sharding)
 
 
 def adding(

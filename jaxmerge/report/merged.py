@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxmerge.report import markup
 from jaxmerge.report.markup import text
 from jaxmerge.report.reading import Json, Run
+from jaxmerge.scores import formatting
 
 
 def method_section(results: Json) -> str:
@@ -34,6 +35,22 @@ def method_section(results: Json) -> str:
             "this method."
         ),
         markup.facts(said),
+    )
+
+
+def window_section(results: Json) -> str:
+    """The length and the curve of the winner's window, where a search was over those."""
+    numbers = results["best"].get("window")
+    if not numbers:
+        return ""
+    said = formatting.window(numbers, len(results["best"]["weights"]))
+    return markup.section(
+        "The window of the run",
+        markup.note(
+            "Searched were the length of a window that ends at the newest checkpoint, and the "
+            "exponent of the decay curve that its weights stand for."
+        ),
+        markup.facts({"The winner is": text(said)}),
     )
 
 

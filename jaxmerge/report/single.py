@@ -70,6 +70,7 @@ def _finished(run: Run, results: Json) -> str:
         _search_section(run),
         tables.weights_section(run, results),
         merged.method_section(results),
+        merged.window_section(results),
         merged.groups_section(run, results),
         merged.kinship_section(run, results),
         tables.scores_section(run, results),

@@ -71,3 +71,21 @@ def headings(title: str, names: Sequence[str], formats: Sequence[Format]) -> tup
     if all(form.percent for form in formats):
         return f"{title}, %", list(names)
     return title, [name + ", %" * form.percent for name, form in zip(names, formats)]
+
+
+def window(numbers: Mapping[str, Any], checkpoints: int) -> str:
+    """The window of a merge of a run's steps in words; of groups that have their own the means.
+
+    Args:
+        numbers: `length` and `exponent`, as results.json has them.
+        checkpoints: K.
+    """
+    by_group = isinstance(numbers["length"], list | tuple)
+    length, exponent = (
+        sum(each) / len(each) if by_group else each
+        for each in (numbers["length"], numbers["exponent"])
+    )
+    return (
+        f"{'in the mean over groups ' if by_group else ''}the newest {length:.3g} of {checkpoints} "
+        f"checkpoints, as if the learning rate had decayed by 1 - x^{exponent:.3g} over them"
+    )

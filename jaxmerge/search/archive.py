@@ -41,6 +41,7 @@ class Request(NamedTuple):
     tokens: Mapping[str, int] | None = None
     seconds: float = 0.0
     expected: Mapping[str, float] | None = None
+    window: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> Weights:
@@ -280,6 +281,7 @@ class Archive:
                     tokens=_added({"read": one.read, "written": one.written}, request.tokens),
                     out_of=None if n == out_of else out_of,
                     expected=dict(request.expected) if request.expected else None,
+                    window=dict(request.window) if request.window else None,
                 )
             )
         tasks = scored[0].row

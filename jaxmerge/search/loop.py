@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -42,6 +42,7 @@ class Economy(NamedTuple):
 
 
 ToWeights = Callable[[Float[np.ndarray, "P D"]], Float[np.ndarray, "P *G K"]]
+ToNumbers = Callable[[Float[np.ndarray, "P D"]], Sequence[Mapping[str, Any]]]
 
 
 def search(
@@ -58,6 +59,7 @@ def search(
     origin: str = "search",
     name: str = "search",
     economy: Economy | None = None,
+    numbers: ToNumbers | None = None,
 ) -> Candidate:
     """Runs `budget // population` generations at most; returns the best candidate of them.
 
@@ -78,6 +80,8 @@ def search(
         economy: how fewer examples are scored. The candidates that are scored in full for the
             decision have the origin `ORIGIN:decision`; they are not of the budget. None: all
             candidates are scored on all examples.
+        numbers: genotypes to the numbers of their windows, see `space.window`; None: genotypes are
+            of no window.
 
     Raises:
         JaxmergeError: a budget is less than one generation.
@@ -98,11 +102,8 @@ def search(
         mine = [past for past in archive.past if (past.origin, past.name) == (origin, name)]
         if budget_tokens and not _fits(archive, strategy, economy, mine, budget_tokens):
             break
-        started = time.perf_counter()
-        z_PxD, state = strategy.ask(seed, generation, state)
-        requests = [Request(origin, name, row, generation) for row in to_weights(z_PxD)]
-        took = time.perf_counter() - started
-        requests[0] = requests[0]._replace(**_of_asking(strategy, generation, state), seconds=took)
+        z_PxD, state, asked = _asked(strategy, seed, generation, state, to_weights, numbers)
+        requests = [one._replace(origin=origin, name=name) for one in asked]
         scored = _evaluated(archive, economy, requests)
         fitness_P = np.array([objective.of(one.scores) for one in scored])
         # A process that went astray must not go on: its collectives would match nobody's.
@@ -116,10 +117,31 @@ def search(
     return best(_decided(archive, economy, mine, objective) if economy else mine, objective)
 
 
-def _of_asking(strategy: Strategy, generation: int, state: State) -> dict[str, Any]:
-    """What the first candidate of a generation has that the others have not."""
-    expected = strategy.expected(generation, state)
-    return {"tokens": strategy.tokens(generation), "expected": expected}
+def _asked(
+    strategy: Strategy,
+    seed: int,
+    generation: int,
+    state: State,
+    to_weights: ToWeights,
+    numbers: ToNumbers | None,
+) -> tuple[Float[np.ndarray, "P D"], State, list[Request]]:
+    """The genotypes of a generation, the state after them, and requests that lack origin and name.
+
+    The first has what asking took, and what is expected.
+    """
+    started = time.perf_counter()
+    z_PxD, state = strategy.ask(seed, generation, state)
+    windows = numbers(z_PxD) if numbers else [None] * len(z_PxD)
+    requests = [
+        Request("", "", row, generation, window=of_window)
+        for row, of_window in zip(to_weights(z_PxD), windows)
+    ]
+    requests[0] = requests[0]._replace(
+        tokens=strategy.tokens(generation),
+        expected=strategy.expected(generation, state),
+        seconds=time.perf_counter() - started,
+    )
+    return z_PxD, state, requests
 
 
 def _refuse(where: str, expected: str, found: int) -> NoReturn:

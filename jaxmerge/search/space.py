@@ -4,17 +4,22 @@ A genotype z has one value per checkpoint, of each group of leaves that has weig
 z = 0 is the uniform soup under every constraint. The unit of z is the uniform weight 1/K (for
 softmax, a factor e), so that one step size suits all. Of a method's own numbers z = 0 is the
 default, and the unit half their range. The functions take arrays of NumPy or of JAX.
+
+Of the steps of one run two values are enough, the length of a window and the exponent of its decay
+curve, see `window`; z = 0 is the uniform merge there too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.merge import schedules
+from jaxmerge.rundir import as_gene
 
 Weights = Float[np.ndarray, "P *G K"]
 
@@ -45,7 +50,56 @@ def free(z: Any) -> Any:
     return (1 + z) / z.shape[-1]
 
 
+def window(z: Any, checkpoints: int) -> Any:
+    """Weights of the window that z describes, of the oldest of K checkpoints first; sum to one.
+
+    Its length is n = K exp(z_0), in checkpoints, and its decay curve 1 - x^p with p = exp(z_1); see
+    `schedules.window`. The two are what `numbers_of_window` gives.
+
+    Args:
+        z: `[..., 2]`.
+        checkpoints: K.
+    """
+    length, exponent = _of_window(z, checkpoints)
+    return schedules.window(length, exponent, checkpoints)
+
+
+def numbers_of_window(
+    z_PxD: Float[np.ndarray, "P D"],
+    checkpoints: int,
+    bounds: tuple[float, float] = (-8.0, 8.0),
+    *,
+    groups: int = 1,
+    shrink: float = 0.0,
+) -> list[dict[str, float | tuple[float, ...]]]:
+    """`length`, in checkpoints, and `exponent` of each genotype's window, as a candidate has them.
+
+    Args:
+        z_PxD: genotypes of `window`.
+        checkpoints: K.
+        bounds: see `weights`; `groups` and `shrink` too.
+    """
+    z = _by_group(z_PxD, groups)
+    pulled = _pulled(z, bounds, shrink if groups > 1 else 0.0)
+    names = ("length", "exponent")
+    return [
+        {name: as_gene(number) for name, number in zip(names, _of_window(row, checkpoints))}
+        for row in pulled
+    ]
+
+
+def _of_window(z: Any, checkpoints: int) -> tuple[Any, Any]:
+    grown = z.__array_namespace__().exp(z)
+    return checkpoints * grown[..., 0], grown[..., 1]
+
+
 CONSTRAINTS = {"softmax": softmax, "abs": absolute, "signed": signed, "free": free}
+WINDOW = "window"  # a constraint too, of the steps of one run
+
+
+def dimension(constraint: str, checkpoints: int) -> int:
+    """Values of a genotype, of each group, for K checkpoints."""
+    return 2 if constraint == WINDOW else checkpoints
 
 
 def mapped(
@@ -53,13 +107,17 @@ def mapped(
     constraint: str = "softmax",
     bounds: tuple[float, float] = (-8.0, 8.0),
     shrink: float = 0.0,
+    checkpoints: int = 0,
 ) -> Any:
     """Merge weights of genotypes `[..., K]`, or `[..., G, K]` of G groups; differentiable.
 
     z'_g = m + (1 - shrink) (clip(z_g) - m), m being the mean over groups: with a shrink of 1 all
-    groups have the same weights.
+    groups have the same weights. Genotypes of a window are `[..., 2]`, of K `checkpoints`.
     """
-    return CONSTRAINTS[constraint](_pulled(z, bounds, shrink))
+    pulled = _pulled(z, bounds, shrink)
+    if constraint == WINDOW:
+        return window(pulled, checkpoints)
+    return CONSTRAINTS[constraint](pulled)
 
 
 def _pulled(z: Any, bounds: tuple[float, float], shrink: float) -> Any:
@@ -144,9 +202,7 @@ def rows(
         weighted: whether checkpoints have weights; else genotypes have none, and rows 1/K.
     """
     check(constraint, bounds, shrink)
-    z = np.asarray(z_PxD, np.float64)
-    z = z.reshape(len(z), groups, -1) if groups > 1 else z
-    shrink = shrink if groups > 1 else 0.0
+    z, shrink = _by_group(z_PxD, groups), shrink if groups > 1 else 0.0
     found = row(z, checkpoints, ranges, constraint, bounds, shrink, weighted=weighted)
     return found.astype(np.float32)
 
@@ -158,21 +214,27 @@ def weights(
     *,
     groups: int = 1,
     shrink: float = 0.0,
+    checkpoints: int = 0,
 ) -> Weights:
     """Merge weights of a population of genotypes, in float32; `[P, G, K]` of several groups.
 
     Args:
         z_PxD: genotypes; of G groups one after the other.
-        constraint: a name in `CONSTRAINTS`.
+        constraint: a name in `CONSTRAINTS`, or `WINDOW`.
         bounds: each z_k is first clipped to [low, high].
         groups: G.
         shrink: see `mapped`; of several groups.
+        checkpoints: K, which the genotypes of a window do not say.
     """
     check(constraint, bounds, shrink)
+    z = _by_group(z_PxD, groups)
+    pulled = shrink if groups > 1 else 0.0
+    return mapped(z, constraint, bounds, pulled, checkpoints).astype(np.float32)
+
+
+def _by_group(z_PxD: Float[np.ndarray, "P D"], groups: int) -> Float[np.ndarray, "P *G d"]:
     z = np.asarray(z_PxD, np.float64)
-    if groups > 1:
-        z = z.reshape(len(z), groups, -1)
-    return mapped(z, constraint, bounds, shrink if groups > 1 else 0.0).astype(np.float32)
+    return z.reshape(len(z), groups, -1) if groups > 1 else z
 
 
 def genotypes(
@@ -237,11 +299,11 @@ def check(constraint: str, bounds: tuple[float, float], shrink: float = 0.0) -> 
         raise JaxmergeError(
             "out of range", where="space.shrink", expected="from 0 to 1", found=str(shrink)
         )
-    if constraint not in CONSTRAINTS:
+    if constraint not in (*CONSTRAINTS, WINDOW):
         raise JaxmergeError(
             "unknown constraint",
             where="space.constraint",
-            expected=", ".join(CONSTRAINTS),
+            expected=", ".join((*CONSTRAINTS, WINDOW)),
             found=constraint,
         )
     if not bounds[0] < 0 < bounds[1]:
@@ -251,3 +313,22 @@ def check(constraint: str, bounds: tuple[float, float], shrink: float = 0.0) -> 
             expected="a negative and a positive number, such as (-8, 8)",
             found=str(bounds),
         )
+
+
+def check_window(fields: Mapping[str, Any]) -> None:
+    """Raises `JaxmergeError` for what a search over a window's two numbers does not go with.
+
+    Args:
+        fields: of a config, by their full names.
+    """
+    for where, right, expected in (
+        ("merge.method", "linear", "linear; or another space.constraint, such as softmax"),
+        ("search.warm_start", "", '"": there are but two numbers'),
+    ):
+        if fields[where] != right:
+            raise JaxmergeError(
+                "a search over the window of a run does not go with this",
+                where=where,
+                expected=expected,
+                found=str(fields[where]),
+            )

@@ -1,5 +1,6 @@
 """Orbax checkpoints as trainers write them: which part is merged, and what is written back."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxmerge.checkpoints import orbax, parameters, pool
 from jaxmerge.checkpoints.survey import find, survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment.merge import merge
+from jaxmerge.merge.linear import linear
 from jaxmerge.sharding import make_mesh
 from jaxmerge.trees import named_leaves
 
@@ -171,6 +173,28 @@ def test_written_back_as_it_came(tmp_path):
     assert (again.item, again.subtree, dict(again.custom)) == ("items", "params/params", custom)
     assert set(again.checksums) == set(named_leaves(weights(0)))
     survey([str(steps[0]), str(path)])  # alike
+
+
+def test_steps_of_a_run_by_a_schedule(tmp_path, capsys):
+    """The steps that are named alone, in the order of their numbers, oldest first."""
+    for step in (500, 1000, 1500, 2000):
+        save_step(tmp_path / "run" / str(step), items={"params": {"params": weights(step)}})
+    config = configs.default()
+    config.pool.checkpoints, config.pool.steps = (str(tmp_path / "run"),), "500:1500:500"
+    config.merge.schedule, config.export.formats = "sqrt", ("orbax",)
+    (path,) = merge(config, str(tmp_path / "out"))
+    assert "steps 500:1500:500 of one run. Weights are those of" in capsys.readouterr().err
+    said = json.loads((tmp_path / "out" / "pool.json").read_text())["checkpoints"]
+    assert [each["name"] for each in said] == ["500", "1000", "1500"]
+    (found,) = pool.load([describe(path)], make_mesh(), ()).trees
+    expected = linear(
+        [weights(step) for step in (500, 1000, 1500)],
+        np.array([3**-0.5, (2 / 3) ** 0.5 - 3**-0.5, 1 - (2 / 3) ** 0.5], np.float32),
+    )
+    assert_same(found, expected)
+    config.merge.weights = (0.5, 0.25, 0.25)
+    with pytest.raises(JaxmergeError, match=r"merge\.weights"):
+        merge(config, str(tmp_path / "other"))
 
 
 def test_written_back_flat(tmp_path):

@@ -1,9 +1,11 @@
 """Orbax checkpoints: written and read on any mesh, and refused when anything is wrong with them."""
 
+import gc
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import orbax.checkpoint as orbax_v0
 import pytest
 from jax.sharding import Mesh
 
-from jaxmerge.checkpoints import orbax
+from jaxmerge.checkpoints import orbax, orbax_writing
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
@@ -215,6 +217,33 @@ def test_an_existing_path_is_never_written_to(copy, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
     assert not list((tmp_path / "empty").iterdir())
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_leaves_are_made_when_their_turn_comes(tmp_path, mesh, monkeypatch):
+    """Those before are gone by then, and nothing is left of a checkpoint that fails."""
+    monkeypatch.setattr(orbax_writing, "_AT_ONCE", 1)
+    tree = {f"leaf{i}": np.full(3, i, np.float32) for i in range(6)}
+    alive: list[Any] = []
+
+    def leaf(name: str) -> jax.Array:
+        gc.collect()
+        alive[:] = [each for each in alive if each() is not None]
+        assert len(alive) <= 2  # of six: one that was written, and one that is being
+        found = jnp.asarray(tree[name])
+        alive.append(weakref.ref(found))
+        return found
+
+    orbax.save(tmp_path / "whole", tree, leaf=leaf)
+    assert_same_bytes(load(tmp_path / "whole", mesh), tree)
+
+    def fails(name: str) -> jax.Array:
+        if name == "leaf4":
+            raise JaxmergeError("damaged")
+        return leaf(name)
+
+    with pytest.raises(JaxmergeError, match="damaged"):
+        orbax.save(tmp_path / "failed", tree, leaf=fails)
+    assert [each.name for each in tmp_path.iterdir()] == ["whole"]
 
 
 @pytest.fixture(scope="module")

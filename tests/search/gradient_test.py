@@ -63,6 +63,27 @@ def test_the_objective_rises_to_a_known_optimum(constraint):
     np.testing.assert_allclose(found[1], best, atol=0.05)  # the mean of the last half
 
 
+def test_the_two_numbers_of_a_window_are_climbed():
+    """From the uniform merge to a window whose weights are the best."""
+    best = np.asarray(space.window(np.log(np.array([3.4 / 6, 0.6])), 6))
+
+    def slopes(weights_GxK, step, forms):
+        off = weights_GxK.astype(np.float64) - best
+        return {"a": Slope(np.full(3, 1 - np.sum(off**2)), -2 * off)}
+
+    settings = gradient.Settings("adam", 0.1, "cosine", 200, 200)
+    strategy = gradient.gradient(
+        *(slopes, straight, settings, define(["a"])),
+        start=np.zeros((1, 2), np.float32),
+        mapped=functools.partial(space.mapped, constraint=space.WINDOW, checkpoints=6),
+        summing=6,
+    )
+    z_PxD, _ = strategy.ask(0, 0, strategy.init(0))
+    (numbers, _) = space.numbers_of_window(z_PxD, 6)
+    assert numbers["length"] == pytest.approx(3.4, abs=0.1)
+    assert numbers["exponent"] == pytest.approx(0.6, abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

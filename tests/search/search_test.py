@@ -9,13 +9,14 @@ import pytest
 
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.evaluator import Evaluator, Step
+from jaxmerge.merge import schedules
 from jaxmerge.rundir import Candidate, RunDirectory, cost
 from jaxmerge.scores.objective import define
 from jaxmerge.search import baselines
 from jaxmerge.search.archive import Archive, Request
 from jaxmerge.search.baselines import Setting
 from jaxmerge.search.loop import search
-from jaxmerge.search.space import weights
+from jaxmerge.search.space import WINDOW, numbers_of_window, weights
 from jaxmerge.search.strategies import Strategy, evosax
 
 NAMES = ("north", "east", "south", "west")
@@ -123,6 +124,29 @@ def test_killed_at_any_step_it_ends_the_same(tmp_path, save_seconds, strategy):
         assert same_best.weights == best.weights
         assert rest == evaluated - before
     assert evaluated == _scored(json.dumps(line) for line in lines)
+
+
+def test_a_search_over_a_window_has_its_two_numbers_in_the_log(tmp_path):
+    """Each candidate's weights are those of its numbers, also as the log is read again."""
+    directory = RunDirectory(tmp_path, {})
+    best = search(
+        Archive(directory, {"search": Formula()}),
+        evosax("CMA_ES", 2, 4),
+        lambda z: weights(z, WINDOW, checkpoints=4),
+        objective=OBJECTIVE,
+        budget=12,
+        numbers=lambda z: numbers_of_window(z, 4),
+    )
+    directory.close()
+    again = RunDirectory(tmp_path, {})
+    again.close()
+    assert again.candidates == directory.candidates
+    assert best in again.candidates
+    for one in again.candidates:
+        assert one.window is not None
+        length, exponent = (np.asarray(each) for each in one.window.values())
+        expected = schedules.window(length, exponent, 4)
+        np.testing.assert_allclose(one.weights, expected, atol=1e-6)  # float32
 
 
 def test_a_finished_search_evaluates_nothing_again(tmp_path):

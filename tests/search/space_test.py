@@ -4,17 +4,31 @@ import numpy as np
 import pytest
 
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.merge.schedules import schedule_weights
 from jaxmerge.search import space
 
 BOUNDS = (-8.0, 8.0)
 Z = np.random.default_rng(0).normal(size=(50, 6)) * 2
 
 
-@pytest.mark.parametrize("constraint", space.CONSTRAINTS)
+@pytest.mark.parametrize("constraint", [*space.CONSTRAINTS, space.WINDOW])
 def test_zero_is_the_uniform_merge(constraint):
+    z = np.zeros((1, space.dimension(constraint, 5)))
     np.testing.assert_array_equal(
-        space.weights(np.zeros((1, 5)), constraint, BOUNDS), np.full((1, 5), 0.2, np.float32)
+        space.weights(z, constraint, BOUNDS, checkpoints=5), np.full((1, 5), 0.2, np.float32)
     )
+
+
+def test_two_numbers_are_a_window():
+    """Half of six checkpoints along 1 - sqrt(x); of groups each has its own."""
+    z = np.log(np.array([[0.5, 0.5], [1, 1]])).reshape(1, 4)
+    found = space.weights(z, space.WINDOW, BOUNDS, groups=2, checkpoints=6)
+    of_three = schedule_weights("sqrt", 3)
+    # A length that is whole up to its last bit: the square root of that bit is 1e-8.
+    np.testing.assert_allclose(found[0], [[0, 0, 0, *of_three], [1 / 6] * 6], atol=1e-7)
+    (numbers,) = space.numbers_of_window(z, 6, BOUNDS, groups=2)
+    np.testing.assert_allclose(numbers["length"], (3, 6))
+    np.testing.assert_allclose(numbers["exponent"], (0.5, 1))
 
 
 @pytest.mark.parametrize("constraint", ["softmax", "abs", "signed"])

@@ -98,6 +98,29 @@ def test_every_bit(tmp_path, dtype):
     assert_bits(tensors_of(path), reference(models, WEIGHTS))
 
 
+def test_steps_of_a_run_by_a_schedule(tmp_path):
+    """As the trainer of transformers names them: step 1000 comes after step 500."""
+    models = make(tmp_path / "models")
+    for model, step in zip(sorted(models.iterdir()), (1000, 500, 1500)):
+        model.rename(models / f"checkpoint-{step}")
+    config = config_of(models, ())
+    config.pool.checkpoints, config.pool.steps = (str(models),), "500:1500:500"
+    config.merge.schedule = "sqrt"
+    (path,) = merge(config, str(tmp_path / "run"))
+    oldest, middle, newest = 3**-0.5, (2 / 3) ** 0.5 - 3**-0.5, 1 - (2 / 3) ** 0.5
+    # Sorted by name, as the reference takes them, and so does not add them up in this order.
+    expected = reference(models, (middle, newest, oldest), merged=np.dtype("float32"))
+    for name, tensor in tensors_of(path).items():
+        np.testing.assert_allclose(
+            tensor.astype(np.float32), expected[name].astype(np.float32), rtol=2**-7, err_msg=name
+        )
+    card = (path / "README.md").read_text()
+    assert "steps 500:1500:500 of one run" in card
+    assert [line.split()[1] for line in card.splitlines() if line.startswith("| checkpoint-")] == [
+        *("checkpoint-500", "checkpoint-1000", "checkpoint-1500")
+    ]
+
+
 @pytest.mark.parametrize(
     ("merged", "written"),
     [
