@@ -22,6 +22,9 @@ OF_OTHER_KIND = (
 )
 
 
+_FOUND = 4000  # characters of what was found that a message has; of more, the ends
+
+
 class JaxmergeError(Exception):
     """A mistake in the input, told so that the reader can mend it.
 
@@ -37,6 +40,9 @@ class JaxmergeError(Exception):
         lines = [f"{where}: {what}" if where else what]
         if expected:
             lines.append(f"  expected: {expected}")
+        if len(found) > _FOUND:
+            half = _FOUND // 2
+            found = f"{found[:half]} ... {len(found):,} characters in all ... {found[-half:]}"
         if found:
             lines.append(f"  found:    {found}")
         super().__init__("\n".join(lines))

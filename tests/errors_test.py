@@ -35,3 +35,11 @@ def test_what_the_system_refuses_has_a_way_out():
     assert str(of_system(full)).startswith("/a/file: ")
     assert way_out(odd) == ""
     assert str(JaxmergeError("wrong", where="x", expected=way_out(odd))) == "x: wrong"
+
+
+def test_what_was_found_is_told_by_its_ends_where_it_is_long():
+    said = str(JaxmergeError("wrong", found="a" + "b" * 10_000 + "c"))
+    assert len(said) < 5000
+    assert "found:    ab" in said
+    assert " ... 10,002 characters in all ... " in said
+    assert said.endswith("bc")
