@@ -134,7 +134,7 @@ def export(
     """
     path = Path(path).expanduser()
     wanted = [name for name in formats if name != "huggingface" or like]
-    missing = _missing(path, wanted)
+    missing = lacking(path, wanted)
     alike = {source.format: source} if source else {}
     if "orbax" in missing:
         if missing != ["orbax"]:  # no leaf is merged twice
@@ -167,7 +167,7 @@ def export(
     return [place(path, name) for name in wanted]
 
 
-def _missing(path: Path, wanted: Sequence[str]) -> list[str]:
+def lacking(path: Path, wanted: Sequence[str]) -> list[str]:
     """The formats that are not there yet, as process 0 sees it."""
     there = processes.from_first(
         lambda: json.dumps([name for name in wanted if place(path, name).exists()]).encode()

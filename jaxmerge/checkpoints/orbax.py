@@ -24,6 +24,7 @@ from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.orbax_writing import Later
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError, at
+from jaxmerge.textfiles import parse_json
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
 _METADATA = "_CHECKPOINT_METADATA"  # of a checkpoint; older versions of Orbax wrote none
@@ -272,14 +273,19 @@ def _metadata(directory: epath.Path, item: str) -> Any:
             expected=_ANEW,
             found=_first_line(error),
         ) from error
-    if metadata.init_timestamp_nsecs is None and (directory / _METADATA).exists():
-        # Orbax logs this and goes on; the checksums would be lost.
+    lost = metadata.init_timestamp_nsecs is None  # Orbax logs this and goes on, without checksums
+    if lost and ((directory / _METADATA).exists() or _is_ours(directory / item / _TREE)):
         raise JaxmergeError(
             "the checkpoint's metadata can't be read",
             where=str(directory / _METADATA),
             expected=_ANEW,
         )
     return metadata
+
+
+def _is_ours(tree: epath.Path) -> bool:
+    said = parse_json(tree.read_bytes(), str(tree)) if tree.exists() else None
+    return isinstance(said, dict) and said.get("custom_metadata") == orbax_writing.MARK
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:

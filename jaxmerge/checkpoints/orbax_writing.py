@@ -14,6 +14,8 @@ from etils import epath
 from jaxmerge.hosts import processes
 from jaxmerge.trees import PyTree
 
+# Of the tree, beside its leaves: that the checkpoint was written with metadata of its own.
+MARK: Any = {"jaxmerge": True}
 _AT_ONCE = 2**26  # bytes of leaves that are written together, so that small ones are few writes
 
 
@@ -61,7 +63,7 @@ def write(path: epath.Path, item: str, tree: PyTree, custom: Mapping[str, Any]) 
     handler: Any = v0.PyTreeCheckpointHandler(
         use_compression=False, use_zarr3=bool(item), type_handler_registry=registry
     )
-    args: Any = v0.args.PyTreeSave(tree)
+    args: Any = v0.args.PyTreeSave(tree, custom_metadata=MARK)
     if item:
         handler = v0.CompositeCheckpointHandler(**{item: handler})
         args = v0.args.Composite(**{item: args})

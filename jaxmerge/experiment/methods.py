@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxmerge.checkpoints.export import export
+from jaxmerge.checkpoints.export import export, lacking
 from jaxmerge.checkpoints.pool import Record
 from jaxmerge.checkpoints.rows import values_of
 from jaxmerge.checkpoints.safetensors import Tensor
@@ -140,11 +140,10 @@ def merge(
     first = named_leaves(sources[-1 if takes_base(config) else 0].abstract)
     kept = path.with_name(f".{path.name}.partial")
     like = {name: jax.ShapeDtypeStruct(x.shape, leaves.cast_to(x)) for name, x in first.items()}
-
-    @functools.cache  # where all formats are there, nothing is merged
-    def merged() -> Callable[[str], jax.Array]:
-        return keep(
-            functools.partial(_leaf, config, given, leaves, layers),
+    merged = functools.partial(_leaf, config, given, leaves, layers)
+    if lacking(path, config.export.formats):
+        merged = keep(
+            merged,
             leaves,
             like,
             sources,
@@ -153,11 +152,10 @@ def merge(
             record=record,
             shard_bytes=config.export.shard_bytes,
         )
-
     written = export(
         path,
         leaves.abstract,
-        lambda name: merged()(name),
+        merged,
         source=sources[0],
         formats=tuple(config.export.formats),
         architecture=sources[0].architecture,
