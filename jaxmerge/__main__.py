@@ -4,6 +4,9 @@
     jaxmerge evaluate models/a models/b --task=jsonl:questions.jsonl --out=runs/scores
     jaxmerge search models/* --task=jsonl:questions.jsonl --out=runs/mine
 
+    jaxmerge front models/* --task=jsonl:code.jsonl --task=jsonl:chat.jsonl --out=runs/front
+    jaxmerge export runs/front --point=3 --out=merged
+
     jaxmerge plan --config=FILE                   what a run needs before it starts
     jaxmerge sweep --config=FILE --workdir=DIR --sweep=FIELD=VALUE,VALUE     a run for each value
     jaxmerge report DIR [DIR ...]                 the page of a run, or one that compares several
@@ -25,6 +28,8 @@ COMMANDS = {  # each a function without arguments, which is documented for --hel
     "merge": "jaxmerge.experiment.jobs:merge",
     "evaluate": "jaxmerge.experiment.jobs:evaluate",
     "search": "jaxmerge.experiment.jobs:search",
+    "front": "jaxmerge.experiment.jobs:front",
+    "export": "jaxmerge.experiment.export_run:export",
     "plan": "jaxmerge.plan:console",
     "sweep": "jaxmerge.sweep.__main__:console",
     "report": "jaxmerge.report.__main__:console",

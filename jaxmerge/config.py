@@ -21,7 +21,7 @@ from jaxmerge.merge import groups, methods, schedules, searched
 from jaxmerge.report import tensorboard
 from jaxmerge.rundir import flat
 from jaxmerge.scores.objective import Objective, define
-from jaxmerge.search import baselines, gradient, parts, space
+from jaxmerge.search import baselines, gradient, parts, preferences, space, surrogate
 
 # A locked ml_collections.ConfigDict; its fields, made at run time, are unknown to type checkers.
 Config = Any
@@ -138,6 +138,7 @@ def default() -> Config:
     # Instead of weights and genes: a JSON file with those of one merge. It is the results.json of a
     # search, whose winner is merged, or a table; see "Weights by group" in docs/merging.md.
     config.merge.weights_file = ""
+    config.merge.point = 0  # of the front of that search, from 1; 0: the winner
     config.merge.names = ()  # of several merges, each written to merged/NAME; (): 0, 1, 2, ...
     config.merge.memory_bytes = 2**28  # of the blocks that are merged at a time
     # For a search whose pool leaves no room for one merged model: a layer's weights are merged when
@@ -163,11 +164,16 @@ def default() -> Config:
     config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of that module
 
     config.search = ml_collections.ConfigDict()
-    # "gradient" climbs a soft score, see jaxmerge.search.gradient; or any name in
-    # evosax.algorithms: "CMA_ES" is the method of arXiv 2412.04144.
+    # "gradient" climbs a soft score, see jaxmerge.search.gradient; "surrogate" fits quadratics, see
+    # jaxmerge.search.surrogate; any name in evosax.algorithms: "CMA_ES" is the method of
+    # arXiv 2412.04144; or a sampler of Optuna, such as "optuna:TPESampler" or, for a front,
+    # "optuna:NSGAIISampler".
     config.search.strategy = "gradient"
     # "gradient": before the strategy, which then starts where gradients ended; "": nothing.
     config.search.warm_start = ""
+    # Of "gradient", where it starts: "uniform", or as search.init says; "best": the single
+    # checkpoint or baseline that is best by then, mixed with a little of the uniform merge.
+    config.search.start = "uniform"
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
     # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
     # two true scores: of the iterate, and of the mean of iterates.
@@ -177,7 +183,7 @@ def default() -> Config:
     config.search.steps = 60
     config.search.minibatch = 32
     config.search.score_every = 10
-    # Of strategies of evosax: candidates per generation, 0: 4 + floor(3 ln D), D = G K; and
+    # Of all other strategies: candidates per generation, 0: 4 + floor(3 ln D), D = G K; and
     # evaluations, of which what is left below a whole generation is not used.
     config.search.population = 0
     config.search.budget = 200
@@ -187,8 +193,8 @@ def default() -> Config:
     config.search.budget_tokens = 0
     # Genotype to start from, one value per checkpoint, or the two of a window; (): uniform merge.
     config.search.init = ()
-    # Of evosax's too: the standard deviation of the first generation, in genotype units, and fields
-    # of the strategy's Params.
+    # Of all but "gradient" the standard deviation of the first generation, in genotype units, and
+    # fields of the strategy's Params, or arguments of the sampler.
     config.search.sigma = 0.5
     config.search.params = ml_collections.ConfigDict()
     # Fewer tokens: share of each task's search examples that a generation sees, such as 0.125: each
@@ -197,6 +203,18 @@ def default() -> Config:
     config.search.subset = 1.0
     config.search.finalists = 3  # with a subset: scored on all examples, to choose the winner from
     config.search.save_seconds = 60.0  # between saves of the strategy's state
+
+    # Of a front: merges that trade the tasks off, each tested; see jaxmerge.experiment.front.
+    config.front = ml_collections.ConfigDict()
+    config.front.points = 0  # how many, at most; 0: none, but 8 for --mode=front
+    # Of search.strategy = "gradient", which then climbs along preferences between the tasks: steps
+    # along each, 0: none; and how tasks are weighed, a sum (weighted) or the one that lags
+    # (chebyshev).
+    config.front.steps = 20
+    config.front.scalarisation = "weighted"
+    config.front.export = (
+        False  # write every point to WORKDIR/points/1, 2, ..., not the winner alone
+    )
 
     config.baselines = tuple(baselines.BASELINES)  # names of jaxmerge.search.baselines.BASELINES
 
@@ -279,10 +297,13 @@ def check(config: Config) -> None:
     search = config.search
     gradient.check(settings(config))
     check_least("search.budget_tokens", search.budget_tokens, 0)
+    check_choice("search.start", search.start, ("uniform", "best"))
     check_choice("search.warm_start", search.warm_start, ("", gradient.NAME))
     if gradient.NAME in (search.strategy, search.warm_start):
-        _check_gradient(config)
+        gradient.check_fields(fields(config))
     parts.check(search.subset, search.finalists)
+    preferences.check(fields(config))
+    surrogate.check_fields(fields(config))
     baselines.check(config.baselines)
 
 
@@ -300,31 +321,6 @@ def settings(config: Config) -> gradient.Settings:
     return gradient.Settings(
         search.optimizer, search.learning_rate, search.schedule, search.steps, search.score_every
     )
-
-
-def _check_gradient(config: Config) -> None:
-    """Refuses what a search by gradients does not go with."""
-    if config.search.strategy == config.search.warm_start:
-        raise JaxmergeError(
-            "a search along gradients needs no other before it",
-            where="search.warm_start",
-            expected='"", or a strategy of evosax after it',
-            found=config.search.warm_start,
-        )
-    unlike: list[tuple[str, Any, Any]] = [
-        ("search.subset", config.search.subset, 1.0),
-    ]
-    if config.search.warm_start:
-        unlike.append(("analyses.pool_sizes", tuple(config.analyses.pool_sizes), ()))
-    for where, found, expected in unlike:
-        if found != expected:
-            raise JaxmergeError(
-                "a search along gradients does not go with this",
-                where=where,
-                expected=f'{expected!r}; or another search.strategy, such as "CMA_ES"',
-                found=repr(found),
-            )
-    check_least("search.minibatch", config.search.minibatch, 1)
 
 
 def check_evaluation(config: Config) -> None:

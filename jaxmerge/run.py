@@ -7,6 +7,8 @@ weights, tests the winner and all baselines on examples that the search never sa
 to --workdir: results.json, report.html, every candidate in candidates.jsonl, and the winner as a
 checkpoint in merged/. The same command on the same directory goes on where it was stopped.
 
+--mode=front looks for many merges, along the trade-offs between the tasks, as many as
+config.front.points says; each is tested, and `jaxmerge export` writes any of them.
 --mode=merge only merges, with the weights of config.merge.weights, and evaluates nothing.
 --mode=evaluate scores checkpoints by themselves, one or many, alike or not, on the test examples of
 the config's tasks, and writes evaluation.json. Without a config file: jaxmerge merge, jaxmerge
@@ -42,6 +44,7 @@ def main(_: Sequence[str]) -> None:
         )
     mode = {
         "search": command_line.search,
+        "front": command_line.front,
         "merge": command_line.merge,
         "evaluate": command_line.evaluate,
     }[given.mode]
@@ -50,7 +53,7 @@ def main(_: Sequence[str]) -> None:
 
 def console() -> None:
     """The command line: `python -m jaxmerge.run`."""
-    flags.DEFINE_enum("mode", "search", ["search", "merge", "evaluate"], "What to do.")
+    flags.DEFINE_enum("mode", "search", ["search", "front", "merge", "evaluate"], "What to do.")
     command_line.define_processes()
     command_line.start(main, __doc__ or "")
 

@@ -298,10 +298,11 @@ def tables(said: Mapping[str, Any], single: Mapping[str, float]) -> str:
         for way, told in said.items()
     ]
     of_claims = ["way", "on the front", "hypervolume", "weights not 0", *heldout]
-    return "\n".join([*_markdown(header, rows), "", *_markdown(of_claims, claims)])
+    return "\n".join([*markdown(header, rows), "", *markdown(of_claims, claims)])
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 

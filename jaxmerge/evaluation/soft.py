@@ -172,8 +172,12 @@ class SoftScore:
     @property
     def read(self) -> int:
         """Tokens that `scores` has read."""
-        whole = sum(each.read for of in self._tasks.values() for each in of.minibatches)
-        return self._looks * whole
+        return self._looks * self.whole
+
+    @property
+    def whole(self) -> int:
+        """Tokens that one call of `scores` reads."""
+        return sum(each.read for of in self._tasks.values() for each in of.minibatches)
 
     def _give_back(self, merged: PyTree) -> None:
         if isinstance(self._merge, ResidentMerger | CombinationMerger):

@@ -13,12 +13,14 @@ from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment.methods import searched, takes_weights
-from jaxmerge.search import gradient, strategies
+from jaxmerge.search import gradient, samplers, strategies, surrogate
 from jaxmerge.search.baselines import BASELINES, PAPER
 from jaxmerge.search.loop import Economy
 from jaxmerge.search.parts import deal
+from jaxmerge.search.preferences import lattice
 from jaxmerge.search.space import WINDOW, dimension
 
+FRONT = "front"  # the origin of candidates of climbs along preferences, and of the front's points
 WARM = "warm-start"  # the origin and name of candidates of a search along gradients before another
 
 
@@ -92,14 +94,23 @@ def build_strategy(
     if start is None and init:
         own = start_of(config, chosen) + [0.0] * (len(of.genes) if of else 0)
         start = np.array(own * groups, np.float32)
-    return strategies.evosax(
-        config.search.strategy,
-        values,
-        population,
-        mean=start,
-        sigma=sigma or config.search.sigma,
-        params=config.search.params.to_dict(),
-    )
+    name, sigma = config.search.strategy, sigma or config.search.sigma
+    params = config.search.params.to_dict()
+    if name == surrogate.NAME:  # it is fitted to what the run has scored by then
+        surrogate.check(values)
+        return _unasked(population)
+    if name.startswith(samplers.PREFIX):
+        return samplers.sampler(
+            name.removeprefix(samplers.PREFIX),
+            values,
+            population,
+            mean=start,
+            sigma=sigma,
+            bounds=config.space.bounds,
+            params=params,
+            tasks=len(config.objective.tasks) if config.front.points else 1,
+        )
+    return strategies.evosax(name, values, population, mean=start, sigma=sigma, params=params)
 
 
 def start_of(config: Config, chosen: Sequence[int]) -> list[float]:
@@ -121,14 +132,22 @@ def of_search(config: Config, strategy: strategies.Strategy) -> int:
     """Evaluations of the run's search."""
     along = configs.settings(config).generations * gradient.POPULATION
     if config.search.strategy == gradient.NAME:
-        return along
+        return along + len(preferences_of(config)) * gradient.POPULATION
     return spent(config.search.budget, strategy) + (along if config.search.warm_start else 0)
+
+
+def preferences_of(config: Config) -> Float[np.ndarray, "N T"]:
+    """Those that gradients climb along for a front; none where another strategy looks for it."""
+    tasks, points = len(config.objective.tasks), config.front.points
+    if not points or not config.front.steps or config.search.strategy != gradient.NAME:
+        return np.zeros((0, tasks))
+    return lattice(tasks, points)
 
 
 def of_pool_size(config: Config, strategy: strategies.Strategy) -> int:
     """Evaluations of a search of `analyses.pool_sizes`."""
     if config.search.strategy == gradient.NAME:
-        return of_search(config, strategy)
+        return configs.settings(config).generations * gradient.POPULATION
     return spent(pool_size_budget(config), strategy)
 
 
@@ -193,6 +212,6 @@ def evaluations(
     seen = sum(BASELINES[name].heldout for name in names)
     return {
         "search": K + found + searched + sum(over) + decided,
-        "test": K + len(names) + 1 + dropped + len(over) + pairs,
+        "test": K + len(names) + 1 + config.front.points + dropped + len(over) + pairs,
         "heldout": 2 + seen + pairs if config.heldout else 0,
     }

@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.experiment import methods
-from jaxmerge.experiment.budget import WARM, build_strategy, start_of
+from jaxmerge.experiment.budget import WARM, build_strategy, preferences_of, start_of
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
 from jaxmerge.merge.searched import Searched
@@ -28,7 +28,24 @@ from jaxmerge.search.archive import Archive
 from jaxmerge.search.strategies import Strategy
 from jaxmerge.tasks.common import Task, accepting, wants_texts
 
+_UNIFORM = 0.05  # of the uniform merge in a start, or a weight of 0 would have no derivative
 _LEAST_SIGMA = 0.05  # of `search.sigma`, that a strategy starts with after gradients
+
+
+class _Known(NamedTuple):
+    """What a search knows before its first step.
+
+    Attributes:
+        soft_NxTxF: soft scores of N scored merges, in each form.
+        true_NxT: their true scores.
+        start_1xT: those of where it starts; none where that is not scored.
+        tokens: that it took to know them.
+    """
+
+    soft_NxTxF: np.ndarray
+    true_NxT: np.ndarray
+    start_1xT: np.ndarray
+    tokens: Mapping[str, int]
 
 
 class Climb:
@@ -65,10 +82,19 @@ class Climb:
         soft = [self._soft.scores(_by_group(one, prepared.pool.count)) for one in known.values()]
         self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
         self._true_NxT, self._start = self._true([*known.values()]), self._true(merges[-1:])
+        self._from = merges[-1] if config.search.start == "best" else None
         self._lines = self._lines_of(self._soft_NxTxF, self._true_NxT)
         self._first["read"] = self._first.get("read", 0) + self._soft.read
-        of_steps = self._soft.differentiated
-        self._settings = _within_tokens(config, of_steps, cost(self._first), individuals)
+        self._dearest = max(one.cost for one in individuals)
+        budget = config.search.budget_tokens // _divisor(config)
+        self._settings = self._within(configs.settings(config), budget, cost(self._first))
+        if not self._settings.steps:
+            raise JaxmergeError(
+                "the budget is less than one step and its true scores",
+                where="search.budget_tokens",
+                expected=f"at least {self._least(cost(self._first)) * _divisor(config)}",
+                found=str(config.search.budget_tokens),
+            )
         self.evaluations = self._settings.generations * gradient.POPULATION
 
     def strategy(
@@ -85,8 +111,78 @@ class Climb:
             origin, name: of its candidates.
             chosen: numbers of the checkpoints that have weights; None: all have.
         """
+        chosen = range(len(self._pool.names)) if chosen is None else chosen
+        groups = self._pool.count
+        begin = start_genotype(self._config, self._method, groups, chosen, self._from)
+        told = self._soft_NxTxF, self._true_NxT, self._start
+        known = _Known(*told, self._first)
+        return self._made(
+            archive, (origin, name), chosen, begin, self._settings, self._objective, known
+        )
+
+    def toward(
+        self,
+        archive: Archive,
+        origin: str,
+        name: str,
+        objective: Objective,
+        start: Candidate,
+        steps: int,
+        tokens: int,
+    ) -> Strategy | None:
+        """The strategy of a climb from a scored merge, along another objective of the same tasks.
+
+        It looks at true scores once, at its end.
+
+        Args:
+            archive: that scores its candidates.
+            origin, name: of these.
+            objective: what is climbed.
+            start: where.
+            steps: of the optimiser, at most.
+            tokens: at most, as `rundir.cost` counts them; 0: any number.
+
+        Returns:
+            None where the tokens are not enough for a step.
+        """
+        first = {"read": self._soft.whole}
+        settings = configs.settings(self._config)._replace(steps=steps, every=steps)
+        settings = self._within(settings, tokens, cost(first))
+        if not settings.steps:
+            return None
+        settings = settings._replace(every=settings.steps)
+        (soft,) = [self._soft.scores(_by_group(start, self._pool.count))]
+        soft_TxF = np.array([soft[task] for task in self._soft.tasks])
+        true_1xT = self._true([start])
+        known = _Known(
+            np.concatenate([self._soft_NxTxF, soft_TxF[None]]),
+            np.concatenate([self._true_NxT, true_1xT]),
+            true_1xT,
+            first,
+        )
+        groups = self._pool.count
+        of_start = genotypes(self._config, self._method, groups, start).reshape(groups, -1)
+        return self._made(
+            archive,
+            (origin, name),
+            range(len(self._pool.names)),
+            of_start.astype(np.float32),
+            settings,
+            objective.over(self._soft.tasks),
+            known,
+        )
+
+    def _made(
+        self,
+        archive: Archive,
+        of_search: tuple[str, str],
+        chosen: Sequence[int],
+        start: Float[np.ndarray, "G D"],
+        settings: gradient.Settings,
+        objective: Objective,
+        known: _Known,
+    ) -> Strategy:
         K, of = len(self._pool.names), self._method
-        chosen = range(K) if chosen is None else chosen
 
         def slopes(
             weights_GxM: np.ndarray, step: int, forms: Mapping[str, str]
@@ -99,36 +195,45 @@ class Climb:
             return {task: Slope(found[task].scores_F, of_chosen[task]) for task in found}
 
         def lines(seen: np.ndarray) -> Mapping[str, Line]:
-            mine = [one for one in archive.past if (one.origin, one.name) == (origin, name)]
+            mine = [one for one in archive.past if (one.origin, one.name) == of_search]
             true_gxT = self._true(mine[:: gradient.POPULATION][: len(seen)])
             # What the steps of a generation saw lies between the scores before and after them.
-            before_gxT = np.concatenate([self._start, true_gxT])[: len(seen)]
-            between = (true_gxT + before_gxT) / 2 if len(self._start) else true_gxT
-            soft = np.concatenate([self._soft_NxTxF, seen.astype(np.float64)])
-            found = self._lines_of(soft, np.concatenate([self._true_NxT, between]))
-            if origin in ("search", WARM):
+            before_gxT = np.concatenate([known.start_1xT, true_gxT])[: len(seen)]
+            between = (true_gxT + before_gxT) / 2 if len(known.start_1xT) else true_gxT
+            soft = np.concatenate([known.soft_NxTxF, seen.astype(np.float64)])
+            found = self._lines_of(soft, np.concatenate([known.true_NxT, between]))
+            if of_search[0] in ("search", WARM):
                 self._lines = found
             return found
 
         def tokens(generation: int) -> Mapping[str, int]:
-            every = self._settings.every
-            steps = range(generation * every, min((generation + 1) * every, self._settings.steps))
+            every = settings.every
+            steps = range(generation * every, min((generation + 1) * every, settings.steps))
             told = {"differentiated": self._soft.differentiated(steps)}
-            return told | (self._first if generation == 0 else {})
+            return {**told, **(known.tokens if generation == 0 else {})}
 
         strategy = gradient.gradient(
             slopes,
             lines,
-            self._settings,
-            self._objective,
-            start=_start(self._config, of, self._pool.count, chosen),
+            settings,
+            objective,
+            start=start,
             mapped=functools.partial(
                 space.row if of else space.mapped,
-                **{"checkpoints": len(chosen), **_settings(self._config, of, self._pool.count)},
+                **{"checkpoints": len(chosen), **mapping(self._config, of, self._pool.count)},
             ),
             summing=0 if self._config.space.constraint == "free" else len(chosen),
         )
         return strategy._replace(tokens=tokens)
+
+    def _within(self, settings: gradient.Settings, tokens: int, took: int) -> gradient.Settings:
+        scoring = gradient.POPULATION * self._dearest
+        return within_tokens(settings, tokens, took, self._soft.differentiated, scoring)
+
+    def _least(self, took: int) -> int:
+        """Tokens of one step and its true scores, after so many."""
+        step = cost({"differentiated": self._soft.differentiated([0])})
+        return took + step + gradient.POPULATION * self._dearest
 
     def findings(self) -> dict[str, Any]:
         """What results.json says of it, by task."""
@@ -172,26 +277,59 @@ def _by_group(one: Candidate, groups: int) -> Float[np.ndarray, "G K"]:
     return np.broadcast_to(row, (groups, row.shape[-1]))
 
 
-def _settings(config: Config, of: Searched | None, groups: int) -> dict[str, Any]:
+def mapping(config: Config, of: Searched | None, groups: int) -> dict[str, Any]:
     """What `space.mapped` and `space.genotypes` are told, or of a method `row` and its inverse."""
     fields = config.space
     shrink = fields.shrink if groups > 1 else 0.0
-    settings = {"constraint": fields.constraint, "bounds": fields.bounds, "shrink": shrink}
+    told = {"constraint": fields.constraint, "bounds": fields.bounds, "shrink": shrink}
     if of is None:
-        return settings
+        return told
     parts = {"checkpoints": of.checkpoints, "ranges": methods.ranges(of), "weighted": of.weighted}
-    return settings | parts
+    return told | parts
 
 
-def _start(
-    config: Config, of: Searched | None, groups: int, chosen: Sequence[int]
+def start_genotype(
+    config: Config,
+    of: Searched | None,
+    groups: int,
+    chosen: Sequence[int],
+    merge: Candidate | None = None,
 ) -> Float[np.ndarray, "G D"]:
-    """The genotype that a search along gradients starts from."""
+    """The genotype that a search starts from.
+
+    Args:
+        config: of the run.
+        of: the method that candidates are merged by; None: they are weighted sums.
+        groups: G.
+        chosen: numbers of the checkpoints that are searched over.
+        merge: the weighted sum to start from; None: as `search.init` says.
+    """
+    if merge is not None:
+        weights_K = np.array(merge.by_checkpoint)[[*chosen]]
+        mixed_K = (1 - _UNIFORM) * weights_K + _UNIFORM / len(weights_K)
+        z_K = space.genotypes(mixed_K / mixed_K.sum(), config.space.constraint, config.space.bounds)
+        return np.tile(z_K, (groups, 1)).astype(np.float32)
     own = start_of(config, chosen)
     values = of.numbers if of else space.dimension(config.space.constraint, len(chosen))
     start_GxD = np.zeros((groups, values), np.float32)
     start_GxD[:, : len(own)] = own
     return start_GxD
+
+
+def genotypes(
+    config: Config, of: Searched | None, groups: int, one: Candidate
+) -> Float[np.ndarray, "*G D"]:
+    """One of the genotypes that a candidate can have come from.
+
+    Args:
+        config: of the run.
+        of: the method that candidates are merged by; None: they are weighted sums.
+        groups: G.
+        one: the candidate.
+    """
+    inverse = space.row_genotypes if of else space.genotypes
+    row = np.array(one.coefficients)
+    return inverse(row, **mapping(config, of, groups))
 
 
 def wanted(config: Config) -> bool:
@@ -211,9 +349,8 @@ def warmed(config: Config, prepared: Prepared, warm: Sequence[Candidate]) -> Str
         warm: the candidates of the search along gradients.
     """
     of, most = prepared.method, config.search.sigma
-    settings = _settings(config, of, prepared.pool.count)
-    genotypes = functools.partial(space.row_genotypes if of else space.genotypes, **settings)
-    last, mean = (genotypes(np.array(one.coefficients)) for one in warm[-gradient.POPULATION :])
+    of_late = functools.partial(genotypes, config, of, prepared.pool.count)
+    last, mean = (of_late(one) for one in warm[-gradient.POPULATION :])
     left = float(np.sqrt(np.mean((last - mean) ** 2)))
     return build_strategy(
         config,
@@ -245,38 +382,37 @@ def _told(prepared: Prepared) -> tuple[list[Task], dict[str, int], dict[str, int
     return tasks, texts, found.tokens
 
 
-def _within_tokens(
-    config: Config,
-    differentiated: Callable[[Iterable[int]], int],
-    first: int,
-    individuals: Sequence[Candidate],
-) -> gradient.Settings:
-    """The settings with as many steps as the config's tokens are enough for, true scores included.
+def _divisor(config: Config) -> int:
+    """A search along gradients has this part of a budget in tokens.
 
-    The schedule of the learning rate is that of so many steps. A true score is as dear as that of
-    the dearest single checkpoint.
+    With another strategy after it half of them, with climbs along preferences a third.
+    """
+    if config.search.strategy != gradient.NAME:
+        return 2
+    return 3 if len(preferences_of(config)) else 1
+
+
+def within_tokens(
+    settings: gradient.Settings,
+    tokens: int,
+    took: int,
+    differentiated: Callable[[Iterable[int]], int],
+    scoring: int,
+) -> gradient.Settings:
+    """The settings with as many steps as tokens are enough for, true scores included.
+
+    The schedule of the learning rate is that of so many steps.
 
     Args:
-        config: of the run.
+        settings: with the most steps.
+        tokens: of the budget; 0: any number.
+        took: tokens that were taken before the first step.
         differentiated: tokens of some steps; see `SoftScore`.
-        first: tokens that were taken before the first step.
-        individuals: the single checkpoints.
+        scoring: tokens of a true score of all candidates.
     """
-    settings, budget = configs.settings(config), config.search.budget_tokens
-    if config.search.strategy != gradient.NAME:
-        budget //= 2  # the other half is the strategy's
-    scoring = gradient.POPULATION * max(one.cost for one in individuals)
-    took = first
-    for step in range(settings.steps if budget else 0):
+    for step in range(settings.steps if tokens else 0):
         took += cost({"differentiated": differentiated([step])})
         took += scoring if step % settings.every == 0 else 0
-        if took > budget and not step:
-            raise JaxmergeError(
-                "the budget is less than one step and its true scores",
-                where="search.budget_tokens",
-                expected=f"at least {took}",
-                found=str(budget),
-            )
-        if took > budget:
+        if took > tokens:
             return settings._replace(steps=step)
     return settings

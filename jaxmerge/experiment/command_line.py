@@ -81,6 +81,12 @@ def search(config: Config, workdir: str, command: str) -> None:
     _finish(f"{table}\n\nReport: {Path(workdir) / 'report.html'}")
 
 
+def front(config: Config, workdir: str, command: str) -> None:
+    """A search for a front: one whose config has points of a front, 8 unless it says how many."""
+    config.front.points = config.front.points or 8
+    search(config, workdir, command)
+
+
 def evaluate(config: Config, workdir: str, command: str) -> None:
     """Checkpoints scored by themselves, and the table of their scores."""
     _connect(workdir)

@@ -19,6 +19,7 @@ from jaxmerge.errors import JaxmergeError, as_written, check_finite
 from jaxmerge.merge.groups import Groups, groups
 from jaxmerge.merge.schedules import SCHEDULES, schedule_weights
 from jaxmerge.merge.searched import own_name
+from jaxmerge.rundir import RunDirectory
 from jaxmerge.trees import PyTree
 
 
@@ -179,8 +180,8 @@ _ENTRIES = {"weights", "genes", "seed"}
 def _of_search(
     config: Config, path: Path, results: Mapping[str, Any], checkpoints: Sequence[str]
 ) -> dict[str, Any]:
-    """The winner of a search as a table."""
-    best = results["best"]
+    """The winner of a search, or a point of its front, as a table."""
+    best = _point(config, path, results) if config.merge.point else results["best"]
     # A baseline, which is a weighted sum, may have won a search over a method.
     method = results.get("method", {}) if "genes" in best else {}
     named, own = method.get("name", "linear"), config.merge.method
@@ -209,6 +210,33 @@ def _of_search(
     }
     seed = {"seed": method["seed"]} if "seed" in method else {}
     return {"weights": weights, "genes": {**genes, **fixed}, **seed}
+
+
+def _point(config: Config, path: Path, results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of `merge.point`."""
+    points = results.get("front", {}).get("points", [])
+    if config.merge.point not in range(1, len(points) + 1):
+        raise JaxmergeError(
+            "the front has no such point" if points else "the search was for one merge",
+            where=f"{path}, merge.point",
+            expected=f"from 1 to {len(points)}" if points else "0, for its winner",
+            found=str(config.merge.point),
+        )
+    return points[config.merge.point - 1]
+
+
+def expect_pool(config: Config, directory: RunDirectory) -> None:
+    """Has a merge refused whose checkpoints are not those that the search of its weights had.
+
+    Args:
+        config: of the merge.
+        directory: of the merge; it gets the search's record of the checkpoints, if there is one.
+    """
+    of_search = Path(os.path.expanduser(config.merge.weights_file)).with_name("pool.json")
+    if not config.merge.weights_file or directory.read_json("pool.json") is not None:
+        return
+    if of_search.exists() and of_search.with_name("candidates.jsonl").exists():
+        directory.write_json("pool.json", read_json(of_search))
 
 
 def _by_group(path: Path, what: str, values: Any, names: Sequence[str]) -> np.ndarray:

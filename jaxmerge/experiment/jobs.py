@@ -100,6 +100,26 @@ def search() -> None:
     _start_with_tasks(_search, search.__doc__)
 
 
+def front() -> None:
+    """Search for merges along the trade-offs between tasks, each of them tested.
+
+        jaxmerge front models/* --task=jsonl:code.jsonl --task=jsonl:chat.jsonl --out=runs/front
+
+    --out=DIR     the run directory: report.html, results.json and every candidate. merged/ has what
+                  is best in the mean; `jaxmerge export` writes any point of the front
+    --points=N    how many merges; 8 unless you say otherwise
+    --task=TASK   what is traded; two or more
+
+    {task}
+
+    A search along gradients climbs the mean of the tasks, and then preferences between them.
+    --config.search.strategy=optuna:NSGAIISampler goes by evolution.
+    """
+    flags.DEFINE_integer("points", 8, "Of the front.", lower_bound=1)
+    command_line.define_processes()
+    _start_with_tasks(_front, front.__doc__)
+
+
 _ABOUT_TASKS = """TASK is BUILDER[:WHAT][,NAME=VALUE...]. Builders:
         jsonl:FILE           your own questions, {"prompt": ..., "target": ...} a line; judge=exact,
                              contains, numeric, regex or json; max_new_tokens=64
@@ -161,7 +181,7 @@ def _start(main: Callable[[Config, str, str], None], about: str | None) -> None:
             raise JaxmergeError("no checkpoints are named", expected="their paths; --help says how")
         main(config, flags.FLAGS.out, command_line.typed(arguments[0]))
 
-    command_line.start(run, _unindented(about or ""), required=("out",), members=True)
+    command_line.start(run, unindented(about or ""), required=("out",), members=True)
 
 
 def _start_with_tasks(main: Callable[[Config, str, str], None], about: str | None) -> None:
@@ -169,7 +189,8 @@ def _start_with_tasks(main: Callable[[Config, str, str], None], about: str | Non
     _start(main, (about or "").replace("{task}", _ABOUT_TASKS))
 
 
-def _unindented(text: str) -> str:
+def unindented(text: str) -> str:
+    """The rest of a docstring, as --help shows it."""
     return re.sub(r"^    ", "", text, flags=re.MULTILINE)
 
 
@@ -199,6 +220,27 @@ def _merge(config: Config, out: str, command: str) -> None:
     if flags.FLAGS.schedule:
         config.merge.schedule = flags.FLAGS.schedule
     _set_steps(config)
+    set_format(config, out)
+    if flags.FLAGS.method:
+        config.merge.method = flags.FLAGS.method
+    for text in flags.FLAGS.gene:
+        name, _, value = text.partition("=")
+        config.merge.genes[name] = _gene(value, text)
+    check_choice("--method", config.merge.method, tuple(METHODS))
+    if flags.FLAGS.weights:
+        config.merge.weights = _numbers(flags.FLAGS.weights, "--weights")
+    elif not (
+        config.merge.weights or config.merge.weights_file or config.merge.schedule
+    ) and takes_weights(config.merge.method):
+        K = count(members(config))
+        config.merge.weights = (1 / K,) * K
+    path = Path(out).absolute()
+    command_line.merge(config, str(path.with_name(f".{path.name}.jaxmerge")), command, out)
+    return None
+
+
+def set_format(config: Config, out: str) -> None:
+    """Sets the one format of a merge: that of --format, or of the checkpoints."""
     found = formats(members(config))
     stored = found <= STORED.keys()
     own = "huggingface" if not stored else "orbax" if len(found) > 1 else min(found)
@@ -217,22 +259,6 @@ def _merge(config: Config, out: str, command: str) -> None:
             expected=f"{out}.npz",
             found=out,
         )
-    if flags.FLAGS.method:
-        config.merge.method = flags.FLAGS.method
-    for text in flags.FLAGS.gene:
-        name, _, value = text.partition("=")
-        config.merge.genes[name] = _gene(value, text)
-    check_choice("--method", config.merge.method, tuple(METHODS))
-    if flags.FLAGS.weights:
-        config.merge.weights = _numbers(flags.FLAGS.weights, "--weights")
-    elif not (
-        config.merge.weights or config.merge.weights_file or config.merge.schedule
-    ) and takes_weights(config.merge.method):
-        K = count(members(config))
-        config.merge.weights = (1 / K,) * K
-    path = Path(out).absolute()
-    command_line.merge(config, str(path.with_name(f".{path.name}.jaxmerge")), command, out)
-    return None
 
 
 def _numbers(text: str, where: str) -> tuple[float, ...]:
@@ -261,13 +287,21 @@ def _evaluate(config: Config, out: str, command: str) -> None:
 def _search(config: Config, out: str, command: str) -> None:
     if path := _yaml(config):
         config.pool.checkpoints = ()
-        _set_fields(config, evolve.read(path))
+        set_fields(config, evolve.read(path))
     _set_tasks(config)
     if (flags.FLAGS.steps or "").isdecimal():
         config.search.steps = int(flags.FLAGS.steps)
     elif _set_steps(config):
         config.space.constraint = WINDOW
     command_line.search(config, out, command)
+
+
+def _front(config: Config, out: str, command: str) -> None:
+    _set_tasks(config)
+    if flags.FLAGS["points"].present:
+        config.front.points = flags.FLAGS.points
+    _set_steps(config)
+    command_line.front(config, out, command)
 
 
 def _set_steps(config: Config) -> bool:
@@ -279,15 +313,19 @@ def _set_steps(config: Config) -> bool:
     return True
 
 
-def _set_fields(config: Config, fields: Mapping[str, Any]) -> None:
+def set_fields(config: Config, fields: Mapping[str, Any]) -> None:
     """Sets fields, by their full names, that still are what they are by default."""
     default = configs.default()
     for name, value in fields.items():
         section, _, field = name.rpartition(".")
         if section == "tasks":
             config.tasks[field] = config.tasks.get(field, value)
-        elif config[section][field] == default[section][field]:
-            config[section][field] = value
+            continue
+        inside, of_default = config, default
+        for each in section.split(".") if section else ():
+            inside, of_default = inside[each], of_default[each]
+        if inside.get(field) == of_default.get(field):
+            inside[field] = value
 
 
 def _set_tasks(config: Config) -> None:

@@ -99,6 +99,7 @@ def merge(config: Config, workdir: str, command: str = "", out: str = "") -> lis
     written = []
     with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
         say_unlocked(directory)
+        given.expect_pool(config, directory)
         if in_blocks:
             written += _in_blocks(config, sources, merges, directory, command, out)
         for number, (wanted, whole) in enumerate(parts):
@@ -140,6 +141,7 @@ def _by_method(config: Config, workdir: str, command: str, out: str) -> list[Pat
     written, records = [], ()
     with closing(RunDirectory(workdir, {"mode": "merge", **configs.plain(config)})) as directory:
         say_unlocked(directory)
+        given.expect_pool(config, directory)
         for each in merges:
             text = functools.partial(_method_card, config, each, command)
             path = directory.path / each.path

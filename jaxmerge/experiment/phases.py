@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.config import Config
-from jaxmerge.experiment import analyses, climb, methods
+from jaxmerge.experiment import analyses, climb, front, methods
 from jaxmerge.experiment.analyses import Study
 from jaxmerge.experiment.budget import (
+    FRONT,
     WARM,
     baseline_names,
     build_strategy,
@@ -27,8 +28,8 @@ from jaxmerge.report.live import Live
 from jaxmerge.report.progress import Plan
 from jaxmerge.rundir import Candidate, RunDirectory, cost
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search import gradient, loop, space
-from jaxmerge.search.archive import Archive
+from jaxmerge.search import gradient, loop, space, surrogate
+from jaxmerge.search.archive import Archive, stacked
 from jaxmerge.search.archive import best as strongest
 from jaxmerge.search.baselines import BASELINES, Found, Setting
 from jaxmerge.search.strategies import Strategy
@@ -95,10 +96,11 @@ def search(
         found: by the baselines that come before the search.
     """
     strategy, search = prepared.strategy, config.search
+    to_coefficients = _to_coefficients(config, prepared, len(prepared.pool.names))
     run = functools.partial(
         loop.search,
         archive,
-        to_weights=_to_coefficients(config, prepared, len(prepared.pool.names)),
+        to_weights=to_coefficients,
         objective=objective,
         numbers=_numbers(config, prepared, len(prepared.pool.names)),
         seed=config.seed,
@@ -106,8 +108,11 @@ def search(
     )
     climbed, budget = None, search.budget_tokens
     if climb.wanted(config):
-        # The uniform merge last: it is where the search starts, unless it is told.
+        # The one that the search starts from last: the uniform merge unless it is told.
         merges = [one.candidate for one in reversed(found)]
+        if search.start == "best":
+            known = [*individuals, *merges]
+            merges = sorted(known, key=lambda one: (objective.of(one.scores), -one.id))
         climbed = Climb(config, prepared, objective, individuals, merges)
         climbed.say()
         warming = search.strategy != gradient.NAME
@@ -120,10 +125,14 @@ def search(
             name=name,
         )
         if not warming:
+            if config.front.points:
+                front.climb(config, prepared, archive, objective, climbed, to_coefficients)
             return _found(archive, "search", "search", best), climbed
         warm = [one for one in archive.past if one.origin == WARM]
         strategy = climb.warmed(config, prepared, warm)
         budget = max(1, budget - sum(one.cost for one in warm)) if budget else 0
+    if search.strategy == surrogate.NAME:
+        strategy = _surrogate(config, prepared, archive, objective)
     best = run(
         strategy,
         budget=search.budget,
@@ -134,9 +143,37 @@ def search(
     return _found(archive, "search", "search", best), climbed
 
 
+def _surrogate(
+    config: Config, prepared: Prepared, archive: Archive, objective: Objective
+) -> Strategy:
+    """The strategy that is fitted to all merges of the run's log so far."""
+    of, groups, fields = prepared.method, prepared.pool.count, config.space
+    K, tasks = len(prepared.pool.names), objective.tasks
+
+    def known() -> tuple[np.ndarray, np.ndarray]:
+        past = [one for one in archive.past if one.split == "search" and one.out_of is None]
+        scores = [[one.scores[task] for task in tasks] for one in past]
+        if not config.front.points:
+            scores = [[objective.of(one.scores)] for one in past]
+        return stacked([one.coefficients for one in past]), np.array(scores)
+
+    start = climb.start_genotype(config, of, groups, range(K))
+    told = {"checkpoints": K, **climb.mapping(config, of, groups)}
+    inner = functools.partial(space.row if of else space.mapped, **told)
+    return surrogate.surrogate(
+        known,
+        start.reshape(-1),
+        prepared.strategy.population,
+        mapped=lambda z: inner(z.reshape(start.shape) if groups > 1 else z),
+        sigma=config.search.sigma,
+        bounds=fields.bounds,
+        tasks=len(tasks) if config.front.points else 1,
+    )
+
+
 def decided(config: Config, archive: Archive, objective: Objective, found: Found) -> Found:
-    """The winner. Beside gradients, checkpoints and baselines are finalists too."""
-    if not climb.wanted(config):
+    """The winner. Beside gradients, and of a front, checkpoints and baselines are finalists too."""
+    if not climb.wanted(config) and not config.front.points:
         return found
     scored = [one for one in archive.past if one.split == "search"]
     return found._replace(candidate=strongest([found.candidate, *scored], objective))
@@ -266,5 +303,10 @@ def _found(archive: Archive, origin: str, name: str, best: Candidate) -> Found:
     """The best of a search, and what it took, the final decision included."""
     sought = {(origin, name), (loop.decision(origin), name)}
     sought |= {(WARM, WARM)} if origin == "search" else set()
-    mine = [one for one in archive.past if (one.origin, one.name) in sought]
+    past = [one for one in archive.past if one.split == "search"]
+    mine = [
+        one
+        for one in past
+        if (one.origin, one.name) in sought or (origin == "search" and one.origin == FRONT)
+    ]
     return Found(name, best, len(mine), sum(one.cost for one in mine))

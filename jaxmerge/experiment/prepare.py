@@ -224,6 +224,7 @@ def made_of(config: Config) -> dict[str, Any]:
     tasks = [plain["tasks"], objective["tasks"], plain["heldout"], sizes]
     strategy = [search[field] for field in ("strategy", "population", "init", "sigma", "params")]
     of_gradient = search["strategy"] == gradient.NAME
+    strategy += [objective["tasks"], plain["front"]["points"], plain["space"]["bounds"]]
     return {
         "pool": pool,
         "residency": pool,

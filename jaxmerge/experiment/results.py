@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmerge.experiment.budget import WARM
+from jaxmerge.experiment.budget import FRONT, WARM
 from jaxmerge.rundir import ANALYSIS, Candidate, RunDirectory
 from jaxmerge.scores import formatting, pareto, stats
 from jaxmerge.scores.curves import rises
@@ -100,11 +100,11 @@ def collect(
     methods = [*individuals, *baselines, best]
     samples = [directory.examples(candidate) for candidate in candidates]
     entries = [
-        _entry(found, names, objective, candidate, sample, heldout.get(found.name))
+        entry(found, names, objective, candidate, sample, heldout.get(found.name))
         for found, candidate, sample in zip(methods, candidates, samples)
     ]
     versus = {
-        found.name: _compared(samples[-1], sample, objective)
+        found.name: compared(samples[-1], sample, objective)
         for found, sample in zip(methods[:-1], samples[:-1])
     }
     searched = [
@@ -136,7 +136,7 @@ def collect(
             name: _curve(searched, objective, origins)
             for name, origins in {
                 **{found.name: (f"baseline:{found.name}",) for found in baselines},
-                best.name: (WARM, best.name, decision(best.name)),
+                best.name: (WARM, best.name, FRONT, decision(best.name)),
             }.items()
         },
     }
@@ -149,16 +149,17 @@ def _heldout_versus(
     (_, best), *others = ((name, directory.examples(one)) for name, one in heldout.items())
     return {
         name: {
-            task: _compared({task: best[task]}, {task: sample[task]}, define([task]))
+            task: compared({task: best[task]}, {task: sample[task]}, define([task]))
             for task in best
         }
         for name, sample in others
     }
 
 
-def _compared(ours: stats.Samples, theirs: stats.Samples, objective: Objective) -> dict[str, Any]:
-    compared = stats.paired(ours, theirs, objective)
-    return {"delta": compared.delta, "ci95": [compared.low, compared.high], "p": compared.p}
+def compared(ours: stats.Samples, theirs: stats.Samples, objective: Objective) -> dict[str, Any]:
+    """One model minus another on the same examples, as results.json has it."""
+    found = stats.paired(ours, theirs, objective)
+    return {"delta": found.delta, "ci95": [found.low, found.high], "p": found.p}
 
 
 def _curve(
@@ -220,6 +221,8 @@ def table(results: Mapping[str, Any]) -> str:
             for name, versus in best.get("heldout_vs", {}).items()
         ]
         lines += [f"  the search against {', '.join(told)}"] if told else []
+    if "front" in results:
+        lines.append(_front_table(results))
     return "\n".join(lines)
 
 
@@ -241,6 +244,29 @@ def _scores(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) ->
         interval = forms[-1].interval(entry["ci95"]["objective"])
         lines.append(f"{entry['name']:<{width}}  {'  '.join(cells)}  {interval}")
     return lines
+
+
+def _front_table(results: Mapping[str, Any]) -> str:
+    """The points of the front, a line for each, and how much they span."""
+    front, tasks, formats = results["front"], results["tasks"], formatting.of_results(results)
+    title, names = formatting.headings("front, test", tasks, [formats[task] for task in tasks])
+    width = max(len(title), max(len(point["name"]) for point in front["points"]))
+    widths = [max(21, len(name)) for name in names]
+    lines = [f"{title:<{width}}  " + "  ".join(f"{n:>{w}}" for n, w in zip(names, widths))]
+    lines = ["", lines[0], "-" * len(lines[0])]
+    for point in front["points"]:
+        cells = [
+            f"{formats[task].score(point['test'][task])} "
+            f"{formats[task].interval(point['ci95'][task])}".rjust(wide)
+            for task, wide in zip(tasks, widths)
+        ]
+        lines.append(f"{point['name']:<{width}}  {'  '.join(cells)}")
+    volume = front["hypervolume"]
+    lines.append(
+        f"Hypervolume on test {volume['test']:.3f} [{volume['ci95'][0]:.3f}, "
+        f"{volume['ci95'][1]:.3f}]; 1 would be the best checkpoint of each task in one merge."
+    )
+    return "\n".join(lines)
 
 
 def _front(
@@ -268,7 +294,7 @@ def _final(found: Found) -> Request:
     return Request("final", found.name, np.asarray(found.candidate.coefficients, np.float32))
 
 
-def _entry(
+def entry(
     found: Found,
     names: Sequence[str],
     objective: Objective,
@@ -276,6 +302,16 @@ def _entry(
     sample: Mapping[str, np.ndarray],
     heldout: Candidate | None,
 ) -> dict[str, Any]:
+    """What results.json says of a method's choice.
+
+    Args:
+        found: the choice.
+        names: of the checkpoints, in pool order.
+        objective: what was maximised.
+        tested: the choice on the test split.
+        sample: its score on each test example, by task.
+        heldout: the choice on held-out tasks; None: it was not scored there.
+    """
     intervals = {
         task: stats.interval({task: sample[task]}, define([task])) for task in objective.tasks
     }

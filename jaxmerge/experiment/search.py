@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
 from jaxmerge.evaluation.evaluator import Sample
-from jaxmerge.experiment import adapters, methods, phases, results, speech
+from jaxmerge.experiment import adapters, front, methods, phases, results, speech
 from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
@@ -76,6 +77,7 @@ def search(
             winner = phases.decided(config, archive, objective, winner)
         with _timed(seconds, "test"):
             tested = results.test(archive, setting, found, winner, heldout=bool(config.heldout))
+            points = front.Points(archive, objective, config.front.points)
         with _timed(seconds, "analyses"):
             analysed = phases.analyse(
                 config, prepared, archive, objective, individuals, winner, climbed
@@ -92,8 +94,13 @@ def search(
         said = {"command": command, "warnings": [*prepared.warnings, *odd]}
         findings = {"version": 2, **said, **findings, "analyses": analysed}
         findings |= methods.findings(prepared.method)
+        if points.chosen:
+            findings["front"] = points.findings(directory, pool.names, tested)
         with _timed(seconds, "export"):
-            _export_winner(config, prepared, tested.winner, findings)
+            _export(config, prepared, tested.winner, findings, directory.path / "merged")
+            for number, point in enumerate(points.tested if config.front.export else (), 1):
+                place = directory.path / "points" / str(number)
+                _export(config, prepared, point, front.as_best(findings, number), place)
         findings["seconds"] = {phase: round(taken, 3) for phase, taken in seconds.items()}
         findings |= {"tokens": results.tokens(archive.past), **results.environment()}
         if climbed:
@@ -121,25 +128,30 @@ def _archive(prepared: Prepared, live: Live, answers: Answers) -> Archive:
     )
 
 
-def _export_winner(
-    config: Config, prepared: Prepared, winner: Candidate, findings: Mapping[str, Any]
+def _export(
+    config: Config,
+    prepared: Prepared,
+    merge: Candidate,
+    findings: Mapping[str, Any],
+    place: Path,
 ) -> None:
-    directory, pool = prepared.directory, prepared.pool
+    """Writes a merge in the config's formats, with a card."""
+    pool = prepared.pool
     records = [dataclasses.asdict(record) for record in pool.records]
 
     def text() -> str:
         return card.of_search(records, findings)
 
     export(
-        directory.path / "merged",
+        place,
         pool.trees[0],
-        pool.merged(np.array(winner.coefficients, np.float32)),
+        pool.merged(np.array(merge.coefficients, np.float32)),
         source=prepared.sources[0],
         architecture=pool.architecture,
         like=huggingface_directory(config, prepared.sources),
         tokenizer=tokenizer_directory(config, prepared.sources),
         card=text,
-        adapter=adapters.writer(config, prepared.sources, winner.weights, text, pool.groups),
+        adapter=adapters.writer(config, prepared.sources, merge.weights, text, pool.groups),
         rope_type=config.pool.rope_type,
         formats=config.export.formats,
         dtype=config.export.dtype,

@@ -3,7 +3,7 @@
 With several directories it writes one page that compares them. A page needs nothing but itself:
 plotly.js, styles and data are inside, and its content security policy lets no script run but the
 two that are written there. Names of checkpoints, tasks and directories are input: they reach a page
-through `markup.text`, `plots.label` and `page.embedded` alone.
+through `markup.text`, `values.label` and `page.embedded` alone.
 """
 
 from __future__ import annotations

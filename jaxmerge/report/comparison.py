@@ -13,10 +13,11 @@ import numpy as np
 
 from jaxmerge import rundir
 from jaxmerge.errors import JaxmergeError, way_out
-from jaxmerge.report import markup, page, plots
+from jaxmerge.report import front, markup, page, plots
 from jaxmerge.report.markup import DASH, text
 from jaxmerge.report.reading import Json, Run, as_page, read
 from jaxmerge.report.tables import best_single
+from jaxmerge.report.values import label
 from jaxmerge.scores import formatting, stats
 
 
@@ -83,6 +84,7 @@ def _page(cells: Sequence[Cell]) -> str:
                 "curves", "Best objective so far, on each run's own search split.", "low"
             ),
         ),
+        front.compared([(_name(cell), cell.run) for cell in finished]),
         _tasks_section(finished),
         _paired_section(finished),
         _weights_section(finished),
@@ -94,7 +96,8 @@ def _page(cells: Sequence[Cell]) -> str:
     percent = alike and bool(finished) and finished[0].run.formats["objective"].percent
     data = {
         "unit": "%" if percent else "",
-        "curves": [{"name": plots.label(cell.name), **_curve(cell.run, percent)} for cell in cells],
+        "curves": [{"name": label(cell.name), **_curve(cell.run, percent)} for cell in cells],
+        "volumes": front.volumes([(cell.name, cell.run) for cell in finished]),
     }
     return page.assemble(f"jaxmerge: {title}", "".join(body), data, "comparison.js")
 

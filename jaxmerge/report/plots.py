@@ -5,7 +5,6 @@ Scores that are shares are given in percent. Text is escaped, since plotly takes
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.report.reading import Json, Run
+from jaxmerge.report.values import label, scaled
 from jaxmerge.rundir import cost
 from jaxmerge.scores.curves import rises
-from jaxmerge.scores.formatting import Format
 
 WARM = "warm-start"  # the origin of what a search along gradients scored before another search
 _SPREAD = (0.1, 0.5, 0.9)  # quantiles of a generation
@@ -131,16 +130,6 @@ def _way(run: Run, name: str, lines: Sequence[Json]) -> Json:
     if best and tokens[-1] < sum(costs):
         tokens, best = [*tokens, sum(costs)], [*best, best[-1]]
     return {"name": label(name), "evaluations": len(lines), "tokens": tokens, "best": best}
-
-
-def scaled(form: Format, value: float) -> float:
-    """The value in the unit that the plots have."""
-    return round(float(value) * (100 if form.percent else 1), 5)
-
-
-def label(value: object) -> str:
-    """Escaped for plotly's own markup, which does not know quotation marks as entities."""
-    return html.escape(str(value), quote=False)
 
 
 def _scored(candidate: Json) -> str:

@@ -131,6 +131,12 @@ def models(results: Json) -> list[tuple[str, Json]]:
     ]
 
 
+def points(results: Json) -> list[tuple[str, Json]]:
+    """(kind, entry) of the points of the front, if the search was for one."""
+    found = results.get("front", {}).get("points", [])
+    return [("front", {**point, "name": f"point {point['name']}"}) for point in found]
+
+
 def _read_outputs(path: Path) -> Json:
     """The first answers of each checkpoint by task; {} where there is no such file."""
     if not path.exists():

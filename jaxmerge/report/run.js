@@ -39,6 +39,12 @@ function errorBar(model, choice, ink) {
     color: ink, thickness: 1.5, width: 5};
 }
 
+function errorBars(models, choice) {
+  const ends = (one, end) => Math.abs(one.ci95[choice][end] - one.test[choice]);
+  return {type: "data", symmetric: false, array: models.map((one) => ends(one, 1)),
+    arrayminus: models.map((one) => ends(one, 0)), color: colour("front"), thickness: 1, width: 3};
+}
+
 function staircase(models, x, y) {
   // What no candidate beats on these two axes: from the left, ever further right and lower.
   const sorted = models.map((model) => [model.search[x], model.search[y]])
@@ -100,7 +106,12 @@ function tradeoffTraces(split, x, y) {
   const onTest = (symbol) => tested.map((model) => markers("searched merge on test, 95%", [model], "test", x, y,
     {symbol: symbol, size: 15, color: colour("winner"), line: {color: colour("winner"), width: 1.5}},
     {error_x: errorBar(model, x, colour("winner")), error_y: errorBar(model, y, colour("winner"))}));
-  if (split === "test") return [...named, ...onTest("star")];
+  const points = kind("front"), numbered = {mode: "markers+text", textposition: "top right",
+    text: points.map((point) => point.name.replace("point ", "")), textfont: {size: 11, color: colour("front")}};
+  const drawnPoints = (more) => points.length ? [markers("points of the front", points, split, x, y,
+    outlined("square", 9, "front"), Object.assign(numbered, more))] : [];
+  if (split === "test") return [...drawnPoints({error_x: errorBars(points, x), error_y: errorBars(points, y)}),
+    ...named, ...onTest("star")];
   const small = (symbol, size, name, opacity) =>
     ({symbol: symbol, size: size, color: colour(name), opacity: opacity});
   const search = data.points.filter((point) => point.origin === "search");
@@ -112,6 +123,7 @@ function tradeoffTraces(split, x, y) {
     staircase(all, x, y),
     markers("Pareto front, all tasks", front, split, x, y,
       {symbol: "circle-open", size: 11, color: colour("front"), line: {width: 1.3}}),
+    ...drawnPoints({}),
     ...named,
     ...onTest("star-open"),
     markers(tested.length ? "searched merge" : "best merge so far", winner, split, x, y, outlined("star", 18, "winner")),
@@ -204,6 +216,42 @@ function drawSizes() {
   ], layout("checkpoints in the pool", titled(last)), config);
 }
 
-show({tradeoff: drawTradeoff, curve: drawCurve, weights: drawWeights, sizes: drawSizes});
+function drawVolumes() {
+  const ways = data.front.volumes;
+  const ink = (way) => way.name === "search" ? colour("winner") : colour("baseline");
+  const drawn = ways.filter((way) => way.tokens.length > 2).map((way, i) => line(way.name, way.tokens, way.best, ink(way),
+    way.name === "search" ? {shape: "hv", width: 2.5} : {shape: "hv", dash: STROKES[i % STROKES.length]}));
+  const few = ways.filter((way) => way.tokens.length <= 2).map((way, i) => Object.assign(
+    line(way.name, way.tokens.slice(-1), way.best.slice(-1), ink(way)),
+    {mode: "markers", cliponaxis: false, marker: {symbol: SYMBOLS[i % SYMBOLS.length], size: 9, color: ink(way)}}));
+  Plotly.react("volumes", inRank([...few, ...drawn]), layoutOver("tokens", "hypervolume, search"), config);
+}
+
+function prefer() {
+  // The point whose gains lag least behind the best point of each task, each as dear as the reader
+  // says: every point is the choice of some preference.
+  const points = data.front.points, worth = [...document.querySelectorAll(".worth")].map((slider) => Number(slider.value));
+  const total = worth.reduce((sum, one) => sum + one, 0) || 1;
+  const ends = (c) => [Math.min, Math.max].map((end) => end(...points.map((point) => point.search[c])));
+  const lag = (point) => {
+    const lags = point.search.map((score, c) => {
+      const [low, high] = ends(c);
+      return worth[c] / total * (high - score) / (high - low || 1);
+    });
+    return Math.max(...lags) + 0.05 * lags.reduce((sum, one) => sum + one, 0);
+  };
+  const chosen = points.reduce((best, point, i) => lag(point) < lag(points[best]) ? i : best, 0);
+  document.querySelectorAll(".points tbody tr").forEach((row, i) => row.classList.toggle("chosen", i === chosen));
+  const point = points[chosen];
+  element("preferred").innerHTML = "Point " + point.name + ": " + point.test.map((score, c) =>
+    data.choices[c] + " " + written(c, score)).join(", ") + " on test.<br><code>" +
+    data.front.export + point.name + " --out=merged</code>";
+}
+
+if (data.front) {
+  document.querySelectorAll(".worth").forEach((slider) => slider.addEventListener("input", prefer));
+  prefer();
+}
+show({tradeoff: drawTradeoff, curve: drawCurve, weights: drawWeights, sizes: drawSizes, volumes: drawVolumes});
 ["x", "y", "split"].forEach((id) => element(id)?.addEventListener("change", drawTradeoff));
 element("over")?.addEventListener("change", drawCurve);

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxmerge.report import (
     analyses,
     answers,
+    front,
     markup,
     merged,
     page,
@@ -16,7 +17,7 @@ from jaxmerge.report import (
     tables,
     unfinished,
 )
-from jaxmerge.report.reading import Json, Run, as_page, models, read
+from jaxmerge.report.reading import Json, Run, as_page, models, points, read
 
 _INTERVALS = (
     "Brackets are 95% bootstrap intervals over test examples. Models are chosen on the search "
@@ -67,6 +68,7 @@ def _finished(run: Run, results: Json) -> str:
         markup.warnings(results["warnings"]),
         "</header><main>",
         _tradeoff_section(run, tested=True),
+        front.section(run, results),
         _search_section(run),
         tables.weights_section(run, results),
         merged.method_section(results),
@@ -84,8 +86,9 @@ def _finished(run: Run, results: Json) -> str:
         "</main>",
     ]
     data = {
-        **plots.of_run(run, models(results), results["pareto"]),
+        **plots.of_run(run, [*models(results), *points(results)], results["pareto"]),
         "analyses": plots.of_analyses(run, results),
+        "front": front.plotted(run, results),
     }
     return page.assemble(f"jaxmerge: {title}", "".join(body), data, "run.js")
 
@@ -108,7 +111,7 @@ def _unfinished(run: Run, now: datetime.datetime) -> str:
         ]
     body.append(answers.section(run))
     body += [markup.section("How it is made", tables.pool_and_config(run)), "</main>"]
-    data = {**plots.of_run(run, so_far, unfinished.front(run)), "analyses": {}}
+    data = {**plots.of_run(run, so_far, unfinished.front(run)), "analyses": {}, "front": None}
     return page.assemble(f"jaxmerge: {title}", "".join(body), data, "run.js")
 
 

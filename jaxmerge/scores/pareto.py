@@ -87,3 +87,48 @@ def _checked(scores_PxM: Float[np.ndarray, "P M"]) -> Float[np.ndarray, "P M"]:
     if np.isnan(scores_PxM).any():
         raise ValueError("a score is NaN")
     return scores_PxM
+
+
+def spread(
+    scores_PxM: Float[np.ndarray, "P M"], reference_M: Float[np.ndarray, " M"], count: int
+) -> Int[np.ndarray, " F"]:
+    """Rows of the front that together have a large hypervolume: a few that stand for all of it.
+
+    One after the other the row that adds most is taken, which has at least 1 - 1/e of the largest
+    hypervolume of so many (Nemhauser, Wolsey & Fisher, Mathematical Programming 14, 1978). Then
+    rows are exchanged as long as that adds to it. Rows that add nothing are left out.
+
+    Args:
+        scores_PxM: M scores of P candidates.
+        reference_M: the corner that volumes are measured from.
+        count: how many rows are wanted.
+
+    Returns:
+        Increasing indices `[F]`, at most `count`.
+    """
+    candidates = front(scores_PxM)
+    sides = np.asarray(scores_PxM, np.float64)[candidates] - np.asarray(reference_M, np.float64)
+    inside = (sides > 0).all(axis=1)
+    candidates, sides = candidates[inside], sides[inside]
+    chosen: list[int] = []
+    volume = 0.0
+    for _ in range(min(count, len(candidates))):
+        best, added = _largest(sides, chosen)
+        if added <= volume:
+            break
+        chosen, volume = [*chosen, best], added
+    better = True
+    while better:
+        better = False
+        for place in range(len(chosen)):
+            others = chosen[:place] + chosen[place + 1 :]
+            best, exchanged = _largest(sides, others)
+            if exchanged > volume * (1 + 1e-12):
+                chosen, volume, better = [*others, best], exchanged, True
+    return np.sort(candidates[chosen]).astype(np.int64)
+
+
+def _largest(sides_FxM: Float[np.ndarray, "F M"], chosen: list[int]) -> tuple[int, float]:
+    """The row that beside the chosen ones makes the largest volume, and that volume."""
+    volumes = [_volume(sides_FxM[[*chosen, f]]) for f in range(len(sides_FxM))]
+    return int(np.argmax(volumes)), max(volumes)

@@ -7,7 +7,7 @@ of examples N.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +76,39 @@ def interval(
     checked = _checked(samples, objective)
     (means,) = _resampled([checked], resamples, np.random.default_rng(seed))
     return _ends(objective(means), _value(checked, objective), objective, confidence)
+
+
+def interval_of(
+    models: Sequence[Samples],
+    tasks: Sequence[str],
+    value: Callable[[Float[np.ndarray, "P T"]], float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bootstrap interval of any number of the mean scores of several models.
+
+    The same examples are drawn for all models, as in `paired`. The ends are those of the basic
+    interval, as in `interval` for what is not affine in the scores.
+
+    Args:
+        models: P, each with scores `[N]` per task.
+        tasks: T.
+        value: of mean scores.
+        confidence: the wanted coverage.
+        resamples: number of resamples.
+        seed: of the resampling.
+    """
+    if not models:
+        return value(np.zeros((0, len(tasks)))), value(np.zeros((0, len(tasks))))
+    exact = [{task: np.asarray(of[task], np.float64) for task in sorted(tasks)} for of in models]
+    means = _resampled(exact, resamples, np.random.default_rng(seed))
+    drawn_RxPxT = np.stack([[of[task] for task in tasks] for of in means]).transpose(2, 0, 1)
+    values = [value(mean_PxT) for mean_PxT in drawn_RxPxT]
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    seen = value(np.array([[of[task].mean() for task in tasks] for of in exact]))
+    return float(2 * seen - high), float(2 * seen - low)
 
 
 def paired(

@@ -19,10 +19,11 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_least
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.scores.calibration import FORMS, Line
 from jaxmerge.scores.objective import Objective
+from jaxmerge.search.space import WINDOW
 from jaxmerge.search.strategies import State, Strategy, on_host
 
 NAME = "gradient"
@@ -72,6 +73,43 @@ def check(settings: Settings) -> None:
                 "out of range", where=f"search.{name}", expected=expected, found=str(value)
             )
     _optimizer(settings)
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Raises `JaxmergeError` for what a search by gradients, or a start by them, does not go with.
+
+    Args:
+        fields: of a config, by their full names.
+    """
+    strategy, warm_start = fields["search.strategy"], fields["search.warm_start"]
+    if strategy == warm_start:
+        raise JaxmergeError(
+            "a search along gradients needs no other before it",
+            where="search.warm_start",
+            expected='"", or a strategy of evosax after it',
+            found=warm_start,
+        )
+    unlike: list[tuple[str, Any]] = [("search.subset", 1.0)]
+    if fields["search.start"] == "best":
+        unlike += [("search.init", []), ("merge.method", "linear")]
+    if warm_start:
+        unlike.append(("analyses.pool_sizes", []))
+    for where, expected in unlike:
+        if fields[where] != expected:
+            raise JaxmergeError(
+                "a search along gradients does not go with this",
+                where=where,
+                expected=f'{expected!r}; or another search.strategy, such as "CMA_ES"',
+                found=repr(fields[where]),
+            )
+    if fields["search.start"] == "best" and fields["space.constraint"] == WINDOW:
+        raise JaxmergeError(
+            "a window starts with the uniform merge of all steps",
+            where="search.start",
+            expected="uniform",
+            found="best",
+        )
+    check_least("search.minibatch", fields["search.minibatch"], 1)
 
 
 Slopes = Callable[[Float[np.ndarray, "G R"], int, Mapping[str, str]], Mapping[str, Slope]]

@@ -105,10 +105,10 @@ def search(
         z_PxD, state, asked = _asked(strategy, seed, generation, state, to_weights, numbers)
         requests = [one._replace(origin=origin, name=name) for one in asked]
         scored = _evaluated(archive, economy, requests)
-        fitness_P = np.array([objective.of(one.scores) for one in scored])
+        fitness = _fitness(scored, objective, by_task=strategy.by_task)
         # A process that went astray must not go on: its collectives would match nobody's.
-        processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness_P.tobytes())
-        state = strategy.tell(seed, generation, z_PxD, fitness_P, state)
+        processes.agree(f"generation {generation}", z_PxD.tobytes() + fitness.tobytes())
+        state = strategy.tell(seed, generation, z_PxD, fitness, state)
         due = time.monotonic() - saved >= save_seconds and generation + 1 < generations
         if due and saving:
             _save(saving, generation + 1, state)
@@ -142,6 +142,15 @@ def _asked(
         seconds=time.perf_counter() - started,
     )
     return z_PxD, state, requests
+
+
+def _fitness(
+    scored: Sequence[Candidate], objective: Objective, *, by_task: bool
+) -> Float[np.ndarray, " P"] | Float[np.ndarray, "P T"]:
+    """What a strategy is told of a generation: its objective, or its scores on each task."""
+    if by_task:
+        return np.array([[one.scores[task] for task in objective.tasks] for one in scored])
+    return np.array([objective.of(one.scores) for one in scored])
 
 
 def _refuse(where: str, expected: str, found: int) -> NoReturn:

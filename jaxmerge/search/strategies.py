@@ -25,7 +25,7 @@ _SVES = ("SV_CMA_ES", "SV_Open_ES")  # several populations that repel each other
 _SV_POPULATIONS = 2
 
 # Fitness that a strategy sees in place of NaN or infinity, which poison the state of many.
-_WORST = 1e9
+WORST = 1e9
 
 
 def _free(generation: int) -> Mapping[str, int]:
@@ -48,6 +48,7 @@ class Strategy(NamedTuple):
             before it is asked for. Scoring is counted by itself.
         expected: `(generation, state) -> scores` by task that the strategy expects of what it has
             asked for in the generation, with the state after that; {}: it expects nothing.
+        by_task: whether `tell` has the scores on each task, `[P, T]`, in place of the objective.
     """
 
     population: int
@@ -56,6 +57,7 @@ class Strategy(NamedTuple):
     tell: Callable[[int, int, np.ndarray, np.ndarray, State], State]
     tokens: Callable[[int], Mapping[str, int]] = _free
     expected: Callable[[int, State], Mapping[str, float]] = _nothing
+    by_task: bool = False
 
 
 def default_population(dimension: int) -> int:
@@ -101,7 +103,7 @@ def evosax(
     def init(seed: int) -> State:
         with on_host():
             if evolves_population:
-                first, worst = first_population(seed), jnp.full(population, _WORST)
+                first, worst = first_population(seed), jnp.full(population, WORST)
                 return algorithm.init(_key(seed, 0), first, worst, settings)
             means = jnp.zeros((_SV_POPULATIONS, dimension) if name in _SVES else dimension)
             return algorithm.init(_key(seed, 0), means, settings)
@@ -120,7 +122,7 @@ def evosax(
     def tell(
         seed: int, generation: int, z_PxD: np.ndarray, fitness_P: np.ndarray, state: State
     ) -> State:
-        cost_P = np.where(np.isfinite(fitness_P), -fitness_P, _WORST).astype(np.float32)
+        cost_P = np.where(np.isfinite(fitness_P), -fitness_P, WORST).astype(np.float32)
         x_PxD = (z_PxD - start) / np.float32(sigma)
         with on_host():
             if evolves_population and generation == 0:

@@ -95,3 +95,26 @@ def test_nan_is_refused() -> None:
         pareto.front(scores_PxM)
     with pytest.raises(ValueError, match="NaN"):
         pareto.hypervolume(scores_PxM, np.zeros(2))
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_a_few_rows_stand_for_the_front(tasks):
+    rng = np.random.default_rng(tasks)
+    scores = rng.uniform(size=(40, tasks))
+    reference = np.full(tasks, 0.05)
+    chosen = pareto.spread(scores, reference, 4)
+    assert {*chosen} <= {*pareto.front(scores)}
+    assert (np.diff(chosen) > 0).all()
+    volume = pareto.hypervolume(scores[chosen], reference)
+    subsets = itertools.combinations(pareto.front(scores), 4)
+    largest = max(pareto.hypervolume(scores[list(subset)], reference) for subset in subsets)
+    assert volume >= 0.99 * largest  # exchanges nearly always reach it; they must reach 1 - 1/e
+    drawn = [rng.choice(pareto.front(scores), 4, replace=False) for _ in range(50)]
+    assert volume > np.mean([pareto.hypervolume(scores[each], reference) for each in drawn])
+
+
+def test_rows_that_add_nothing_are_left_out():
+    scores = np.array([[0.5, 0.5], [0.5, 0.5], [0.9, 0.0], [0.4, 0.4]])
+    assert pareto.spread(scores, np.array([0.1, 0.1]), 3).tolist() == [0]
+    assert pareto.spread(scores, np.array([0.1, -0.1]), 3).tolist() == [0, 2]
+    assert pareto.spread(scores, np.array([1.0, 1.0]), 3).tolist() == []

@@ -259,3 +259,14 @@ def test_statistics_of_a_thousand_examples_are_quick() -> None:
     stats.interval(a, objective("chebyshev"))
     stats.paired(a, b, objective("chebyshev"))
     assert time.perf_counter() - started < 3
+
+
+def test_an_interval_of_any_number_of_several_models():
+    """Of a mean it is that of `interval`; equal models make the interval of one."""
+    rng = np.random.default_rng(0)
+    a = {"x": (rng.random(400) < 0.6).astype(float), "y": (rng.random(300) < 0.3).astype(float)}
+    low, high = stats.interval_of([a], "xy", lambda means: means.mean(), resamples=10_000)
+    expected = stats.interval(a, define("xy"))
+    np.testing.assert_allclose([low, high], expected, atol=0.004)  # of other draws
+    of_two = stats.interval_of([a, a], "xy", lambda means: means.max(axis=0).mean())
+    np.testing.assert_allclose(of_two, expected, atol=0.006)

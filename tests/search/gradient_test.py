@@ -16,7 +16,7 @@ from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.experiment import climb
 from jaxmerge.experiment.search import search
-from jaxmerge.rundir import Candidate, cost
+from jaxmerge.rundir import cost
 from jaxmerge.scores.calibration import Line
 from jaxmerge.scores.objective import define
 from jaxmerge.search import gradient, space
@@ -159,14 +159,9 @@ def test_a_whole_run(finished):
 
 def _within(tokens):
     """Before the first step 1,000 tokens, each 300 more, and every ten of them 2 x 650 more."""
-    individuals = [
-        Candidate(k, 0, "individual", str(k), "search", k, (1.0,), {}, {}, 0.0, {"read": read})
-        for k, read in enumerate((640, 650, 8))
-    ]
-    config = configs.default()
-    config.search.strategy, config.search.budget_tokens = "gradient", tokens
-    found = climb._within_tokens(config, lambda steps: 100 * len([*steps]), 1_000, individuals)
-    assert found == configs.settings(config)._replace(steps=found.steps)
+    settings = configs.settings(configs.default())
+    found = climb.within_tokens(settings, tokens, 1_000, lambda steps: 100 * len([*steps]), 1_300)
+    assert found == settings._replace(steps=found.steps)
     return found.steps
 
 
@@ -178,10 +173,15 @@ def test_steps_are_as_many_as_the_tokens_are_enough_for(tokens, steps):
     assert _within(tokens) == steps
 
 
-def test_tokens_for_less_than_a_step():
+def test_tokens_for_less_than_a_step(tmp_path_factory, finished):
     assert _within(2_600) == 1
-    with pytest.raises(JaxmergeError, match=r"search\.budget_tokens"):
-        _within(2_599)
+    assert _within(2_599) == 0
+    config = _config(finished[0])
+    config.search.budget_tokens = 100
+    with pytest.raises(JaxmergeError, match=r"search\.budget_tokens") as caught:
+        search(config, str(tmp_path_factory.mktemp("poor")))
+    config.search.budget_tokens = int(str(caught.value.expected).split()[-1])
+    search(config, str(tmp_path_factory.mktemp("enough")))
 
 
 def test_a_judge_takes_part(tmp_path_factory):
