@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment.methods import searched, takes_weights
+from jaxmerge.rundir import cost
 from jaxmerge.search import gradient, samplers, strategies, surrogate
 from jaxmerge.search.baselines import BASELINES, PAPER
 from jaxmerge.search.loop import Economy
@@ -215,3 +216,39 @@ def evaluations(
         "test": K + len(names) + 1 + config.front.points + dropped + len(over) + pairs,
         "heldout": 2 + seen + pairs if config.heldout else 0,
     }
+
+
+def budget_divisor(config: Config) -> int:
+    """A search along gradients has this part of a budget in tokens.
+
+    With another strategy after it half of them, with climbs along preferences a third.
+    """
+    if config.search.strategy != gradient.NAME:
+        return 2
+    return 3 if len(preferences_of(config)) else 1
+
+
+def within_tokens(
+    settings: gradient.Settings,
+    tokens: int,
+    took: int,
+    differentiated: Callable[[Iterable[int]], int],
+    scoring: int,
+) -> gradient.Settings:
+    """The settings with as many steps as tokens are enough for, true scores included.
+
+    The schedule of the learning rate is that of so many steps.
+
+    Args:
+        settings: with the most steps.
+        tokens: of the budget; 0: any number.
+        took: tokens that were taken before the first step.
+        differentiated: tokens of some steps; see `SoftScore`.
+        scoring: tokens of a true score of all candidates.
+    """
+    for step in range(settings.steps if tokens else 0):
+        took += cost({"differentiated": differentiated([step])})
+        took += scoring if step % settings.every == 0 else 0
+        if took > tokens:
+            return settings._replace(steps=step)
+    return settings

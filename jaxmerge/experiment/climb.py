@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,13 @@ from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.experiment import methods
-from jaxmerge.experiment.budget import WARM, build_strategy, preferences_of, start_of
+from jaxmerge.experiment.budget import (
+    WARM,
+    budget_divisor,
+    build_strategy,
+    start_of,
+    within_tokens,
+)
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
 from jaxmerge.merge.searched import Searched
@@ -86,13 +92,13 @@ class Climb:
         self._lines = self._lines_of(self._soft_NxTxF, self._true_NxT)
         self._first["read"] = self._first.get("read", 0) + self._soft.read
         self._dearest = max(one.cost for one in individuals)
-        budget = config.search.budget_tokens // _divisor(config)
+        budget = config.search.budget_tokens // budget_divisor(config)
         self._settings = self._within(configs.settings(config), budget, cost(self._first))
         if not self._settings.steps:
             raise JaxmergeError(
                 "the budget is less than one step and its true scores",
                 where="search.budget_tokens",
-                expected=f"at least {self._least(cost(self._first)) * _divisor(config)}",
+                expected=f"at least {self._least(cost(self._first)) * budget_divisor(config)}",
                 found=str(config.search.budget_tokens),
             )
         self.evaluations = self._settings.generations * gradient.POPULATION
@@ -380,39 +386,3 @@ def _told(prepared: Prepared) -> tuple[list[Task], dict[str, int], dict[str, int
     ]
     texts = {task: sum(map(bool, each)) for task, each in found.texts.items()}
     return tasks, texts, found.tokens
-
-
-def _divisor(config: Config) -> int:
-    """A search along gradients has this part of a budget in tokens.
-
-    With another strategy after it half of them, with climbs along preferences a third.
-    """
-    if config.search.strategy != gradient.NAME:
-        return 2
-    return 3 if len(preferences_of(config)) else 1
-
-
-def within_tokens(
-    settings: gradient.Settings,
-    tokens: int,
-    took: int,
-    differentiated: Callable[[Iterable[int]], int],
-    scoring: int,
-) -> gradient.Settings:
-    """The settings with as many steps as tokens are enough for, true scores included.
-
-    The schedule of the learning rate is that of so many steps.
-
-    Args:
-        settings: with the most steps.
-        tokens: of the budget; 0: any number.
-        took: tokens that were taken before the first step.
-        differentiated: tokens of some steps; see `SoftScore`.
-        scoring: tokens of a true score of all candidates.
-    """
-    for step in range(settings.steps if tokens else 0):
-        took += cost({"differentiated": differentiated([step])})
-        took += scoring if step % settings.every == 0 else 0
-        if took > tokens:
-            return settings._replace(steps=step)
-    return settings

@@ -232,9 +232,9 @@ def expect_pool(config: Config, directory: RunDirectory) -> None:
         config: of the merge.
         directory: of the merge; it gets the search's record of the checkpoints, if there is one.
     """
-    of_search = Path(os.path.expanduser(config.merge.weights_file)).with_name("pool.json")
     if not config.merge.weights_file or directory.read_json("pool.json") is not None:
         return
+    of_search = Path(os.path.expanduser(config.merge.weights_file)).with_name("pool.json")
     if of_search.exists() and of_search.with_name("candidates.jsonl").exists():
         directory.write_json("pool.json", read_json(of_search))
 

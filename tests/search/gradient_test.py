@@ -14,7 +14,7 @@ from jaxmerge import config as configs
 from jaxmerge import report
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
-from jaxmerge.experiment import climb
+from jaxmerge.experiment import budget
 from jaxmerge.experiment.search import search
 from jaxmerge.rundir import cost
 from jaxmerge.scores.calibration import Line
@@ -160,7 +160,7 @@ def test_a_whole_run(finished):
 def _within(tokens):
     """Before the first step 1,000 tokens, each 300 more, and every ten of them 2 x 650 more."""
     settings = configs.settings(configs.default())
-    found = climb.within_tokens(settings, tokens, 1_000, lambda steps: 100 * len([*steps]), 1_300)
+    found = budget.within_tokens(settings, tokens, 1_000, lambda steps: 100 * len([*steps]), 1_300)
     assert found == settings._replace(steps=found.steps)
     return found.steps
 
