@@ -15,26 +15,23 @@ from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
-from jaxmerge.experiment import methods
 from jaxmerge.experiment.budget import (
     WARM,
     budget_divisor,
     build_strategy,
-    start_of,
     within_tokens,
 )
+from jaxmerge.experiment.genotypes import genotypes, mapping, start_genotype
 from jaxmerge.experiment.prepare import Prepared
 from jaxmerge.hosts import processes
-from jaxmerge.merge.searched import Searched
 from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.calibration import Line, line
 from jaxmerge.scores.objective import Objective
 from jaxmerge.search import gradient, space
 from jaxmerge.search.archive import Archive
-from jaxmerge.search.strategies import Strategy
+from jaxmerge.search.strategies import Ask, State, Strategy
 from jaxmerge.tasks.common import Task, accepting, wants_texts
 
-_UNIFORM = 0.05  # of the uniform merge in a start, or a weight of 0 would have no derivative
 _LEAST_SIGMA = 0.05  # of `search.sigma`, that a strategy starts with after gradients
 
 
@@ -138,7 +135,9 @@ class Climb:
     ) -> Strategy | None:
         """The strategy of a climb from a scored merge, along another objective of the same tasks.
 
-        It looks at true scores once, at its end.
+        All groups move together, so that one number a checkpoint is climbed, or a number of a
+        method: with numbers for every leaf, a short climb learns the examples by heart. It looks at
+        true scores once, at its end.
 
         Args:
             archive: that scores its candidates.
@@ -166,16 +165,16 @@ class Climb:
             true_1xT,
             first,
         )
-        groups = self._pool.count
-        of_start = genotypes(self._config, self._method, groups, start).reshape(groups, -1)
+        of_start = genotypes(self._config, self._method, self._pool.count, start)
         return self._made(
             archive,
             (origin, name),
             range(len(self._pool.names)),
-            of_start.astype(np.float32),
+            of_start,
             settings,
             objective.over(self._soft.tasks),
             known,
+            together=True,
         )
 
     def _made(
@@ -187,8 +186,14 @@ class Climb:
         settings: gradient.Settings,
         objective: Objective,
         known: _Known,
+        *,
+        together: bool = False,
     ) -> Strategy:
         K, of = len(self._pool.names), self._method
+        inner = functools.partial(
+            space.row if of else space.mapped,
+            **{"checkpoints": len(chosen), **mapping(self._config, of, self._pool.count)},
+        )
 
         def slopes(
             weights_GxM: np.ndarray, step: int, forms: Mapping[str, str]
@@ -223,14 +228,12 @@ class Climb:
             lines,
             settings,
             objective,
-            start=start,
-            mapped=functools.partial(
-                space.row if of else space.mapped,
-                **{"checkpoints": len(chosen), **mapping(self._config, of, self._pool.count)},
-            ),
+            start=np.zeros_like(start[:1]) if together else start,
+            mapped=(lambda shift: inner(start + shift)) if together else inner,
             summing=0 if self._config.space.constraint == "free" else len(chosen),
         )
-        return strategy._replace(tokens=tokens)
+        ask = _shifted(start, strategy.ask) if together else strategy.ask
+        return strategy._replace(ask=ask, tokens=tokens)
 
     def _within(self, settings: gradient.Settings, tokens: int, took: int) -> gradient.Settings:
         scoring = gradient.POPULATION * self._dearest
@@ -283,59 +286,14 @@ def _by_group(one: Candidate, groups: int) -> Float[np.ndarray, "G K"]:
     return np.broadcast_to(row, (groups, row.shape[-1]))
 
 
-def mapping(config: Config, of: Searched | None, groups: int) -> dict[str, Any]:
-    """What `space.mapped` and `space.genotypes` are told, or of a method `row` and its inverse."""
-    fields = config.space
-    shrink = fields.shrink if groups > 1 else 0.0
-    told = {"constraint": fields.constraint, "bounds": fields.bounds, "shrink": shrink}
-    if of is None:
-        return told
-    parts = {"checkpoints": of.checkpoints, "ranges": methods.ranges(of), "weighted": of.weighted}
-    return told | parts
+def _shifted(start_GxD: Float[np.ndarray, "G D"], ask: Ask) -> Ask:
+    """Asks for genotypes that are so much away from the start, in all groups alike."""
 
+    def asked(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
+        shifts_PxD, state = ask(seed, generation, state)
+        return (start_GxD + shifts_PxD[:, None]).reshape(len(shifts_PxD), -1), state
 
-def start_genotype(
-    config: Config,
-    of: Searched | None,
-    groups: int,
-    chosen: Sequence[int],
-    merge: Candidate | None = None,
-) -> Float[np.ndarray, "G D"]:
-    """The genotype that a search starts from.
-
-    Args:
-        config: of the run.
-        of: the method that candidates are merged by; None: they are weighted sums.
-        groups: G.
-        chosen: numbers of the checkpoints that are searched over.
-        merge: the weighted sum to start from; None: as `search.init` says.
-    """
-    if merge is not None:
-        weights_K = np.array(merge.by_checkpoint)[[*chosen]]
-        mixed_K = (1 - _UNIFORM) * weights_K + _UNIFORM / len(weights_K)
-        z_K = space.genotypes(mixed_K / mixed_K.sum(), config.space.constraint, config.space.bounds)
-        return np.tile(z_K, (groups, 1)).astype(np.float32)
-    own = start_of(config, chosen)
-    values = of.numbers if of else space.dimension(config.space.constraint, len(chosen))
-    start_GxD = np.zeros((groups, values), np.float32)
-    start_GxD[:, : len(own)] = own
-    return start_GxD
-
-
-def genotypes(
-    config: Config, of: Searched | None, groups: int, one: Candidate
-) -> Float[np.ndarray, "*G D"]:
-    """One of the genotypes that a candidate can have come from.
-
-    Args:
-        config: of the run.
-        of: the method that candidates are merged by; None: they are weighted sums.
-        groups: G.
-        one: the candidate.
-    """
-    inverse = space.row_genotypes if of else space.genotypes
-    row = np.array(one.coefficients)
-    return inverse(row, **mapping(config, of, groups))
+    return asked
 
 
 def wanted(config: Config) -> bool:
@@ -362,7 +320,7 @@ def warmed(config: Config, prepared: Prepared, warm: Sequence[Candidate]) -> Str
         config,
         len(prepared.pool.names),
         groups=prepared.pool.count,
-        start=mean.reshape(-1).astype(np.float32),
+        start=mean.reshape(-1),
         sigma=min(max(left, _LEAST_SIGMA * most), most),
     )
 

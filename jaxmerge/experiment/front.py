@@ -23,9 +23,10 @@ from jaxtyping import Float
 
 from jaxmerge.config import Config
 from jaxmerge.experiment import results
-from jaxmerge.experiment.budget import FRONT, WARM, preferences_of
+from jaxmerge.experiment.budget import FRONT, preferences_of
 from jaxmerge.experiment.climb import Climb
 from jaxmerge.experiment.prepare import Prepared
+from jaxmerge.merge.searched import Searched
 from jaxmerge.rundir import ANALYSIS, Candidate, RunDirectory
 from jaxmerge.scores import pareto, stats
 from jaxmerge.scores.objective import Objective, Range
@@ -92,7 +93,8 @@ def climb(
     """
     preferences_NxT = preferences_of(config)
     for number, preference_T in enumerate(preferences_NxT):
-        mine = _own(archive.past)
+        mine = [one for one in archive.past if one.origin in ("search", FRONT)]
+        known = [one for one in archive.past if _counts(one) and _starts(one, prepared.method)]
         wanted = preferences.objective(
             preference_T, objective.reference, config.front.scalarisation
         )
@@ -103,7 +105,7 @@ def climb(
             FRONT,
             f"front-{number}",
             wanted,
-            start=best(mine, wanted),
+            start=best(known, wanted),
             steps=config.front.steps,
             tokens=share if config.search.budget_tokens else 0,
         )
@@ -229,9 +231,9 @@ def _curve(
     return told
 
 
-def _own(past: Sequence[Candidate]) -> list[Candidate]:
-    """What the search and its climbs have scored."""
-    return [one for one in past if one.split == "search" and one.origin in ("search", WARM, FRONT)]
+def _starts(one: Candidate, method: Searched | None) -> bool:
+    """Whether a climb can start there: weighted sums are no genotypes of a method."""
+    return method is None or one.genes is not None
 
 
 def _counts(one: Candidate) -> bool:

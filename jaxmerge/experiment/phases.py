@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.config import Config
-from jaxmerge.experiment import analyses, climb, front, methods
+from jaxmerge.experiment import analyses, climb, front, genotypes, methods
 from jaxmerge.experiment.analyses import Study
 from jaxmerge.experiment.budget import (
     FRONT,
@@ -157,8 +157,8 @@ def _surrogate(
             scores = [[objective.of(one.scores)] for one in past]
         return stacked([one.coefficients for one in past]), np.array(scores)
 
-    start = climb.start_genotype(config, of, groups, range(K))
-    told = {"checkpoints": K, **climb.mapping(config, of, groups)}
+    start = genotypes.start_genotype(config, of, groups, range(K))
+    told = {"checkpoints": K, **genotypes.mapping(config, of, groups)}
     inner = functools.partial(space.row if of else space.mapped, **told)
     return surrogate.surrogate(
         known,

@@ -36,6 +36,9 @@ def _nothing(generation: int, state: State) -> Mapping[str, float]:
     return {}
 
 
+Ask = Callable[[int, int, State], tuple[Float[np.ndarray, "P D"], State]]
+
+
 class Strategy(NamedTuple):
     """A strategy as pure functions; all arrays are on the host.
 
@@ -53,7 +56,7 @@ class Strategy(NamedTuple):
 
     population: int
     init: Callable[[int], State]
-    ask: Callable[[int, int, State], tuple[Float[np.ndarray, "P D"], State]]
+    ask: Ask
     tell: Callable[[int, int, np.ndarray, np.ndarray, State], State]
     tokens: Callable[[int], Mapping[str, int]] = _free
     expected: Callable[[int, State], Mapping[str, float]] = _nothing
