@@ -4,37 +4,35 @@
     python -m jaxmerge.run --config=configs/smollm2.py --workdir=runs/smollm2
     python tools/verify_export.py --config=configs/smollm2.py --workdir=runs/smollm2
 
-On 2 CPU cores the pool took about 35 minutes and the search 25, beside other work. The fine-tunes
+On 2 CPU cores the pool took about 35 minutes and the search 70, beside other work. The fine-tunes
 differ in mixture, rate, seed and method; none is good at more than one of the three tasks:
 
     test scores, %              sums      sequence       reorder          mean
     --------------------------------------------------------------------------
-    letters                      3.9           0.8           5.0           3.2  [2.2, 4.5]
-    lora-letters                 4.7           0.8          55.1          20.2  [17.2, 23.1]
-    lora-sums                   41.8          19.5           7.8          23.0  [19.5, 26.7]
-    reorder-letters              3.9           2.3          78.4          28.2  [25.6, 30.8]
-    sequence                     8.9          49.2           7.0          21.7  [18.4, 25.1]
-    sequence-equations           6.2          35.2           5.6          15.7  [12.7, 18.8]
-    sums                        65.2           6.0           7.8          26.3  [23.3, 29.4]
-    sums-letters                37.1           8.6           7.0          17.6  [14.5, 20.9]
-    uniform                     28.1          25.8          10.3          21.4  [17.8, 25.2]
-    best-per-task               56.0          31.2          24.9          37.4  [33.0, 41.8]
-    greedy                      56.0          31.2          24.9          37.4  [33.0, 41.8]
-    search                      58.3          42.2           8.1          36.2  [32.1, 40.4]
+    letters                      1.3           0.8           5.0           2.4  [1.9, 2.9]
+    lora-letters                 1.6           0.8          52.1          18.1  [16.6, 19.7]
+    lora-sums                   38.3          17.8           6.6          20.9  [18.8, 23.0]
+    reorder-letters              1.3           2.3          77.3          27.0  [25.5, 28.4]
+    sequence                     6.6          49.2           6.0          20.6  [18.7, 22.5]
+    sequence-equations           2.6          33.6           5.3          13.8  [12.2, 15.5]
+    sums                        56.9           4.7           6.7          22.8  [21.0, 24.5]
+    sums-letters                29.5           5.9           6.4          13.9  [12.3, 15.6]
+    uniform                     22.7          20.6           8.3          17.2  [15.2, 19.2]
+    best-per-task               43.2          26.5          18.1          29.3  [26.9, 31.6]
+    greedy                      43.2          26.5          18.1          29.3  [26.9, 31.6]
+    search                      42.8          43.0           6.0          30.6  [28.3, 32.9]
 
-    The searched merge against the best single checkpoint (reorder-letters): +8.0 points
-    [+3.3, +12.7], p = 0.03.
-    Held out, letters: reorder-letters 78.1, uniform 77.3, search 56.6
-    Held out, equations: reorder-letters 3.8, uniform 3.5, search 5.5
+    The searched merge against the best single checkpoint (reorder-letters): +3.6 points
+    [+0.9, +6.3], p = 0.081.
+    Held out, letters: reorder-letters 78.4, uniform 77.6, search 53.0
+      the search against reorder-letters -25.4 [-29.3, -21.6], uniform -24.7 [-28.5, -21.0]
+    Held out, equations: reorder-letters 4.8, uniform 4.6, search 5.2
+      the search against reorder-letters +0.4 [-1.7, +2.4], uniform +0.6 [-1.4, +2.7]
 
-Three attempts came before, all judged by the search split and stopped before any test example was
-scored: the objective had letters instead of reorder (three checkpoints score 86% there by always
-answering 1); one device instead of two; and a start from the uniform merge with sigma 0.5, which
-after 14 evaluations was at 27.6%, below the best checkpoint's 31.9%. Hence `search.init`: the
-average of the best checkpoint per task, by individual scores on the search split. The searched
-merge is above every checkpoint, and not above that average, from which it started. As many random
-draws, the baseline of equal budget, were left out for time. The held-out tasks are held out of the
-search; some of the fine-tunes were trained on them.
+Above the average of the best per task it is by 1.3 points [-0.6, +3.3]. What was tried before, and
+why it is not clearly above that, stands in docs/smollm2.md. Draws and CMA-ES at equal tokens were
+left out for time. The held-out tasks are held out of the search; some of the fine-tunes were
+trained on them.
 """
 
 from jaxmerge.config import Config, default
@@ -72,11 +70,13 @@ def get_config() -> Config:
     config.tasks = TASKS
     config.objective.tasks = ("sums", "sequence", "reorder")
     config.heldout = ("letters", "equations")
-    config.objective.search_examples = 64
-    config.objective.test_examples = 192
+    config.objective.search_examples = 256
+    config.objective.test_examples = 384
     config.evaluate.batch_size = 64
     config.baselines = ("uniform", "best-per-task", "greedy")
-    config.search.learning_rate = 0.3
-    config.search.minibatch = 12
-    config.search.score_every = 15
+    config.search.steps = 80
+    config.search.learning_rate = 0.2
+    config.search.minibatch = 16
+    config.search.score_every = 20
+    config.analyses.leave_one_out = False  # eight more models on the test examples
     return config
