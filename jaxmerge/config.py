@@ -212,9 +212,8 @@ def default() -> Config:
     # (chebyshev).
     config.front.steps = 20
     config.front.scalarisation = "weighted"
-    config.front.export = (
-        False  # write every point to WORKDIR/points/1, 2, ..., not the winner alone
-    )
+    # Every point is written, to WORKDIR/points/1, 2 and so on, and not the winner alone.
+    config.front.export = False
 
     config.baselines = tuple(baselines.BASELINES)  # names of jaxmerge.search.baselines.BASELINES
 

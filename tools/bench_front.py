@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tools.bench_strategies import ROOT, directory, interval, markdown
+from tools.bench_strategies import directory, interval, make, markdown
 
 PLAIN = ("CMA-ES, no front", "gradient, no front")  # what the others are compared with
 
@@ -52,29 +49,19 @@ _COMMON = {
 }
 
 
-def run(args: argparse.Namespace, way: str, seed: int) -> None:
-    """Makes a run, unless it is finished."""
-    workdir = directory(args.out, way, seed)
-    if (workdir / "results.json").exists():
-        return
+def command(args: argparse.Namespace, way: str, seed: int) -> list[str]:
+    """The command of a run."""
     fields = {
         **_COMMON,
         **{"seed": seed, "search.budget_tokens": args.tokens, "front.points": args.points},
         **WAYS[way],
     }
-    asked = [
+    return [
         *(sys.executable, "-m", "jaxmerge.run", "--mode=front", f"--config={args.config}"),
-        f"--workdir={workdir}",
+        f"--workdir={directory(args.out, way, seed)}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
         *args.set,
     ]
-    started, log = time.perf_counter(), workdir.with_suffix(".log")
-    with log.open("w") as stream:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        made = subprocess.run(asked, cwd=ROOT, stdout=stream, stderr=stream, env=environment)
-    if made.returncode:
-        sys.exit(f"{' '.join(asked)}\nended with exit code {made.returncode}; see {log}")
-    print(f"{way}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def found(workdir: Path) -> dict[str, float]:
@@ -128,14 +115,16 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=8, help="of each front")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
-    parser.add_argument("--set", nargs="+", default=[], help="--config.FIELD=VALUE for all runs")
+    parser.add_argument(
+        "--set", action="append", default=[], help="--set=--config.FIELD=VALUE, for all runs"
+    )
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in () if args.tables else range(args.seeds):
         for way in args.ways:
-            run(args, way, seed)
+            make(directory(args.out, way, seed), command(args, way, seed))
     runs: dict[str, dict[int, dict[str, float]]] = {}
     for way in WAYS:
         for seed in range(args.seeds):

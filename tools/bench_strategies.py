@@ -110,22 +110,20 @@ def directory(out: Path, way: str, seed: int) -> Path:
     return out / f"{way.replace(',', '').replace(' ', '-')}-{seed}"
 
 
-def run(args: argparse.Namespace, way: str, seed: int) -> None:
-    """Makes a run, unless it is finished."""
-    workdir = directory(args.out, way, seed)
+def make(workdir: Path, asked: Sequence[str]) -> None:
+    """Makes a run by its command, unless it is finished; its output goes to a file beside it."""
     if (workdir / "results.json").exists():
         return
     started, load = time.perf_counter(), os.getloadavg()[0]
     log = workdir.with_suffix(".log")
     with log.open("w") as stream:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        asked = command(args, way, seed)
         made = subprocess.run(asked, cwd=ROOT, stdout=stream, stderr=stream, env=environment)
     if made.returncode:
         sys.exit(f"{' '.join(asked)}\nended with exit code {made.returncode}; see {log}")
     seconds = time.perf_counter() - started
     (workdir / "bench.json").write_text(json.dumps({"load": load, "wall": round(seconds, 1)}))
-    print(f"{way}, seed {seed}: {seconds:.0f} s, load {load:.1f} before", flush=True)
+    print(f"{workdir.name}: {seconds:.0f} s, load {load:.1f} before", flush=True)
 
 
 def found(workdir: Path, name: str) -> Found:
@@ -348,7 +346,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
-    parser.add_argument("--set", nargs="+", default=[], help="--config.FIELD=VALUE for all runs")
+    parser.add_argument(
+        "--set", action="append", default=[], help="--set=--config.FIELD=VALUE, for all runs"
+    )
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args()
     args.out = args.out.resolve()
@@ -356,7 +356,7 @@ def main() -> None:
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     for seed in seeds if not args.tables else ():
         for way in args.ways:
-            run(args, way, seed)
+            make(directory(args.out, way, seed), command(args, way, seed))
     report(args, seeds)
 
 

@@ -193,9 +193,9 @@ def _load(source: Source, abstract: PyTree) -> PyTree:
         with _buffers_returned(), context:
             tree = ocp.load(source.path, wanted, checkpointable_name=source.item or None)
             jax.block_until_ready(tree)
-    except Exception as error:
-        # Orbax raises Exception itself for a file that is cut short. Narrower types that no file
-        # is the reason of, such as JAX's for a device without memory, go on as they are.
+    except Exception as error:  # Orbax raises Exception itself for a file that is cut short
+        # Narrower types that no file is the reason of, such as JAX's for a device without memory,
+        # go on as they are.
         unreadable = (OSError, ValueError, ocp.errors.InvalidLayoutError)
         if type(error) is not Exception and not isinstance(error, unreadable):
             raise

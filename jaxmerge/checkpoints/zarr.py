@@ -34,7 +34,7 @@ _INDEX = "tensorstore_index.json"  # EasyDeL's: paths, shapes and dtypes
 _DATABASE = "manifest.ocdbt"
 _DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # by the file of an array's metadata
 _CHUNK = 2**26  # bytes
-_BROKEN = (OSError, ValueError, KeyError, NotImplementedError)  # what tensorstore raises
+_BROKEN = (OSError, ValueError)  # of files; of metadata, data and databases, from tensorstore
 
 
 def recognises(path: epath.Path) -> bool:

@@ -15,6 +15,8 @@ from jaxmerge.experiment import command_line
 from jaxmerge.experiment.jobs import set_fields, set_format, unindented
 from jaxmerge.rundir import flat
 
+_OF_METHOD = ("merge.method", "merge.variant")  # its numbers stand in results.json
+
 
 def export() -> None:
     """Write what a search found once more: another point of its front, or another format.
@@ -28,6 +30,7 @@ def export() -> None:
 
     The checkpoints are read from where the run found them, and must be the same still. If they have
     moved, --config.pool.checkpoints="('a', 'b')" says where they are, in the order of pool.json.
+    Other paths of the run's config that are relative, such as pool.base, are so to this directory.
     """
     flags.DEFINE_integer("point", 0, "Of the front; 0: the winner.", lower_bound=0)
     flags.DEFINE_enum("format", None, FORMATS, "The format of the merge.")
@@ -67,7 +70,7 @@ def _of_run(run: Path) -> dict[str, Any]:
         own = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in fields.items()
-            if name.partition(".")[0] in ("seed", "pool", "merge", "space", "export")
+            if name.partition(".")[0] in ("seed", "pool", "space", "export") or name in _OF_METHOD
         }
         return own | {
             "pool.checkpoints": tuple(one["source"] for one in pool["checkpoints"]),

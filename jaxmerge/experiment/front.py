@@ -32,7 +32,6 @@ from jaxmerge.scores import pareto, stats
 from jaxmerge.scores.objective import Objective, Range
 from jaxmerge.search import gradient, loop, preferences
 from jaxmerge.search.archive import Archive, Request, best
-from jaxmerge.search.baselines import Found
 
 _BELOW = 0.1  # of the pool's range on a task, that the corner is below its worst checkpoint
 _RESAMPLES = 1000
@@ -176,7 +175,7 @@ class Points:
         low, high = stats.interval_of(samples, on_test.tasks, on_test.volume, resamples=_RESAMPLES)
         points = []
         for chosen, scored, sample in zip(self.chosen, self.tested, samples):
-            found = Found(scored.name, chosen, 1, chosen.cost)
+            found = tested.best._replace(name=scored.name, candidate=chosen)
             entry = results.entry(found, names, objective, scored, sample, None)
             versus = {single.name: results.compared(sample, of_single, objective)}
             points.append({**entry, "vs": versus})

@@ -46,7 +46,7 @@ def start_genotype(
         merge: the weighted sum to start from; None: as `search.init` says.
     """
     if merge is not None:
-        return genotypes(config, of, groups, merge)
+        return genotypes(config, of, groups, merge)[:, [*chosen]]
     own = start_of(config, chosen)
     values = of.numbers if of else space.dimension(config.space.constraint, len(chosen))
     start_GxD = np.zeros((groups, values), np.float32)

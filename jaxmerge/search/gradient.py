@@ -90,21 +90,22 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             found=warm_start,
         )
     unlike: list[tuple[str, Any]] = [("search.subset", 1.0)]
-    if fields["search.start"] == "best":
-        unlike += [("search.init", []), ("merge.method", "linear")]
     if warm_start:
-        unlike.append(("analyses.pool_sizes", []))
+        unlike.append(("analyses.pool_sizes", ()))
     for where, expected in unlike:
-        if fields[where] != expected:
+        found = tuple(fields[where]) if isinstance(fields[where], list) else fields[where]
+        if found != expected:
             raise JaxmergeError(
                 "a search along gradients does not go with this",
                 where=where,
                 expected=f'{expected!r}; or another search.strategy, such as "CMA_ES"',
-                found=repr(fields[where]),
+                found=repr(found),
             )
-    if fields["search.start"] == "best" and fields["space.constraint"] == WINDOW:
+    own = fields["search.init"] or fields["merge.method"] != "linear"
+    if fields["search.start"] == "best" and (own or fields["space.constraint"] == WINDOW):
         raise JaxmergeError(
-            "a window starts with the uniform merge of all steps",
+            "checkpoints and baselines are no start for a search with a start of its own, over "
+            "another method, or over a window",
             where="search.start",
             expected="uniform",
             found="best",

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError, check_choice, check_least
 from jaxmerge.scores.objective import Objective, Range, define
+from jaxmerge.search.space import WINDOW
 
 SCALARISATIONS = ("weighted", "chebyshev")
 
@@ -34,6 +35,13 @@ def check(fields: Mapping[str, Any]) -> None:
             where="objective.tasks",
             expected="two tasks or more; or front.points = 0",
             found=", ".join(tasks),
+        )
+    if points and fields["space.constraint"] == WINDOW:
+        raise JaxmergeError(
+            "a front is of merges with a weight for each checkpoint",
+            where="space.constraint",
+            expected=f"another than {WINDOW}; or front.points = 0",
+            found=WINDOW,
         )
     if points and fields["search.subset"] < 1:
         raise JaxmergeError(

@@ -1,6 +1,8 @@
 """Searches over other methods than the weighted sum, from config to export and back."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jsonschema
@@ -92,6 +94,25 @@ def test_the_export_is_what_was_evaluated_and_what_a_merge_with_its_numbers_give
     config.space.granularity = "layer"
     (again,) = merging.merge(config, str(tmp_path / "again"))
     for name, leaf in leaves_of(again).items():
+        np.testing.assert_array_equal(leaf, exported[name])
+
+
+@pytest.mark.slow
+def test_jaxmerge_export_writes_it_again(finished, tmp_path):
+    """The numbers that were searched and those that were fixed are both of the run."""
+    workdir, _ = finished
+    command = [
+        sys.executable,
+        "-m",
+        "jaxmerge",
+        "export",
+        str(workdir),
+        f"--out={tmp_path / 'out'}",
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    exported = leaves_of(workdir / "merged" / "orbax")
+    for name, leaf in leaves_of(tmp_path / "out").items():
         np.testing.assert_array_equal(leaf, exported[name])
 
 

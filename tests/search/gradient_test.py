@@ -184,6 +184,26 @@ def test_tokens_for_less_than_a_step(tmp_path_factory, finished):
     search(config, str(tmp_path_factory.mktemp("enough")))
 
 
+def test_it_starts_from_the_best_that_there_is(finished, tmp_path):
+    """A single checkpoint or a baseline, with a twentieth of the uniform merge; also among some."""
+    config = _config(finished[0])
+    config.search.start, config.search.steps, config.search.learning_rate = "best", 1, 1e-6
+    config.analyses.pool_sizes = (2,)
+    search(config, str(tmp_path))
+    log = tiny.log(tmp_path)
+    known = [one for one in log if one["origin"] in ("individual", "baseline:uniform")]
+    known += [one for one in log if one["origin"] in ("baseline:greedy", "baseline:best-per-task")]
+    best = max(known, key=lambda one: (np.mean([*one["scores"].values()]), -one["id"]))
+    (first, *_) = [one for one in log if one["origin"] == "search"]
+    expected = 0.95 * np.array(best["weights"]) + 0.05 / 3
+    np.testing.assert_allclose(np.array(first["weights"])[0], expected, atol=1e-5)
+    (of_two, *_) = [one for one in log if one["origin"] == "analysis:pool-size"]
+    rows = np.array(of_two["weights"])
+    assert np.count_nonzero(rows.max(axis=0)) == 2
+    chosen = np.where(rows[0] > 0, expected, 0)
+    np.testing.assert_allclose(rows[0], chosen / chosen.sum(), atol=1e-5)
+
+
 def test_a_judge_takes_part(tmp_path_factory):
     """Texts of single checkpoints that a program accepted are climbed; then a strategy goes on."""
     pool = tiny.pool(tmp_path_factory.mktemp("judged"))

@@ -55,11 +55,13 @@ def test_a_single_task_still_breaks_ties_by_the_others():
         ("front.scalarisation", "sum", r"front\.scalarisation"),
         ("objective.tasks", ["a"], r"objective\.tasks"),
         ("search.subset", 0.5, r"search\.subset"),
+        ("space.constraint", "window", r"space\.constraint"),
     ],
 )
 def test_what_cant_be_is_refused(field, value, said):
     right = {"front.points": 8, "front.steps": 20, "front.scalarisation": "weighted"}
     right |= {"objective.tasks": ["a", "b"], "search.subset": 1.0}
+    right |= {"space.constraint": "softmax"}
     preferences.check(right)
     with pytest.raises(JaxmergeError, match=said):
         preferences.check({**right, field: value})
