@@ -53,7 +53,7 @@ def test_the_fields_of_a_search(read):
     assert fields["objective.search_examples"] == 50
     assert fields["search.budget"] == 100
     config = configs.default()
-    jobs._set_fields(config, fields)
+    jobs.set_fields(config, fields)
     configs.check(config)  # each has the type that the config wants
     assert configs.objective(config).tasks == ("arc_easy", "gsm8k")
 
@@ -61,7 +61,7 @@ def test_the_fields_of_a_search(read):
 def test_what_the_command_line_sets_holds(read):
     config = configs.default()
     config.search.budget = 7
-    jobs._set_fields(config, read(GENOME + TASKS))
+    jobs.set_fields(config, read(GENOME + TASKS))
     assert config.search.budget == 7
 
 
@@ -136,7 +136,7 @@ genome:
 )
 def test_other_methods(read, genome, constraint, genes, searched):
     config = configs.default()
-    jobs._set_fields(config, read(OTHERS + genome + TASKS))
+    jobs.set_fields(config, read(OTHERS + genome + TASKS))
     configs.check(config)
     assert config.merge.variant == "mergekit"
     assert (config.space.constraint, config.merge.genes.to_dict()) == (constraint, genes)
