@@ -171,8 +171,9 @@ def default() -> Config:
     config.search.strategy = "gradient"
     # "gradient": before the strategy, which then starts where gradients ended; "": nothing.
     config.search.warm_start = ""
-    # Of "gradient", where it starts: "uniform", or as search.init says; "best": the single
-    # checkpoint or baseline that is best by then, mixed with a little of the uniform merge.
+    # Where it starts: "uniform", or as search.init says; a name in `baselines`, of those that come
+    # before the search; "best": the single checkpoint or baseline that is best by then. Checkpoints
+    # and baselines are mixed with a little of the uniform merge.
     config.search.start = "uniform"
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
     # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
@@ -215,7 +216,8 @@ def default() -> Config:
     # Every point is written, to WORKDIR/points/1, 2 and so on, and not the winner alone.
     config.front.export = False
 
-    config.baselines = tuple(baselines.BASELINES)  # names of jaxmerge.search.baselines.BASELINES
+    # Names of jaxmerge.search.baselines.BASELINES, where "lm-cocktail" and "metagpt" are too.
+    config.baselines = ("uniform", "best-per-task", "greedy", "random", "paper")
 
     # What is made of the winner after it was tested; see jaxmerge.experiment.analyses. Two more are
     # always there, without evaluations: the share of weights that are not 0, weight against score.
@@ -296,14 +298,14 @@ def check(config: Config) -> None:
     search = config.search
     gradient.check(settings(config))
     check_least("search.budget_tokens", search.budget_tokens, 0)
-    check_choice("search.start", search.start, ("uniform", "best"))
     check_choice("search.warm_start", search.warm_start, ("", gradient.NAME))
     if gradient.NAME in (search.strategy, search.warm_start):
         gradient.check_fields(fields(config))
     parts.check(search.subset, search.finalists)
     preferences.check(fields(config))
     surrogate.check_fields(fields(config))
-    baselines.check(config.baselines)
+    baselines.check(config.baselines, config.pool.base)
+    baselines.check_start(fields(config))
 
 
 def granularity(config: Config) -> str:

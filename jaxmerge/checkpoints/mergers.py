@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
+from jaxtyping import Float
 
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.checkpoints.survey import READERS
+from jaxmerge.merge import kinship
 from jaxmerge.merge.by_method import ByMethod, CombinationMerger, LeafMerger, every_place
 from jaxmerge.merge.differences import QuantisedMerger
 from jaxmerge.merge.groups import Groups
@@ -87,6 +91,23 @@ def leafwise(
         trees[0],
     )
     return LeafwiseMerger(like, read, len(sources), groups)
+
+
+def distances(sources: Sequence[Source], base: Source, where: PyTree) -> Float[np.ndarray, " K"]:
+    """|theta_k - theta_0|^2 of K checkpoints; two leaves are read at a time.
+
+    Args:
+        sources: of the checkpoints.
+        base: that of theta_0.
+        where: tree of the shardings that leaves are read into.
+    """
+    found, leaves = np.zeros(len(sources)), named_leaves(base.abstract)
+    for name, place in named_leaves(where).items():
+        if jnp.issubdtype(leaves[name].dtype, jnp.floating):
+            origin = read_leaf(base, name, place)
+            for k, source in enumerate(sources):
+                found[k] += kinship.square(read_leaf(source, name, place), origin)
+    return found
 
 
 def read_leaf(source: Source, name: str, where: Sharding) -> jax.Array:

@@ -161,6 +161,15 @@ class SoftScore:
         self._give_back(merged)
         return found
 
+    def losses(self, weights_GxK: Float[np.ndarray, "G K"]) -> dict[str, float]:
+        """Of each task: nats for a token, or -log of the mean probability of the right choice."""
+        found, nats = self.scores(weights_GxK), FORMS.index("log")
+        of_choice = {name: each.kind == "choice" for name, each in self._tasks.items()}
+        return {
+            name: float(-np.log(found[name][nats]) if of_choice[name] else -found[name][nats])
+            for name in self.tasks
+        }
+
     def differentiated(self, steps: Iterable[int]) -> int:
         """Tokens that go through a model in these steps, forward and then backward."""
         return sum(

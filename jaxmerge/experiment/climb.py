@@ -27,7 +27,7 @@ from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.calibration import Line, line
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search import gradient, space
+from jaxmerge.search import baselines, gradient, space
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.strategies import Ask, State, Strategy
 from jaxmerge.tasks.common import Task, accepting, wants_texts
@@ -81,11 +81,14 @@ class Climb:
         self._config, self._pool, self._soft = config, prepared.pool, prepared.soften(tasks)
         self._method = prepared.method
         self._objective = objective.over(self._soft.tasks)
-        known = {one.coefficients: one for one in [*individuals, *merges]}
+        known: dict[object, Candidate] = {}
+        for one in [*individuals, *merges]:  # each once, where it comes last
+            known.pop(one.coefficients, None)
+            known[one.coefficients] = one
         soft = [self._soft.scores(_by_group(one, prepared.pool.count)) for one in known.values()]
         self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
         self._true_NxT, self._start = self._true([*known.values()]), self._true(merges[-1:])
-        self._from = merges[-1] if config.search.start == "best" else None
+        self._from = merges[-1] if config.search.start != baselines.UNIFORM else None
         self._lines = self._lines_of(self._soft_NxTxF, self._true_NxT)
         self._first["read"] = self._first.get("read", 0) + self._soft.read
         self._dearest = max(one.cost for one in individuals)
@@ -294,6 +297,19 @@ def _shifted(start_GxD: Float[np.ndarray, "G D"], ask: Ask) -> Ask:
         return (start_GxD + shifts_PxD[:, None]).reshape(len(shifts_PxD), -1), state
 
     return asked
+
+
+def losses(prepared: Prepared) -> tuple[Float[np.ndarray, " K"], int]:
+    """How far each checkpoint is from the targets of the search examples, and the tokens it took.
+
+    Nats for a token of the target, or -log of the mean probability of the right choice; averaged
+    over the tasks that have either.
+    """
+    tasks, _, took = _told(prepared)
+    soft, K, G = prepared.soften(tasks), len(prepared.pool.names), prepared.pool.count
+    alone_KxGxK = np.repeat(np.eye(K, dtype=np.float32)[:, None], G, axis=1)
+    losses_KxT = [[*soft.losses(weights_GxK).values()] for weights_GxK in alone_KxGxK]
+    return np.mean(losses_KxT, axis=1), cost({**took, "read": took.get("read", 0) + soft.read})
 
 
 def wanted(config: Config) -> bool:

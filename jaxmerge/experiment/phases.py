@@ -32,6 +32,7 @@ from jaxmerge.search import gradient, loop, space, surrogate
 from jaxmerge.search.archive import Archive, stacked
 from jaxmerge.search.archive import best as strongest
 from jaxmerge.search.baselines import BASELINES, Found, Setting
+from jaxmerge.search.baselines import start as start_of
 from jaxmerge.search.strategies import Strategy
 
 
@@ -107,12 +108,10 @@ def search(
         save_seconds=search.save_seconds,
     )
     climbed, budget = None, search.budget_tokens
+    start = start_of(search.start, objective, individuals, found)
     if climb.wanted(config):
         # The one that the search starts from last: the uniform merge unless it is told.
-        merges = [one.candidate for one in reversed(found)]
-        if search.start == "best":
-            known = [*individuals, *merges]
-            merges = sorted(known, key=lambda one: (objective.of(one.scores), -one.id))
+        merges = [*(one.candidate for one in reversed(found)), *([start] if start else [])]
         climbed = Climb(config, prepared, objective, individuals, merges)
         climbed.say()
         warming = search.strategy != gradient.NAME
@@ -131,8 +130,12 @@ def search(
         warm = [one for one in archive.past if one.origin == WARM]
         strategy = climb.warmed(config, prepared, warm)
         budget = max(1, budget - sum(one.cost for one in warm)) if budget else 0
+    elif start:
+        G = prepared.pool.count
+        begin = genotypes.genotypes(config, prepared.method, G, start).reshape(-1)
+        strategy = build_strategy(config, len(prepared.pool.names), groups=G, start=begin)
     if search.strategy == surrogate.NAME:
-        strategy = _surrogate(config, prepared, archive, objective)
+        strategy = _surrogate(config, prepared, archive, objective, start)
     best = run(
         strategy,
         budget=search.budget,
@@ -144,7 +147,11 @@ def search(
 
 
 def _surrogate(
-    config: Config, prepared: Prepared, archive: Archive, objective: Objective
+    config: Config,
+    prepared: Prepared,
+    archive: Archive,
+    objective: Objective,
+    merge: Candidate | None,
 ) -> Strategy:
     """The strategy that is fitted to all merges of the run's log so far."""
     of, groups, fields = prepared.method, prepared.pool.count, config.space
@@ -157,7 +164,7 @@ def _surrogate(
             scores = [[objective.of(one.scores)] for one in past]
         return stacked([one.coefficients for one in past]), np.array(scores)
 
-    start = genotypes.start_genotype(config, of, groups, range(K))
+    start = genotypes.start_genotype(config, of, groups, range(K), merge)
     told = {"checkpoints": K, **genotypes.mapping(config, of, groups)}
     inner = functools.partial(space.row if of else space.mapped, **told)
     return surrogate.surrogate(

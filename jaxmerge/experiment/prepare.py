@@ -7,10 +7,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from jaxmerge import config as configs
-from jaxmerge import rundir
+from jaxmerge import rundir, sharding
+from jaxmerge.checkpoints import mergers
 from jaxmerge.checkpoints.pool import Pool, load
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.config import Config
@@ -66,6 +69,7 @@ class Prepared(NamedTuple):
     warnings: tuple[str, ...]  # of the objective's tasks
     tasks: tuple[Task, ...]  # of the objective
     soften: Callable[[Sequence[Task]], SoftScore]  # what a search along gradients climbs
+    distances: Callable[[], Float[np.ndarray, " K"]]  # squared, of the checkpoints from pool.base
     method: Searched | None = None  # that candidates are merged by; None: they are weighted sums
 
 
@@ -137,8 +141,17 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         (*warnings_of(tasks), *_moved(directory)),
         tuple(tasks),
         functools.partial(_soft, config, pool, model, tokenizer, mesh, like),
+        functools.partial(_distances, config, sources[:K], model, mesh),
         method,
     )
+
+
+def _distances(
+    config: Config, sources: Sequence[Source], model: Model, mesh: Mesh
+) -> Float[np.ndarray, " K"]:
+    *_, base = find_checkpoints(config, with_base=True)
+    where = sharding.shardings(sources[0].abstract, model.sharding_rules, mesh)
+    return mergers.distances(sources, base, where)
 
 
 def _soft(

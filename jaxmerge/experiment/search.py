@@ -17,7 +17,7 @@ from jaxmerge.checkpoints import card
 from jaxmerge.checkpoints.export import export
 from jaxmerge.config import Config
 from jaxmerge.evaluation.evaluator import Sample
-from jaxmerge.experiment import adapters, front, methods, phases, results, speech
+from jaxmerge.experiment import adapters, climb, front, methods, phases, results, speech
 from jaxmerge.experiment.answers import Answers
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import Prepared, prepare
@@ -64,7 +64,11 @@ def search(
             form = formatting.of_objective(objective, prepared.bounds)
             live.rate(objective, form, individuals)
         with _timed(seconds, "baselines"):
-            setting = Setting(archive, individuals, objective, config.seed)
+            setting = Setting(
+                *(archive, individuals, objective, config.seed),
+                losses=lambda: climb.losses(prepared),
+                distances=prepared.distances,
+            )
             found = phases.baselines(config, setting, after=False)
         with _timed(seconds, "search"):
             winner, climbed = phases.search(

@@ -40,6 +40,11 @@ def products(trees: Sequence[PyTree], base: PyTree | None) -> Float[np.ndarray, 
     return gram if base is not None else centred @ gram @ centred
 
 
+def square(leaf: Array, origin: Array) -> float:
+    """|theta_k - theta_0|^2 of one leaf, which every process has a part of."""
+    return float(processes.fetch(_product(leaf, leaf, origin)))
+
+
 @jax.jit
 def _product(one: Array, other: Array, origin: Array) -> Float[Array, ""]:
     first, second, origin = (each.astype(jnp.float32) for each in (one, other, origin))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
+from jaxtyping import Float
 
-from jaxmerge.errors import JaxmergeError
+from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.rundir import Candidate
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search import loop, strategies
+from jaxmerge.search import loop, space, strategies
 from jaxmerge.search.archive import Archive, Request, best
 
 PAPER = "CMA_ES"  # the strategy of arXiv 2412.04144
+UNIFORM, BEST = "uniform", "best"  # what `search.start` may be beside the name of a baseline
+METAGPT = "metagpt"
+
+_TEMPERATURE = 5.0  # nats; that of the authors' code for LM-Cocktail
 
 
 class Setting(NamedTuple):
@@ -22,6 +28,8 @@ class Setting(NamedTuple):
     Attributes:
         tokens: that the search took, in the unit of `rundir.cost`: what those baselines have that
             come after it.
+        losses: of each checkpoint in nats, and the tokens that they took; see `climb.losses`.
+        distances: |theta_k - theta_0|^2 of each checkpoint from the base.
     """
 
     archive: Archive
@@ -29,6 +37,8 @@ class Setting(NamedTuple):
     objective: Objective
     seed: int
     tokens: int = 0
+    losses: Callable[[], tuple[Float[np.ndarray, " K"], int]] | None = None
+    distances: Callable[[], Float[np.ndarray, " K"]] | None = None
 
 
 class Found(NamedTuple):
@@ -84,6 +94,30 @@ def greedy(setting: Setting) -> Found:
         if setting.objective.of(tried.scores) >= setting.objective.of(soup.scores):
             kept, soup = [*kept, k], tried
     return Found("greedy", soup, len(order) - 1, tokens)
+
+
+def lm_cocktail(setting: Setting) -> Found:
+    """w = softmax(-L / 5), L_k the loss of a checkpoint on the search examples, in nats.
+
+    LM-Cocktail, arXiv 2311.13534, which takes five examples of one task; the temperature is that of
+    its authors' code. Of several tasks it is the mean of their losses.
+    """
+    assert setting.losses
+    losses_K, tokens = setting.losses()
+    found = _weighted("lm-cocktail", setting, scipy.special.softmax(-losses_K / _TEMPERATURE))
+    return found._replace(tokens=found.tokens + tokens)
+
+
+def metagpt(setting: Setting) -> Found:
+    """w_k = |theta_k - theta_0|^2 / sum_j |theta_j - theta_0|^2 over the whole model.
+
+    MetaGPT, arXiv 2406.11385. They sum to 1, so that the base itself has no weight left.
+    """
+    assert setting.distances
+    squares_K = setting.distances()
+    total, K = squares_K.sum(), len(squares_K)
+    weights_K = squares_K / total if total else np.full(K, 1 / K)
+    return _weighted(METAGPT, setting, weights_K)
 
 
 def random(setting: Setting) -> Found:
@@ -160,23 +194,79 @@ BASELINES = {
     "uniform": Baseline(uniform, lambda K, draws: 1, heldout=True),
     "best-per-task": Baseline(best_per_task, lambda K, draws: 1),
     "greedy": Baseline(greedy, lambda K, draws: K - 1),
+    "lm-cocktail": Baseline(lm_cocktail, lambda K, draws: 1),
+    METAGPT: Baseline(metagpt, lambda K, draws: 1),
     "random": Baseline(random, lambda K, draws: draws, after=True),
     "paper": Baseline(paper, _generations, after=True, heldout=True),
 }
 
 
-def check(names: Sequence[str]) -> None:
-    """Raises `JaxmergeError` for a name that is not in `BASELINES`."""
+def check(names: Sequence[str], base: str) -> None:
+    """Raises `JaxmergeError` for a name that is not in `BASELINES`, or lacks the base it wants.
+
+    Args:
+        names: of `config.baselines`.
+        base: `pool.base`.
+    """
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
         raise JaxmergeError(
             "unknown baseline", where="baselines", expected=", ".join(BASELINES), found=unknown[0]
         )
+    if METAGPT in names and not base:
+        raise JaxmergeError(
+            "metagpt weighs checkpoints by how far they are from their base",
+            where="pool.base",
+            expected="the checkpoint that they were made from; or baselines without metagpt",
+            found=repr(base),
+        )
+
+
+def check_start(fields: Mapping[str, Any]) -> None:
+    """Raises `JaxmergeError` for a `search.start` that a search can't have.
+
+    Args:
+        fields: of a config, by their full names.
+    """
+    start, names = fields["search.start"], fields["baselines"]
+    before = [name for name in names if name != UNIFORM and not BASELINES[name].after]
+    check_choice("search.start", start, (UNIFORM, BEST, *before))
+    own = fields["search.init"] or fields["merge.method"] != "linear"
+    if start != UNIFORM and (own or fields["space.constraint"] == space.WINDOW):
+        raise JaxmergeError(
+            "checkpoints and baselines are no start for a search with a start of its own, over "
+            "another method, or over a window",
+            where="search.start",
+            expected=UNIFORM,
+            found=start,
+        )
+
+
+def start(
+    wanted: str, objective: Objective, individuals: Sequence[Candidate], found: Sequence[Found]
+) -> Candidate | None:
+    """What a search starts from; None: where it starts unless it is told.
+
+    Args:
+        wanted: `search.start`.
+        objective: of the search.
+        individuals: the single checkpoints.
+        found: by the baselines that come before the search.
+    """
+    if wanted == UNIFORM:
+        return None
+    by_name = {one.name: one.candidate for one in found}
+    known = [*individuals, *by_name.values()]
+    return best(known, objective) if wanted == BEST else by_name[wanted]
 
 
 def _single(name: str, setting: Setting, chosen: Sequence[int]) -> Found:
     """Evaluates the average of the chosen checkpoints."""
     weights = np.bincount(chosen, minlength=len(setting.individuals)) / len(chosen)
-    request = Request(f"baseline:{name}", name, weights.astype(np.float32))
+    return _weighted(name, setting, weights)
+
+
+def _weighted(name: str, setting: Setting, weights_K: Float[np.ndarray, " K"]) -> Found:
+    request = Request(f"baseline:{name}", name, weights_K.astype(np.float32))
     (candidate,) = setting.archive.evaluate("search", [request])
     return Found(name, candidate, 1, candidate.cost)

@@ -23,7 +23,6 @@ from jaxmerge.errors import JaxmergeError, check_least
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.scores.calibration import FORMS, Line
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search.space import WINDOW
 from jaxmerge.search.strategies import State, Strategy, on_host
 
 NAME = "gradient"
@@ -101,15 +100,6 @@ def check_fields(fields: Mapping[str, Any]) -> None:
                 expected=f'{expected!r}; or another search.strategy, such as "CMA_ES"',
                 found=repr(found),
             )
-    own = fields["search.init"] or fields["merge.method"] != "linear"
-    if fields["search.start"] == "best" and (own or fields["space.constraint"] == WINDOW):
-        raise JaxmergeError(
-            "checkpoints and baselines are no start for a search with a start of its own, over "
-            "another method, or over a window",
-            where="search.start",
-            expected="uniform",
-            found="best",
-        )
     check_least("search.minibatch", fields["search.minibatch"], 1)
 
 

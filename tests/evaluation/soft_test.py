@@ -104,6 +104,9 @@ def test_scores_are_what_they_say():
     assert 0 < value(soft, first, "answer") < 1e-2  # a random model knows nothing
     assert 0.2 < value(soft, first, "choice") < 0.8
     assert value(soft, first, "answer", "log") < 0
+    losses = soft.losses(first)
+    assert losses["answer"] == -value(soft, first, "answer", "log")
+    assert losses["choice"] == pytest.approx(-np.log(value(soft, first, "choice")))
 
 
 @pytest.mark.parametrize("axes", [(8, 1, 1, 1), (2, 1, 2, 2)])

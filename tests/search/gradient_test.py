@@ -12,14 +12,18 @@ import pytest
 
 from jaxmerge import config as configs
 from jaxmerge import report
+from jaxmerge.checkpoints import orbax
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.evaluation.soft import Slope
 from jaxmerge.experiment import budget
 from jaxmerge.experiment.search import search
-from jaxmerge.rundir import cost
+from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.calibration import Line
 from jaxmerge.scores.objective import define
-from jaxmerge.search import gradient, space
+from jaxmerge.search import baselines, gradient, space
+from jaxmerge.search.archive import Archive
+from jaxmerge.search.baselines import Setting
+from jaxmerge.trees import named_leaves
 from tests import tiny
 
 
@@ -202,6 +206,70 @@ def test_it_starts_from_the_best_that_there_is(finished, tmp_path):
     assert np.count_nonzero(rows.max(axis=0)) == 2
     chosen = np.where(rows[0] > 0, expected, 0)
     np.testing.assert_allclose(rows[0], chosen / chosen.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("start", "strategy", "granularity"),
+    [
+        ("metagpt", "gradient", "leaf"),
+        ("lm-cocktail", "CMA_ES", "model"),
+        ("best", "surrogate", "layer"),
+    ],
+)
+def test_published_recipes_are_baselines_and_starts(tmp_path, start, strategy, granularity):
+    """MetaGPT's weights are those of its formula in float64; the search begins at what it names."""
+    trees = tiny.trees(4)
+    pool, base = tiny.pool(tmp_path / "pool"), tmp_path / "base"
+    orbax.save(base, trees[3], architecture=tiny.model().architecture)
+    config = _config(pool)
+    config.pool.base, config.space.granularity = str(base), granularity
+    config.baselines = ("uniform", "greedy", "lm-cocktail", "metagpt")
+    config.search.start, config.search.strategy = start, strategy
+    config.search.steps, config.search.learning_rate, config.search.sigma = 1, 1e-6, 1e-6
+    config.search.budget = 12
+    found = search(config, str(tmp_path / "run"))
+    weights = {one["name"]: [*one["weights"].values()] for one in found["baselines"]}
+    leaves = [named_leaves(tree) for tree in trees]
+    squares = [
+        sum(np.sum((np.float64(tree[name]) - np.float64(leaves[3][name])) ** 2) for name in tree)
+        for tree in leaves[:3]
+    ]
+    np.testing.assert_allclose(weights["metagpt"], np.array(squares) / sum(squares), rtol=1e-5)
+    (cocktail,) = [one for one in found["baselines"] if one["name"] == "lm-cocktail"]
+    log = tiny.log(tmp_path / "run")
+    (scored,) = [one for one in log if one["origin"] == "baseline:lm-cocktail"]
+    assert cocktail["tokens"] > cost(scored["tokens"])  # the losses took some
+    (first, *_) = [one for one in log if one["origin"] == "search"]
+    known = [one for one in log if one["origin"] == "individual" or "baseline" in one["origin"]]
+    begun = [one for one in known if one["name"] == start]
+    begun = begun or [max(known, key=lambda one: np.mean([*one["scores"].values()]))]
+    expected = 0.95 * np.array(begun[-1]["weights"]) + 0.05 / 3
+    for row in np.reshape(first["weights"], (-1, 3)):
+        np.testing.assert_allclose(row, expected, atol=1e-4)
+
+
+def test_the_softer_the_loss_the_more_of_it():
+    """LM-Cocktail's weights, of given losses: those of a softmax at temperature 5."""
+    config = _config("pool")
+    config.search.start = "metagpt"
+    with pytest.raises(JaxmergeError, match=r"(?s)search\.start.*metagpt"):
+        configs.check(config)  # no baseline of the run
+    config.baselines = ("uniform", "metagpt")
+    with pytest.raises(JaxmergeError, match=r"pool\.base"):
+        configs.check(config)
+    asked = []
+
+    class Scored(Archive):
+        def __init__(self):
+            """Without a directory."""
+
+        def evaluate(self, split, requests):
+            asked.extend(request.coefficients for request in requests)
+            return [Candidate(0, 0, "", "", split, 0, (), {"a": 0.0}, {}, 0.0)]
+
+    given = Setting(Scored(), (), define(["a"]), 0, losses=lambda: (np.array([1.0, 6.0]), 7))
+    assert baselines.lm_cocktail(given).tokens == 7
+    np.testing.assert_allclose(asked[0], [np.e / (np.e + 1), 1 / (np.e + 1)], rtol=1e-6)
 
 
 def test_a_judge_takes_part(tmp_path_factory):

@@ -78,7 +78,11 @@ def _run(
         archive = Archive(directory, {"search": formula})
         individuals = baselines.individuals(archive, NAMES)
         objective = objective.measured_by([one.scores for one in individuals])
-        setting = Setting(archive, individuals, objective, seed=0, tokens=10 * COST)
+        setting = Setting(
+            *(archive, individuals, objective, 0, 10 * COST),
+            losses=lambda: (np.arange(len(NAMES), dtype=np.float64), COST),
+            distances=lambda: np.arange(len(NAMES), dtype=np.float64),
+        )
         for baseline in baselines.BASELINES.values():
             baseline.find(setting)
         best = search(
