@@ -46,6 +46,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "gradient by layer": {"search.strategy": "gradient", "space.granularity": "layer"},
     "gradient by kind": {"search.strategy": "gradient", "space.granularity": "kind"},
     "gradient by leaf": {"search.strategy": "gradient", "space.granularity": "leaf"},
+    "gradient by leaf, from the best": {
+        **{"search.strategy": "gradient", "space.granularity": "leaf", "search.start": "best"},
+        "baselines": ("uniform", "best-per-task", "greedy"),
+    },
     "Sep-CMA-ES by leaf": {"search.strategy": "Sep_CMA_ES", "space.granularity": "leaf"},
     "SNES by leaf": {"search.strategy": "SNES", "space.granularity": "leaf"},
     "CMA-ES, eighths": {
