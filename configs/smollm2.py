@@ -73,7 +73,7 @@ def get_config() -> Config:
     config.objective.test_examples = 384
     config.evaluate.batch_size = 64
     config.baselines = ("uniform", "best-per-task", "greedy")
-    config.search.start = "best"  # the uniform merge has nearly lost `reorder`
+    config.search.start = "best"  # as "auto" is; the uniform merge has nearly lost `reorder`
     config.search.steps = 80
     config.search.learning_rate = 0.2
     config.search.minibatch = 16

@@ -173,8 +173,9 @@ def default() -> Config:
     config.search.warm_start = ""
     # Where it starts: "uniform", or as search.init says; a name in `baselines`, of those that come
     # before the search; "best": the single checkpoint or baseline that is best by then. Checkpoints
-    # and baselines are mixed with a little of the uniform merge.
-    config.search.start = "uniform"
+    # and baselines are mixed with a little of the uniform merge. "auto": "best" along gradients of
+    # weighted sums without a start of their own, and "uniform" for all others.
+    config.search.start = "auto"
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
     # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
     # two true scores: of the iterate, and of the mean of iterates.
@@ -314,6 +315,16 @@ def granularity(config: Config) -> str:
         along = config.search.strategy == gradient.NAME
         return "leaf" if along and config.space.constraint != space.WINDOW else "model"
     return config.space.granularity
+
+
+def start(config: Config) -> str:
+    """Where a search starts; "auto" is what was measured best for the strategy."""
+    if config.search.start != baselines.AUTO:
+        return config.search.start
+    along = gradient.NAME in (config.search.strategy, config.search.warm_start)
+    return (
+        baselines.BEST if along and not baselines.own_start(fields(config)) else baselines.UNIFORM
+    )
 
 
 def settings(config: Config) -> gradient.Settings:

@@ -40,7 +40,7 @@ _COMMON = {
     "search.budget": 1_000_000,
     "search.steps": 10_000,
     "front.steps": 10_000,
-    "baselines": ("uniform",),
+    "baselines": ("uniform", "best-per-task", "greedy"),
     "heldout": (),
     "analyses.leave_one_out": False,
     "analyses.transfer": False,

@@ -46,9 +46,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "gradient by layer": {"search.strategy": "gradient", "space.granularity": "layer"},
     "gradient by kind": {"search.strategy": "gradient", "space.granularity": "kind"},
     "gradient by leaf": {"search.strategy": "gradient", "space.granularity": "leaf"},
-    "gradient by leaf, from the best": {
-        **{"search.strategy": "gradient", "space.granularity": "leaf", "search.start": "best"},
-        "baselines": ("uniform", "best-per-task", "greedy"),
+    "gradient by leaf, from uniform": {
+        **{"search.strategy": "gradient", "space.granularity": "leaf", "search.start": "uniform"},
     },
     "Sep-CMA-ES by leaf": {"search.strategy": "Sep_CMA_ES", "space.granularity": "leaf"},
     "SNES by leaf": {"search.strategy": "SNES", "space.granularity": "leaf"},
@@ -91,7 +90,7 @@ Runs = Mapping[str, Mapping[int, Found]]  # by way and seed
 
 def command(args: argparse.Namespace, way: str, seed: int) -> list[str]:
     """The command of a run."""
-    baselines = BASELINES if way == PLAIN else ("uniform",)
+    baselines = BASELINES if way == PLAIN else BASELINES[:-1]
     fields = {
         **_COMMON,
         **_UNBOUNDED,

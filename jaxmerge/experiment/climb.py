@@ -88,7 +88,7 @@ class Climb:
         soft = [self._soft.scores(_by_group(one, prepared.pool.count)) for one in known.values()]
         self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
         self._true_NxT, self._start = self._true([*known.values()]), self._true(merges[-1:])
-        self._from = merges[-1] if config.search.start != baselines.UNIFORM else None
+        self._from = merges[-1] if configs.start(config) != baselines.UNIFORM else None
         self._lines = self._lines_of(self._soft_NxTxF, self._true_NxT)
         self._first["read"] = self._first.get("read", 0) + self._soft.read
         self._dearest = max(one.cost for one in individuals)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.experiment import analyses, climb, front, genotypes, methods
 from jaxmerge.experiment.analyses import Study
@@ -108,7 +109,7 @@ def search(
         save_seconds=search.save_seconds,
     )
     climbed, budget = None, search.budget_tokens
-    start = start_of(search.start, objective, individuals, found)
+    start = start_of(configs.start(config), objective, individuals, found)
     if climb.wanted(config):
         # The one that the search starts from last: the uniform merge unless it is told.
         merges = [*(one.candidate for one in reversed(found)), *([start] if start else [])]

@@ -16,7 +16,7 @@ from jaxmerge.search import loop, space, strategies
 from jaxmerge.search.archive import Archive, Request, best
 
 PAPER = "CMA_ES"  # the strategy of arXiv 2412.04144
-UNIFORM, BEST = "uniform", "best"  # what `search.start` may be beside the name of a baseline
+AUTO, UNIFORM, BEST = "auto", "uniform", "best"  # `search.start`, or the name of a baseline
 METAGPT = "metagpt"
 
 _TEMPERATURE = 5.0  # nats; that of the authors' code for LM-Cocktail
@@ -222,6 +222,16 @@ def check(names: Sequence[str], base: str) -> None:
         )
 
 
+def own_start(fields: Mapping[str, Any]) -> bool:
+    """Whether a search can't start from a weighted sum: it has a start, or searches other numbers.
+
+    Args:
+        fields: of a config, by their full names.
+    """
+    other = fields["merge.method"] != "linear" or fields["space.constraint"] == space.WINDOW
+    return bool(fields["search.init"]) or other
+
+
 def check_start(fields: Mapping[str, Any]) -> None:
     """Raises `JaxmergeError` for a `search.start` that a search can't have.
 
@@ -230,14 +240,13 @@ def check_start(fields: Mapping[str, Any]) -> None:
     """
     start, names = fields["search.start"], fields["baselines"]
     before = [name for name in names if name != UNIFORM and not BASELINES[name].after]
-    check_choice("search.start", start, (UNIFORM, BEST, *before))
-    own = fields["search.init"] or fields["merge.method"] != "linear"
-    if start != UNIFORM and (own or fields["space.constraint"] == space.WINDOW):
+    check_choice("search.start", start, (AUTO, UNIFORM, BEST, *before))
+    if start not in (AUTO, UNIFORM) and own_start(fields):
         raise JaxmergeError(
             "checkpoints and baselines are no start for a search with a start of its own, over "
             "another method, or over a window",
             where="search.start",
-            expected=UNIFORM,
+            expected=f"{AUTO} or {UNIFORM}",
             found=start,
         )
 
@@ -248,7 +257,7 @@ def start(
     """What a search starts from; None: where it starts unless it is told.
 
     Args:
-        wanted: `search.start`.
+        wanted: see `config.start`.
         objective: of the search.
         individuals: the single checkpoints.
         found: by the baselines that come before the search.
