@@ -215,7 +215,9 @@ def test_a_run_that_was_killed_at_once_can_be_started_again(tmp_path, left):
     directory.close()
 
 
-@pytest.fixture(params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL], ids=os.strerror)
+@pytest.fixture(
+    params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL], ids=os.strerror
+)
 def no_locks(request, monkeypatch):
     """What the system says of locks, where there are none."""
 
