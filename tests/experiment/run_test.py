@@ -302,20 +302,6 @@ def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
     assert results[0]["best"] == results[1]["best"]
 
 
-@pytest.mark.slow
-def test_stopped_by_hand_it_says_how_to_go_on(pool, tmp_path):
-    command = Command(tmp_path, pool)
-    process = command.start()
-    log = command.workdir / "candidates.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on" in err
-    assert "Traceback" not in err
-
-
 @pytest.mark.parametrize(
     ("change", "flags", "named"),
     [
