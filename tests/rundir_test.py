@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -275,6 +276,38 @@ def test_below_a_file(tmp_path):
         with pytest.raises(JaxmergeError, match="file") as raised:
             RunDirectory(path, {})
         assert raised.value.expected
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("call", ["os.mkdir", "io.open"])
+def test_a_place_that_is_read_only(tmp_path, monkeypatch, code, call):
+    """Where nothing is yet, and where a run was; root may write anywhere else, so it is feigned."""
+    run = tmp_path / "run"
+    if call == "io.open":
+        RunDirectory(run, {}).close()
+    before = sorted(tmp_path.rglob("*"))
+    original = {"os.mkdir": os.mkdir, "io.open": io.open}[call]
+
+    def refuse(path, mode="r", *rest, **named):
+        if call == "os.mkdir" or {*mode} & {*"wax+"}:
+            raise OSError(code, os.strerror(code), path)
+        return original(path, mode, *rest, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(call, refuse)
+        with pytest.raises(JaxmergeError, match=os.strerror(code)) as raised:
+            RunDirectory(run, {})
+    assert str(run) in raised.value.where
+    assert "a place that" in raised.value.expected
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("path", ["/proc/run", "/proc/self/run/x"])
+def test_a_file_system_in_which_nothing_can_be_made(path):
+    with pytest.raises(JaxmergeError, match="refuses to read or write") as raised:
+        RunDirectory(path, {})
+    assert path.startswith(raised.value.where)
+    assert raised.value.expected
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
