@@ -326,6 +326,21 @@ def test_mistakes_end_in_one_message(pool, tmp_path, change, flags, named):
     assert not command.workdir.exists()
 
 
+@pytest.mark.parametrize("mode", ["search", "evaluate", "merge"])
+def test_a_platform_that_is_not_there(pool, tmp_path, monkeypatch, mode):
+    """One message, whatever the mode, and nothing is written."""
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    change = "config.mesh.cpu_devices, config.merge.weights = 0, (0.5, 0.25, 0.25)"
+    command = Command(tmp_path, pool, change)
+    code, out, err = command.run(f"--mode={mode}")
+    assert code == 2, err
+    assert "jaxmerge: JAX_PLATFORMS=tpu: JAX finds no device to run on" in err
+    assert "mesh.cpu_devices = 1" in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not command.workdir.exists()
+
+
 def test_a_truncated_checkpoint_ends_in_one_message(tmp_path):
     """Orbax's other reads of that checkpoint end after the error; nothing of them is shown."""
     broken = tiny.pool(tmp_path / "pool")
