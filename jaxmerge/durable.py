@@ -153,6 +153,7 @@ class Lock:
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
+                self._stream.close()
                 raise
             self.missing = error.strerror or str(error)
             try:

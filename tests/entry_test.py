@@ -155,10 +155,14 @@ def test_nobody_reads(tmp_path):
 @pytest.mark.parametrize(
     "mistake", ["def get_config(:", "1 / 0", "import no_such_module", "int('x')"]
 )
-def test_a_config_file_with_a_mistake_is_named(tmp_path, mistake):
+@pytest.mark.parametrize(
+    "flag", ["--config={}/mine.py", "--config {}/mine.py", "--config=~/mine.py"]
+)
+def test_a_config_file_with_a_mistake_is_named(tmp_path, monkeypatch, mistake, flag):
     """It is a program of the user's, and can fail in any way."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text(f"from jaxmerge.config import default\n{mistake}\n")
-    flags = [f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"]
+    flags = [*flag.format(tmp_path).split(), f"--workdir={tmp_path}/run"]
     started = f"import sys; sys.argv[1:] = {flags}; from jaxmerge import run; run.console()"
     code, _, err = python(started)
     assert code == entry.WRONG, err

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 
 from jaxmerge.durable import replacing
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment.records import say_unlocked
 from jaxmerge.rundir import Candidate, RunDirectory, check
 
 CONFIG = {"seed": 0, "search": {"budget": 10, "params": {}}, "heldout": ["a", "b"]}
@@ -214,24 +216,32 @@ def test_a_run_that_was_killed_at_once_can_be_started_again(tmp_path, left):
     directory.close()
 
 
-@pytest.fixture
-def no_locks(monkeypatch):
+@pytest.fixture(
+    params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL], ids=os.strerror
+)
+def no_locks(request, monkeypatch):
+    """What the system says of locks, where there are none."""
+
     def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr("fcntl.flock", flock)
+    return os.strerror(request.param)
 
 
 @pytest.mark.parametrize(
     "holder", ["", "elsewhere 1", "half a l", f"{socket.gethostname()} 4194305"]
 )
-def test_without_locks_of_the_system(tmp_path, no_locks, holder):
+def test_without_locks_of_the_system(tmp_path, no_locks, holder, capsys):
     """It runs and says that other machines are not kept out; stale holders are no obstacle."""
     tmp_path.mkdir(exist_ok=True)
     if holder:
         (tmp_path / ".lock-holder").write_text(holder)
     directory = RunDirectory(tmp_path, {"a": 1})
-    assert directory.unlocked == "Function not implemented"
+    say_unlocked(directory)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: the file system has no locks ({no_locks})" in said
+    assert "no other machine" in said
     assert (tmp_path / ".lock-holder").read_text() == f"{socket.gethostname()} {os.getpid()}"
     directory.close()
     assert not (tmp_path / ".lock-holder").exists()
@@ -244,12 +254,60 @@ def test_without_locks_a_process_of_this_machine_is_kept_out(tmp_path, no_locks)
     assert ".lock-holder" in raised.value.expected
 
 
+def test_locks_that_fail_are_no_missing_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(JaxmergeError, match=os.strerror(errno.EIO)) as raised:
+        RunDirectory(tmp_path, {})
+    assert str(tmp_path) in raised.value.where
+    assert not (tmp_path / ".lock-holder").exists()
+
+
+def test_with_locks_nothing_is_said(opened, capsys):
+    say_unlocked(opened())
+    assert capsys.readouterr().err == ""
+
+
 def test_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "a" / "b"):
         with pytest.raises(JaxmergeError, match="file") as raised:
             RunDirectory(path, {})
         assert raised.value.expected
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("call", ["os.mkdir", "io.open"])
+def test_a_place_that_is_read_only(tmp_path, monkeypatch, code, call):
+    """Where nothing is yet, and where a run was; root may write anywhere else, so it is feigned."""
+    run = tmp_path / "run"
+    if call == "io.open":
+        RunDirectory(run, {}).close()
+    before = sorted(tmp_path.rglob("*"))
+    original = {"os.mkdir": os.mkdir, "io.open": io.open}[call]
+
+    def refuse(path, mode="r", *rest, **named):
+        if call == "os.mkdir" or {*mode} & {*"wax+"}:
+            raise OSError(code, os.strerror(code), path)
+        return original(path, mode, *rest, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(call, refuse)
+        with pytest.raises(JaxmergeError, match=os.strerror(code)) as raised:
+            RunDirectory(run, {})
+    assert str(run) in raised.value.where
+    assert "a place that" in raised.value.expected
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("path", ["/proc/run", "/proc/self/run/x"])
+def test_a_file_system_in_which_nothing_can_be_made(path):
+    with pytest.raises(JaxmergeError, match="refuses to read or write") as raised:
+        RunDirectory(path, {})
+    assert path.startswith(raised.value.where)
+    assert raised.value.expected
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])

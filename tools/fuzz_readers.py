@@ -235,6 +235,7 @@ def _goes_on(directory: Path, name: str) -> Reader:
     """What a run wrote, for the run that goes on."""
     from jaxmerge.checkpoints.pool import Record
     from jaxmerge.experiment import records
+    from jaxmerge.experiment.answers import Answers
     from jaxmerge.rundir import RunDirectory
 
     run = run_directory(directory / "run")
@@ -246,6 +247,7 @@ def _goes_on(directory: Path, name: str) -> Reader:
         with contextlib.closing(RunDirectory(run, said)) as opened:
             records.record_pool(opened, of_pool)
             records.record_tasks(opened, ())
+            Answers(opened, "search")
 
     return Reader((seed,), into(run / name, read))
 
@@ -309,10 +311,12 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "candidates_page": functools.partial(_of_run, name="candidates.jsonl"),
     "config_goes_on": functools.partial(_goes_on, name="config.json"),
     "pool_goes_on": functools.partial(_goes_on, name="pool.json"),
+    "outputs_goes_on": functools.partial(_goes_on, name="outputs.json"),
     "results": functools.partial(_of_run, name="results.json"),
     "run_config": functools.partial(_of_run, name="config.json"),
     "run_pool": functools.partial(_of_run, name="pool.json"),
     "run_tasks": functools.partial(_of_run, name="tasks.json"),
+    "run_outputs": functools.partial(_of_run, name="outputs.json"),
 }
 # Those that parse bytes themselves, which is worth a look at what the bytes reach.
 OF_BYTES = ("safetensors", "npz", "index", "adapter_config", "mergekit", "jsonl", "candidates")

@@ -113,6 +113,10 @@ def run_directory(directory: Path) -> Path:
 
     directory.mkdir()
     fabricate(directory, budget=4)
+    first = [{"prompt": "2 + 2?", "target": "4", "output": "No.", "score": 0.0}]
+    tasks = {"arithmetic": {"first": first, "constant": "No.", "share": 0.75}}
+    said = {"split": "search", "warnings": ["odd"], "checkpoints": {"code": tasks}}
+    (directory / "outputs.json").write_bytes(as_bytes(said))
     return directory
 
 

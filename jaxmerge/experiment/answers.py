@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxmerge.errors import as_written
 from jaxmerge.evaluation.evaluator import Sample
 from jaxmerge.rundir import Candidate, RunDirectory
 
@@ -34,11 +35,16 @@ class Answers:
     Args:
         directory: of the run.
         split: that the answers are of.
+
+    Raises:
+        JaxmergeError: the file is not as a run writes it.
     """
 
     def __init__(self, directory: RunDirectory, split: str):
         self._directory = directory
         known = directory.read_json(FILE) or {}
+        with as_written(str(directory.path / FILE)):
+            _check_kinds(known)
         self._said: dict[str, Any] = {"split": split, "warnings": [], "checkpoints": {}, **known}
 
     def add(self, name: str, samples: Mapping[str, Sample]) -> None:
@@ -96,6 +102,18 @@ class Answers:
                     f"{_quoted(first['output'])}; the target is {_quoted(first['target'])}."
                 )
         return ""
+
+
+def _check_kinds(known: Mapping[str, Any]) -> None:
+    for tasks in known.get("checkpoints", {}).values():
+        for of in tasks.values():
+            shown = [one[part] for one in of["first"] for part in ("prompt", "target", "output")]
+            numbers = [of["share"], *(one["score"] for one in of["first"])]
+            if {*map(type, [of["constant"], *shown])} != {str} or {*map(type, numbers)} - {
+                int,
+                float,
+            }:
+                raise ValueError("answers, or numbers of them, are of another kind")
 
 
 def equal_scores(scores_KxN: Float[np.ndarray, "K N"], least: float | None) -> str:

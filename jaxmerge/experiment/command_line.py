@@ -26,6 +26,8 @@ from jaxmerge.hosts import processes, watch
 # What absl and ml_collections raise for what was typed, or set in a config file.
 _OF_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
 
+_PATHS = [dashes + name for dashes in ("-", "--") for name in ("config", "workdir", "out")]
+
 FIELDS = "--help=fields lists the fields of a config, with their units and defaults."
 
 
@@ -136,12 +138,13 @@ def _finish(said: str) -> None:
 
 def _parse(required: Sequence[str], members: bool, argv: Sequence[str]) -> list[str]:
     """Parses the flags, config file included; what is wrong in them is the user's to mend."""
+    argv = _at_home(argv)
     try:
         if members and not any(each.split("=")[0] == "--config" for each in argv[1:]):
             config_flags.DEFINE_config_dict("config", configs.default(), "The config.")
         else:
             config_flags.DEFINE_config_file("config", None, "Path of the config file.")
-        rest = flags.FLAGS([_at_home(each) for each in argv])
+        rest = flags.FLAGS(argv)
         for name in required:
             if not flags.FLAGS[name].present:
                 raise JaxmergeError(
@@ -205,11 +208,16 @@ def _raised_in(file: str, error: BaseException) -> tuple[int, BaseException]:
     return _raised_in(file, led)
 
 
-def _at_home(argument: str) -> str:
-    """An argument such as --workdir=~/run, whose ~ no shell replaces."""
-    flag, equals, path = argument.partition("=")
-    named = flag.lstrip("-") in ("config", "workdir", "out") and flag.startswith("-")
-    return flag + equals + os.path.expanduser(path) if named else argument
+def _at_home(argv: Sequence[str]) -> list[str]:
+    """Paths such as `--workdir ~/run` as --workdir=/home/me/run: no shell replaces the ~ of all."""
+    made: list[str] = []
+    for argument in argv:
+        if made and made[-1] in _PATHS:  # the value stands by itself
+            argument = f"{made.pop()}={argument}"
+        flag, equals, path = argument.partition("=")
+        named = equals and flag in _PATHS
+        made.append(f"--{flag.lstrip('-')}={os.path.expanduser(path)}" if named else argument)
+    return made
 
 
 def _is_no_repetition(record: python_logging.LogRecord) -> bool:

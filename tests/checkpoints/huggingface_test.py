@@ -15,8 +15,9 @@ import torch
 from etils import epath
 from safetensors.torch import load_file, save_file
 
-from jaxmerge.checkpoints import huggingface
+from jaxmerge.checkpoints import huggingface, pool
 from jaxmerge.checkpoints.source import Source
+from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.decoder import SHARDING_RULES
 from jaxmerge.sharding import make_mesh, shardings
@@ -224,6 +225,28 @@ def test_tied_embeddings_that_are_there_twice(tmp_path):
     assert "lm_head.weight differs from model.embed_tokens.weight" in refused(path).what
     rewrite(path, lambda x: x.update({"lm_head.weight": torch.ones(3, 3)}))
     assert "lm_head.weight is not known" in refused(path).what
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_tied_head_that_one_member_has(tmp_path, more):
+    """In a pool of the decoder's leaves it is no difference, whichever member comes first."""
+    paths = [copied("smollm2", tmp_path / name) for name in "ab"]
+    rewrite(
+        paths[more], lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].clone()})
+    )
+    trees = pool.load(survey(list(map(str, paths))), make_mesh(), SHARDING_RULES).trees
+    for tree in trees:
+        assert_same(tree, huggingface_models.tiny("smollm2").params)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "model-00001-of-00002.safetensors"])
+def test_an_index_beside_a_single_file(tmp_path, file):
+    """It names that file, or is left of shards that are gone: it says nothing."""
+    path = copied("llama", tmp_path / "x")
+    names = dict.fromkeys(tensors_of(path), file)
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert describe(path).architecture["model"] == "decoder"
+    assert_same(load(path), huggingface_models.tiny("llama").params)
 
 
 def _rename_in_index(file: str) -> Damage:

@@ -42,6 +42,7 @@ def base(tmp_path_factory) -> Path:
         {"init_lora_weights": "pissa", "use_dora": True},
         {"init_lora_weights": True, "use_dora": True},
         {"init_lora_weights": "mica"},
+        {"init_lora_weights": "gaussian", "use_rslora": True},
     ],
     ids=str,
 )
@@ -52,6 +53,32 @@ def test_what_was_never_trained_changes_nothing(base, tmp_path, options):
     whole = huggingface.describe("base", epath.Path(base))
     for name, leaf in named_leaves(huggingface.restore(whole, whole.abstract)).items():
         np.testing.assert_allclose(found[name], leaf, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("adjust", [True, False])
+def test_a_start_that_comes_of_data(base, tmp_path, adjust):
+    """EVA's: only the first factors are chosen by it, and the ranks, each with its own scale."""
+    options = {"r": 4, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": "eva"}
+    eva = peft.EvaConfig(adjust_scaling_factors=adjust)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(96, (6, 4, 9), generator=generator)
+    batches = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in tokens]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        config = peft.LoraConfig(**options, eva_config=eva)
+        model: Any = peft.get_peft_model(opened(base), config, low_cpu_mem_usage=True)
+        peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        model.save_pretrained(tmp_path / "new")
+        for _, value in model.named_parameters():
+            value.data += 0.1 * value.requires_grad
+        model.save_pretrained(tmp_path / "trained")
+    assert len({*json.loads((tmp_path / "new" / CONFIG).read_text())["rank_pattern"].values()}) > 1
+    whole = huggingface.describe("base", epath.Path(base))
+    before = named_leaves(huggingface.restore(whole, whole.abstract))
+    after = named_leaves(merged_by_peft(base, tmp_path / "trained", tmp_path / "merged"))
+    for name, expected in (("new", before), ("trained", after)):
+        for leaf, found in named_leaves(load(describe(tmp_path / name))).items():
+            np.testing.assert_allclose(found, expected[leaf], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga", "a_new_one"])

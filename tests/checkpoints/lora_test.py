@@ -134,6 +134,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "use_dora": True,
     },
     "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    "gaussian": {"target_modules": ["k_proj"], "init_lora_weights": "gaussian"},
     "fan_in_fan_out, which peft corrects": {"target_modules": ["up_proj"], "fan_in_fan_out": True},
 }
 

@@ -104,6 +104,18 @@ def test_generators_and_counters_are_the_firsts(tmp_path):
     assert_same(stored(tmp_path / "out.npz"), arrays(1, "") | first)
 
 
+def test_what_a_sharded_trainer_keeps_elsewhere(tmp_path):
+    """Arrays of shape [0], in all members alike, are no weights; Orbax writes none at all."""
+    for k in (0, 1):
+        path = tmp_path / f"m{k}.npz"
+        empty = {"img/proj": np.zeros(0, np.float32), "llm/w": np.zeros((0, 3), np.float32)}
+        np.savez(path, allow_pickle=False, **arrays(k, ""), **empty)
+    with pytest.raises(JaxmergeError, match=r"shape \[0\]") as raised:
+        survey([str(tmp_path / "m*")])
+    assert raised.value.found == "1 of 6: img/proj"
+    assert "gathered weights" in raised.value.expected
+
+
 def npy(array: Any, **options: Any) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, **options)

@@ -169,6 +169,10 @@ def _with_templates(made: str, templates) -> str:
         ("{{ raise_exception('after user comes assistant') }}", "", "after user comes assistant"),
         ("{{ messages[0].content.no.such }}", "", "UndefinedError"),
         ("{% for m in messages %}{{ m.content }}", "", "TemplateSyntaxError, line 1"),
+        ("{{ messages[0].content", "", "TemplateSyntaxError, line 1"),
+        ("a\n{% endfor %}", "", "TemplateSyntaxError, line 2"),
+        ("a\n\n{% frobnicate %}", "", "TemplateSyntaxError, line 3: Encountered unknown tag"),
+        ("{{ messages | no_such_filter }}", "", "TemplateAssertionError, line 1: No filter"),
         ("{{ messages[0].content + 1 }}", "a", "TypeError"),
         (
             "{% if messages[0].role == 'system' %}{{ raise_exception('No!') }}{% endif %}a",

@@ -89,6 +89,49 @@ def test_what_is_written_follows_the_schema(finished):
     ]
 
 
+def test_the_first_answers_are_kept(finished):
+    """Of each checkpoint and task; of a choice, the likelihoods that the verdict comes of."""
+    workdir, found = finished
+    kept = json.loads((workdir / "outputs.json").read_text())
+    assert kept["split"] == "test"
+    assert [*kept["checkpoints"]] == [one["name"] for one in found["checkpoints"]]
+    made = {task.name: task.splits for task in (tiny.generation(), tiny.choice())}
+    verdicts = set()
+    for k, tasks in enumerate(kept["checkpoints"].values()):
+        assert [*tasks] == ["generation", "choice", "unseen"]
+        for task, splits in made.items():
+            targets = {one.prompt: one.target for split in splits.values() for one in split}
+            first = tasks[task]["first"]
+            assert len(first) == 3
+            assert all(targets[shown["prompt"]] == shown["target"] for shown in first)
+            scores_KxN = np.fromfile(workdir / f"examples/test/{task}.f32", "<f4").reshape(4, 20)
+            assert [shown["score"] for shown in first] == scores_KxN[k, :3].tolist()
+        choices = {one.prompt: one.choices for split in made["choice"].values() for one in split}
+        for shown in tasks["choice"]["first"]:
+            lines = [line.split(" nats ") for line in shown["output"].split("\n")]
+            assert sorted(text for _, text in lines) == sorted(choices[shown["prompt"]])
+            nats = [float(number) for number, _ in lines]
+            assert nats == sorted(nats, reverse=True)
+            _, best = max((float(number) / len(text), text) for number, text in lines)
+            assert shown["score"] == (best == shown["target"])
+            verdicts.add(shown["score"])
+    assert verdicts == {0, 1}
+
+
+def test_a_checkpoint_that_always_writes_the_same_is_pointed_out(tmp_path, capsys):
+    """Its logits are all 0; it scores 1, which no score would tell."""
+    (tree,) = tiny.trees(1)
+    tree["final_norm"] = jax.tree.map(lambda leaf: leaf * 0, tree["final_norm"])
+    orbax.save(tmp_path / "mute", tree, architecture=tiny.model().architecture)
+    config = _config(tmp_path, "mute")
+    config.heldout = ()
+    found = evaluate(config, str(tmp_path / "run"))
+    (warning,) = [each for each in found["warnings"] if each.startswith("generation: ")]
+    assert "1 of 1 checkpoints write the same for nearly every example, mute" in warning
+    assert found["checkpoints"][0]["test"]["generation"] > 0
+    assert f"jaxmerge: {warning}" in capsys.readouterr().err
+
+
 def test_one_checkpoint_is_scored_as_among_others(finished, pool, tmp_path):
     """It has the architecture that the others have not."""
     found = evaluate(_config(pool, "wider"), str(tmp_path / "run"))

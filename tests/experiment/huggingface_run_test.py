@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from jaxmerge import config as configs
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.experiment.evaluate import evaluate
 from jaxmerge.experiment.merge import merge
 from jaxmerge.experiment.search import search as run
 from tests import tiny
@@ -143,6 +144,28 @@ def test_transformers_scores_the_winner_alike(finished):
         found["best"]["test"]["generation"]
     )
     assert len(set(scores)) > 1
+
+
+# What trainers write into config.json, and say nothing of what a model computes.
+WRITTEN = {
+    "first": {"max_position_embeddings": 64, "unsloth_fixed": True, "unsloth_version": "2026.4"},
+    "second": {"unsloth_tokenizer": "fixed", "unsloth_training_tiled_mlp": True, "use_cache": True},
+    "third": {"max_position_embeddings": 4096, "torchscript": False, "architectures": ["Mine"]},
+}
+
+
+def test_configs_that_differ_in_what_says_nothing(finished, llamas, tmp_path):
+    """A search finds the same, candidate by candidate, and each is scored alike by itself."""
+    for name, more in WRITTEN.items():
+        path = Path(shutil.copytree(llamas / name, tmp_path / "pool" / name)) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    workdir, found = finished
+    config = _config(tmp_path / "pool")
+    assert run(config, str(tmp_path / "run"))["best"] == found["best"]
+    assert tiny.log(tmp_path / "run") == tiny.log(workdir)
+    alone = evaluate(config, str(tmp_path / "scores"))["checkpoints"]
+    for own, individual in zip(alone, found["individuals"], strict=True):
+        assert {task: own["test"][task] for task in found["tasks"]} == individual["test"]
 
 
 def test_a_merge_with_given_weights(llamas, tmp_path):

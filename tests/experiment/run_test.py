@@ -302,20 +302,6 @@ def test_killed_at_random_instants_it_ends_the_same(pool, tmp_path):
     assert results[0]["best"] == results[1]["best"]
 
 
-@pytest.mark.slow
-def test_stopped_by_hand_it_says_how_to_go_on(pool, tmp_path):
-    command = Command(tmp_path, pool)
-    process = command.start()
-    log = command.workdir / "candidates.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on" in err
-    assert "Traceback" not in err
-
-
 @pytest.mark.parametrize(
     ("change", "flags", "named"),
     [
@@ -335,6 +321,21 @@ def test_mistakes_end_in_one_message(pool, tmp_path, change, flags, named):
     code, out, err = command.run(*flags)
     assert code == 2, err
     assert named in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not command.workdir.exists()
+
+
+@pytest.mark.parametrize("mode", ["search", "evaluate", "merge"])
+def test_a_platform_that_is_not_there(pool, tmp_path, monkeypatch, mode):
+    """One message, whatever the mode, and nothing is written."""
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    change = "config.mesh.cpu_devices, config.merge.weights = 0, (0.5, 0.25, 0.25)"
+    command = Command(tmp_path, pool, change)
+    code, out, err = command.run(f"--mode={mode}")
+    assert code == 2, err
+    assert "jaxmerge: JAX_PLATFORMS=tpu: JAX finds no device to run on" in err
+    assert "mesh.cpu_devices = 1" in err
     assert "Traceback" not in err
     assert out == ""
     assert not command.workdir.exists()

@@ -55,6 +55,16 @@ def test_a_level_at_which_no_condition_holds_is_passed_over(tmp_path):
     assert lookup("density", [near, far], "mlp.up", 0.0) is None
 
 
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path):
+    text = "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b}\n"
+    path = tmp_path / "merge.yml"
+    path.write_text(text)
+    plain = documents.read(str(path))
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert documents.read(str(path)) == plain
+    assert plain[0].method.value == "linear"
+
+
 def test_references(tmp_path):
     (found,) = read(
         tmp_path,

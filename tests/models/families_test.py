@@ -215,11 +215,40 @@ def test_what_is_not_heeded_is_refused(tmp_path, model_type, changes, said):
     assert caught.value.where == str(tmp_path / "config.json")
 
 
-def test_what_is_harmless_is_passed_over(tmp_path):
-    plain = families.read(_write(tmp_path, "llama"))
-    harmless = {"attention_dropout": 0.3, "rope_interleaved": False, "pretraining_tp": 2}
-    harmless |= {"transformers.js_config": {"dtype": "q4"}, "torch_dtype": "bfloat16"}
-    assert families.read(_write(tmp_path, "llama", **harmless)) == plain
+# What trainers and loaders write down for themselves.
+HARMLESS = {
+    "Unsloth": {
+        **{"unsloth_fixed": True, "unsloth_version": "2026.4.5", "unsloth_tokenizer": "fixed"},
+        "unsloth_training_tiled_mlp": True,
+    },
+    "transformers": {
+        **{"_attn_implementation_autoset": True, "use_cache": False, "torchscript": False},
+        **{"architectures": ["Mine"], "auto_map": {"AutoModel": "m.M"}, "output_attentions": True},
+        **{"torch_dtype": "bfloat16", "attention_dropout": 0.3, "problem_type": "other"},
+    },
+    "others": {
+        **{"rope_interleaved": False, "pretraining_tp": 2, "tokenizer_class": "LlamaTokenizer"},
+        **{"transformers.js_config": {"dtype": "q4"}, "max_sequence_length": 2048, "tags": ["x"]},
+    },
+    "lengths": {"max_position_embeddings": 4096, "model_max_length": 100},
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text", "phi3", "cohere2"])
+@pytest.mark.parametrize("written", HARMLESS.values(), ids=HARMLESS)
+def test_what_is_harmless_is_passed_over(tmp_path, model_type, written):
+    plain = families.read(_write(tmp_path, model_type))
+    assert plain is not None
+    assert families.read(_write(tmp_path, model_type, **written)) == plain
+
+
+def test_lengths_by_which_positions_are_scaled_are_heeded(tmp_path):
+    rope = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 9.0, "factor": 2.0}}
+    short, long = (
+        families.read(_write(tmp_path, "llama", **rope, max_position_embeddings=longest))
+        for longest in (64, 128)
+    )
+    assert short != long
 
 
 def test_no_decoder_for_other_models(tmp_path):

@@ -306,6 +306,33 @@ def test_no_held_out_section_without_held_out_tasks(tmp_path: Path) -> None:
     assert "Held-out" not in report.write(tmp_path / "run").read_text()
 
 
+@pytest.mark.parametrize(("share", "noted"), [(1.0, "100%"), (0.51, "51%"), (0.5, ""), (0.0, "")])
+def test_what_a_checkpoint_always_answers_is_noted(directory: Path, share: float, noted: str):
+    """More than half the time: the sentence is there, and the text as it was written."""
+    first = [{"prompt": "a\nb", "target": "4", "output": "", "score": 0.0}]
+    sample = {"first": first, "constant": HOSTILE, "share": share}
+    said = {"warnings": [], "checkpoints": {CHECKPOINTS[0]: {TASKS[0]: sample}}}
+    (directory / "outputs.json").write_text(json.dumps(said))
+    source = report.write(directory).read_text()
+    assert "What the checkpoints answered" in source
+    for shown in ("<code>a\nb</code>", "<code>4</code>", '<i class="note">empty</i>'):
+        assert shown in source
+    assert (f"{noted} of its answers to {TASKS[0]} are <code>" in source) == bool(noted)
+    assert ("of its answers to" in source) == bool(noted)
+    assert HOSTILE not in source
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [3, {}, {"first": [{}], "constant": "", "share": 0}, {"first": 0, "share": "", "constant": 0}],
+)
+def test_answers_of_another_kind_are_refused(directory: Path, sample: Any) -> None:
+    said = {"warnings": [], "checkpoints": {CHECKPOINTS[0]: {TASKS[0]: sample}}}
+    (directory / "outputs.json").write_text(json.dumps(said))
+    with pytest.raises(JaxmergeError, match=re.escape(str(directory))):
+        report.write(directory)
+
+
 def test_same_files_give_the_same_bytes_and_nothing_else_is_left(directory: Path) -> None:
     first = report.write(directory).read_bytes()
     assert report.write(directory).read_bytes() == first

@@ -10,7 +10,7 @@ from tools import fuzz_readers, fuzz_spoil
 
 # Of the readers that take more than a few milliseconds: the page, and what transformers reads.
 SLOW = {"config", "tokenizer", "tokenizer_config", "generation_config", "results", "run_config"}
-SLOW |= {"run_pool", "run_tasks", "candidates_page", "adapter_config"}
+SLOW |= {"run_pool", "run_tasks", "run_outputs", "candidates_page", "adapter_config"}
 
 
 @pytest.mark.filterwarnings("ignore:Possible nested set")  # in a regular expression
