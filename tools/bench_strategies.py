@@ -51,6 +51,11 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "Sep-CMA-ES by leaf": {"search.strategy": "Sep_CMA_ES", "space.granularity": "leaf"},
     "SNES by leaf": {"search.strategy": "SNES", "space.granularity": "leaf"},
+    "CMA-ES of Optuna": {"search.strategy": "optuna:CmaEsSampler", "space.granularity": "model"},
+    "CMA-ES of Optuna, adapted": {
+        **{"search.strategy": "optuna:CmaEsSampler", "space.granularity": "model"},
+        "search.params": {"lr_adapt": True},
+    },
     "CMA-ES, eighths": {
         **{"search.strategy": "CMA_ES", "space.granularity": "model", "search.subset": 0.125},
     },
