@@ -317,16 +317,6 @@ def granularity(config: Config) -> str:
     return config.space.granularity
 
 
-def start(config: Config) -> str:
-    """Where a search starts; "auto" is what was measured best for the strategy."""
-    if config.search.start != baselines.AUTO:
-        return config.search.start
-    along = gradient.NAME in (config.search.strategy, config.search.warm_start)
-    return (
-        baselines.BEST if along and not baselines.own_start(fields(config)) else baselines.UNIFORM
-    )
-
-
 def settings(config: Config) -> gradient.Settings:
     """How an optimiser goes, as the config says."""
     search = config.search

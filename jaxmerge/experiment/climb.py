@@ -27,8 +27,9 @@ from jaxmerge.hosts import processes
 from jaxmerge.rundir import Candidate, cost
 from jaxmerge.scores.calibration import Line, line
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search import baselines, gradient, space
+from jaxmerge.search import gradient, space
 from jaxmerge.search.archive import Archive
+from jaxmerge.search.baselines import UNIFORM, start_of
 from jaxmerge.search.strategies import Ask, State, Strategy
 from jaxmerge.tasks.common import Task, accepting, wants_texts
 
@@ -88,7 +89,7 @@ class Climb:
         soft = [self._soft.scores(_by_group(one, prepared.pool.count)) for one in known.values()]
         self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
         self._true_NxT, self._start = self._true([*known.values()]), self._true(merges[-1:])
-        self._from = merges[-1] if configs.start(config) != baselines.UNIFORM else None
+        self._from = merges[-1] if start_of(configs.fields(config)) != UNIFORM else None
         self._lines = self._lines_of(self._soft_NxTxF, self._true_NxT)
         self._first["read"] = self._first.get("read", 0) + self._soft.read
         self._dearest = max(one.cost for one in individuals)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge import config as configs
-from jaxmerge.config import Config
+from jaxmerge.config import Config, fields
 from jaxmerge.experiment import analyses, climb, front, genotypes, methods
 from jaxmerge.experiment.analyses import Study
 from jaxmerge.experiment.budget import (
@@ -32,8 +31,7 @@ from jaxmerge.scores.objective import Objective
 from jaxmerge.search import gradient, loop, space, surrogate
 from jaxmerge.search.archive import Archive, stacked
 from jaxmerge.search.archive import best as strongest
-from jaxmerge.search.baselines import BASELINES, Found, Setting
-from jaxmerge.search.baselines import start as start_of
+from jaxmerge.search.baselines import BASELINES, Found, Setting, begin, start_of
 from jaxmerge.search.strategies import Strategy
 
 
@@ -109,7 +107,7 @@ def search(
         save_seconds=search.save_seconds,
     )
     climbed, budget = None, search.budget_tokens
-    start = start_of(configs.start(config), objective, individuals, found)
+    start = begin(start_of(fields(config)), objective, individuals, found)
     if climb.wanted(config):
         # The one that the search starts from last: the uniform merge unless it is told.
         merges = [*(one.candidate for one in reversed(found)), *([start] if start else [])]
@@ -133,8 +131,8 @@ def search(
         budget = max(1, budget - sum(one.cost for one in warm)) if budget else 0
     elif start:
         G = prepared.pool.count
-        begin = genotypes.genotypes(config, prepared.method, G, start).reshape(-1)
-        strategy = build_strategy(config, len(prepared.pool.names), groups=G, start=begin)
+        mean = genotypes.genotypes(config, prepared.method, G, start).reshape(-1)
+        strategy = build_strategy(config, len(prepared.pool.names), groups=G, start=mean)
     if search.strategy == surrogate.NAME:
         strategy = _surrogate(config, prepared, archive, objective, start)
     best = run(

@@ -85,9 +85,7 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
     Raises:
         JaxmergeError: anything that the user can mend.
     """
-    configs.check(config)
-    start_jax(config)
-    processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
+    _start(config)
     parts = Held() if held is None else held
     parts.release(made_of(config))
     with_base = methods.takes_base(config)
@@ -144,6 +142,13 @@ def prepare(config: Config, workdir: str, held: Held | None = None) -> Prepared:
         functools.partial(_distances, config, sources[:K], model, mesh),
         method,
     )
+
+
+def _start(config: Config) -> None:
+    """Checks the config, and that all processes have the same."""
+    configs.check(config)
+    start_jax(config)
+    processes.agree("the config", json.dumps(configs.plain(config), sort_keys=True).encode())
 
 
 def _distances(

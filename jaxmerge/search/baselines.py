@@ -12,7 +12,7 @@ from jaxtyping import Float
 from jaxmerge.errors import JaxmergeError, check_choice
 from jaxmerge.rundir import Candidate
 from jaxmerge.scores.objective import Objective
-from jaxmerge.search import loop, space, strategies
+from jaxmerge.search import gradient, loop, space, strategies
 from jaxmerge.search.archive import Archive, Request, best
 
 PAPER = "CMA_ES"  # the strategy of arXiv 2412.04144
@@ -222,12 +222,20 @@ def check(names: Sequence[str], base: str) -> None:
         )
 
 
-def own_start(fields: Mapping[str, Any]) -> bool:
-    """Whether a search can't start from a weighted sum: it has a start, or searches other numbers.
+def start_of(fields: Mapping[str, Any]) -> str:
+    """Where a search starts: `search.start`, of which "auto" is what was measured best.
 
     Args:
         fields: of a config, by their full names.
     """
+    if fields["search.start"] != AUTO:
+        return fields["search.start"]
+    along = gradient.NAME in (fields["search.strategy"], fields["search.warm_start"])
+    return BEST if along and not _own_start(fields) else UNIFORM
+
+
+def _own_start(fields: Mapping[str, Any]) -> bool:
+    """Whether a search has a start, or other numbers than the weights of a sum."""
     other = fields["merge.method"] != "linear" or fields["space.constraint"] == space.WINDOW
     return bool(fields["search.init"]) or other
 
@@ -241,7 +249,7 @@ def check_start(fields: Mapping[str, Any]) -> None:
     start, names = fields["search.start"], fields["baselines"]
     before = [name for name in names if name != UNIFORM and not BASELINES[name].after]
     check_choice("search.start", start, (AUTO, UNIFORM, BEST, *before))
-    if start not in (AUTO, UNIFORM) and own_start(fields):
+    if start not in (AUTO, UNIFORM) and _own_start(fields):
         raise JaxmergeError(
             "checkpoints and baselines are no start for a search with a start of its own, over "
             "another method, or over a window",
@@ -251,13 +259,13 @@ def check_start(fields: Mapping[str, Any]) -> None:
         )
 
 
-def start(
+def begin(
     wanted: str, objective: Objective, individuals: Sequence[Candidate], found: Sequence[Found]
 ) -> Candidate | None:
     """What a search starts from; None: where it starts unless it is told.
 
     Args:
-        wanted: see `config.start`.
+        wanted: see `start_of`.
         objective: of the search.
         individuals: the single checkpoints.
         found: by the baselines that come before the search.
