@@ -49,7 +49,7 @@ class Processes:
         return [_ended(process) for process in self.start()]
 
 
-def _ended(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str, str]:
+def _ended(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str, str]:
     """Its exit code and what it said; a process that hangs is killed, and the test fails."""
     try:
         out, err = process.communicate(timeout=seconds)
