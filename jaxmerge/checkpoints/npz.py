@@ -6,6 +6,7 @@ compressed or not; each has a checksum, which is compared when it is read.
 
 from __future__ import annotations
 
+import lzma
 import math
 import os
 import zipfile
@@ -32,9 +33,10 @@ from jaxmerge.trees import PyTree, map_named, named_leaves, nested
 _SUFFIX = ".npz"  # with a step behind it in big_vision: checkpoint.npz-000010000
 _MOST = 1032  # bytes that one of a compressed file can stand for
 _BROKEN = (  # what zipfile and NumPy raise for files that are cut short or garbled
-    *(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error),
+    *(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
     *(OverflowError, MemoryError),  # a garbled header asks for an array of any size
-    *(NotImplementedError, RuntimeError),  # zipfile: another compression, or encrypted
+    # What zipfile itself raises for a compression or version that it does not know, or encryption.
+    *(NotImplementedError, RuntimeError),
 )
 
 

@@ -109,10 +109,8 @@ def _check_kinds(known: Mapping[str, Any]) -> None:
         for of in tasks.values():
             shown = [one[part] for one in of["first"] for part in ("prompt", "target", "output")]
             numbers = [of["share"], *(one["score"] for one in of["first"])]
-            if {*map(type, [of["constant"], *shown])} != {str} or {*map(type, numbers)} - {
-                int,
-                float,
-            }:
+            texts = all(isinstance(each, str) for each in [of["constant"], *shown])
+            if not texts or not all(type(each) in (int, float) for each in numbers):
                 raise ValueError("answers, or numbers of them, are of another kind")
 
 

@@ -144,6 +144,19 @@ def test_what_is_no_file_of_arrays(tmp_path, name, data, said):
         npz.describe("m", absolute(path))
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_within_a_compressed_array_is_noticed(tmp_path, compression):
+    """Each compression has errors of its own kind."""
+    path = tmp_path / "m.npz"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("w.npy", npy(np.arange(5000, dtype="f4")))
+    whole = bytearray(path.read_bytes())
+    whole[40:80] = bytes(each ^ 0x5A for each in whole[40:80])
+    path.write_bytes(whole)
+    with pytest.raises(JaxmergeError, match="array w: this can't be read"):
+        npz.describe("m", absolute(path))
+
+
 def test_damage_is_noticed(tmp_path):
     """Cut short, and one bit of a value."""
     path = tmp_path / "m.npz"

@@ -248,8 +248,8 @@ def test_published_recipes_are_baselines_and_starts(tmp_path, start, strategy, g
         np.testing.assert_allclose(row, expected, atol=1e-4)
 
 
-def test_the_softer_the_loss_the_more_of_it():
-    """LM-Cocktail's weights, of given losses: those of a softmax at temperature 5."""
+def test_what_recipes_and_starts_want():
+    """A start is a baseline of the run, MetaGPT a base, LM-Cocktail losses: of them a softmax."""
     config = _config("pool")
     config.search.start = "metagpt"
     with pytest.raises(JaxmergeError, match=r"(?s)search\.start.*metagpt"):
