@@ -31,20 +31,28 @@ def begun(_: Process, workdir: Path) -> bool:
     return (workdir / "config.json").exists()
 
 
+def writing(_: Process, workdir: Path) -> bool:
+    """Orbax writes the merge, in a directory whose name says that it is not whole."""
+    return (workdir / "merged" / HALF).exists()
+
+
 def compiling(process: Process, _: Path) -> bool:
     """It says so before it does."""
     assert process.stderr
     return "compiling" in process.stderr.readline()
 
 
+HALF = "orbax.orbax-checkpoint-tmp"
 GRADIENT = ["--config.search.strategy=gradient", "--config.space.granularity=leaf"]
-MERGE = ["--mode=merge", "--config.merge.weights=(0.5,0.25,0.25)"]
+WEIGHTS = "--config.merge.weights=(0.5,0.25,0.25)"
+MERGE = ["--mode=merge", WEIGHTS, "--config.export.formats=('orbax',)"]
 # The module, its flags, the signal, and when it comes.
 STOPPED = {
     "search": ("jaxmerge.run", [], "SIGINT", scored),
     "gradients": ("jaxmerge.run", GRADIENT, "SIGTERM", scored),
     "evaluate": ("jaxmerge.run", ["--mode=evaluate"], "SIGINT", scored),
-    "merge": ("jaxmerge.run", [*MERGE, "--config.export.formats=('orbax',)"], "SIGTERM", begun),
+    "merge": ("jaxmerge.run", MERGE, "SIGTERM", begun),
+    "merge, writing": ("jaxmerge.run", MERGE, "SIGTERM", writing),
     "sweep": ("jaxmerge.sweep", ["--sweep=seed=0,1"], "SIGTERM", scored),
     "plan": ("jaxmerge.plan", [], "SIGINT", compiling),
 }
@@ -72,8 +80,10 @@ def test_stopped_while_it_works(pool, tmp_path, module, flags, name, when):
     logs = [*command.workdir.rglob("candidates.jsonl")]
     kept = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     assert bool(kept) == (when is scored)
-    if when is begun:
-        assert not [*(command.workdir / "merged").glob("[!.]*")]
+    if flags is MERGE:
+        merged = command.workdir / "merged"
+        assert {path.name for path in merged.glob("*")} <= {HALF}
         code, out, err = command.run(*flags)
         assert code == 0, err
         assert "merged/orbax" in out
+        assert [path.name for path in merged.glob("*")] == ["orbax"]
