@@ -37,6 +37,7 @@ from jaxmerge.merge import linear
 from jaxmerge.models import families
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
+from jaxmerge.models.family_fields import FAMILIES
 from jaxmerge.models.model import Model
 from jaxmerge.sharding import make_mesh
 from jaxmerge.tasks.lm_eval_instances import answer, generate, text_prompt
@@ -203,7 +204,7 @@ def _model(source: Source) -> Model:
             "the checkpoint does not say that it is of a decoder that there is here",
             where=source.path,
             expected="jaxmerge.save(..., architecture=model.architecture), or a Hugging Face "
-            f"directory of one of {', '.join(families.FAMILIES)}",
+            f"directory of one of {', '.join(FAMILIES)}",
             found=str(source.architecture),
         )
     return decoder(DecoderConfig.from_plain(named))

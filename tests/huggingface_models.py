@@ -50,6 +50,18 @@ def _rope(scaling: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": scaling, "rope_theta": 50.0, **parameters}}
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.25} | {
+    "residual_multiplier": 0.7,
+    "logits_scaling": 0.5,
+}
+GRANITE_HYBRID = {
+    "layer_types": ["attention", "attention"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 40,
+    "position_embedding_type": "rope",
+    **{"mamba_n_heads": 8, "mamba_d_head": 8},
+}
 LONG = _rope("longrope", **DIVISORS)
 
 # name -> (class of the config without "Config", what differs from TINY)
@@ -108,6 +120,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         _rope("yarn", factor=4.0, original_max_position_embeddings=32) | NORMAL_HEADS,
     ),
+    "ministral": ("Ministral", MIXED | NORMAL_HEADS),
+    "seed oss": ("SeedOss", NORMAL_HEADS),
+    "seed oss out biases": (
+        "SeedOss",
+        {"head_dim": 16, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma biases, untied": ("Gemma", {"head_dim": 8} | BIASED | UNTIED | MULTI_HEAD),
     "gemma2": ("Gemma2", GEMMA | MIXED),
     "gemma2 no softcaps, biases, untied": (
         "Gemma2",
@@ -135,6 +155,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2 multi-head biases": ("Cohere2", COHERE | MIXED | MULTI_HEAD | BIASED),
     "olmo2": ("Olmo2", {}),
     "olmo2 multi-head, biases, tied": ("Olmo2", MULTI_HEAD | BIASED | TIED),
+    "olmo3": ("Olmo3", MIXED),
+    "olmo3 scaled full attention, biases": (
+        "Olmo3",
+        MIXED
+        | BIASED
+        | {
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 50.0},
+                FULL: YARN | {"rope_theta": 50.0},
+            }
+        },
+    ),
+    "granite": ("Granite", GRANITE),
+    "granite biases, tied": ("Granite", GRANITE | BIASED | TIED | {"mlp_bias": True}),
+    "granite hybrid": ("GraniteMoeHybrid", GRANITE | GRANITE_HYBRID),
+    "granite hybrid without positions, biases": (
+        "GraniteMoeHybrid",
+        GRANITE | GRANITE_HYBRID | BIASED | TIED | {"position_embedding_type": None},
+    ),
     "phi3": ("Phi3", {"sliding_window": 5}),
     "phi3 partial rotary, tied": (
         "Phi3",
@@ -261,4 +300,6 @@ def greedy(causal_lm: Any, prompts: np.ndarray, padding: np.ndarray, count: int)
 def fresh_positions(causal_lm: Any) -> None:
     """Forgets the longest text so far, which rotary positions that depend on it remember."""
     rotary = causal_lm.model.rotary_emb
+    if rotary is None:  # of a model without positions
+        return
     causal_lm.model.rotary_emb = type(rotary)(causal_lm.config)

@@ -20,6 +20,7 @@ from jaxmerge.merge.groups import Groups, groups
 from jaxmerge.models import families
 from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import decoder
+from jaxmerge.models.family_fields import FAMILIES
 from jaxmerge.models.model import Model, from_apply
 from jaxmerge.scores.formatting import plain_bounds
 from jaxmerge.tasks import BUILDERS
@@ -42,11 +43,11 @@ def build_model(config: Config, source: Source) -> Model:
             raise JaxmergeError(
                 f"these are models of type {model_type}, but no causal language models (they have "
                 "another head, or none), so they can't be evaluated"
-                if model_type in families.FAMILIES
+                if model_type in FAMILIES
                 else f"there is no decoder for models of type {model_type}, so these checkpoints "
                 "can't be evaluated",
                 where="pool.model",
-                expected=f'one of {", ".join(families.FAMILIES)}; or your own, "module:function"; '
+                expected=f'one of {", ".join(FAMILIES)}; or your own, "module:function"; '
                 "--mode=merge merges them with given weights",
             )
         if not named:

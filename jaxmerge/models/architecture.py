@@ -60,6 +60,7 @@ class DecoderConfig:
     attention_scale: float = 0.0  # of query-key products; 0: C^-1/2
     attention_softcap: float = 0.0  # x -> cap tanh(x / cap); 0: none
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a branch adds to the residual
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     tied_embeddings: bool = True  # the output projection is the embedding

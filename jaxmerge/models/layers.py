@@ -90,11 +90,15 @@ class Block(nn.Module):
         attended, made = self._attention(normed, where, kind, past, slot)
         attended = self._norm("post_attention_norm", after, attended)
         if block == "parallel":
-            return x_BxTxD + attended + self._feed_forward(normed), made
-        x_BxTxD = x_BxTxD + attended
+            return self._added(self._added(x_BxTxD, attended), self._feed_forward(normed)), made
+        x_BxTxD = self._added(x_BxTxD, attended)
         normed = self._norm("feed_forward_norm", before, x_BxTxD)
         fed = self._norm("post_feed_forward_norm", after, self._feed_forward(normed))
-        return x_BxTxD + fed, made
+        return self._added(x_BxTxD, fed), made
+
+    def _added(self, residual: Array, branch: Array) -> Array:
+        scale = self.config.residual_scale
+        return residual + (branch if scale == 1 else branch * jnp.asarray(scale, branch.dtype))
 
     def _norm(self, name: str, wanted: bool, x: Array) -> Array:
         return norm(self.config, name=name)(x) if wanted else x

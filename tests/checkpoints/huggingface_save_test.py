@@ -61,7 +61,7 @@ def save(path: Path, like: Path, **options: Any) -> list[str]:
 @pytest.mark.parametrize(
     "variant",
     ["llama biases", "smollm2", "mistral", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3"]
-    + ["cohere", "cohere2", "olmo2", "phi3", "mixtral", "qwen3 moe"],
+    + ["cohere", "cohere2", "olmo2", "olmo3", "granite hybrid", "phi3", "mixtral", "qwen3 moe"],
 )
 def test_the_bytes_of_transformers(tmp_path, variant):
     """Read and written again, the file is what transformers itself had written."""

@@ -93,7 +93,13 @@ def test_logits_with_padding_and_cache(variant):
         "gemma3",
         "cohere",
         "cohere2 multi-head biases",
+        "ministral",
+        "seed oss",
+        "gemma",
         "olmo2",
+        "olmo3",
+        "granite",
+        "granite hybrid",
         "phi3",
         "mixtral",
         "qwen3 moe",
@@ -195,6 +201,17 @@ REFUSED = {
     "softcap": ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
     "dense layers": ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
     "sparse step": ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    "recurrent layers": (
+        "granitemoehybrid",
+        {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "mamba_n_heads": 8}
+        | {"mamba_d_head": 8},
+        "layer_types=.*linear_attention",
+    ),
+    "experts": (
+        "granitemoehybrid",
+        {"layer_types": ["attention", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8},
+        "num_local_experts=8",
+    ),
     "all at once": ("llama", {"a_b": 1, "c_d": "x"}, "a_b=1, c_d='x'"),
 }
 
