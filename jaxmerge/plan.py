@@ -147,7 +147,7 @@ def _answer(config: Config, of: Topology, said: str) -> Answer:
         mesh = str(error)
     if made is not None and made.residency:
         return Answer(made, "", "", "")
-    smaller = layouts.smaller(layout, machine) if made is not None else ()
+    smaller = layouts.smaller(job, layout, machine) if made is not None else ()
     change = layouts.fitting(job, ((name, each, machine) for name, each in smaller))
     larger = layouts.fitting(job, _larger(layout, of))
     return Answer(made, mesh, change or "", larger or "")
@@ -244,6 +244,7 @@ def job_of(config: Config) -> Job:
         config.pool.storage,
         groups,
         config.search.minibatch if config.search.strategy == gradient.NAME else 0,
+        methods.searched(config, checkpoints),
     )
 
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -15,9 +13,9 @@ from jaxmerge import config as configs
 from jaxmerge import plan as plans
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment.prepare import prepare
+from jaxmerge.merge.searched import searched
 from jaxmerge.plan import Answer, job_of, layout_of, plan
-from jaxmerge.planning import chips, estimate, layouts, work
-from jaxmerge.planning.compiled import Program, absent_devices
+from jaxmerge.planning import layouts, work
 from jaxmerge.planning.estimate import Rates
 from jaxmerge.planning.layouts import Layout, Machine, draw_up
 from jaxmerge.planning.page import page
@@ -166,7 +164,7 @@ def test_layers_that_are_merged_late_take_no_memory_before(config, small):
 def test_the_smallest_change_is_found(config, small):
     """Fewer candidates of a step come before smaller batches, and those before another mesh."""
     wide = _layout(config, pop=8, candidates_per_step=16)
-    names = [name for name, _ in layouts.smaller(wide, _machine())]
+    names = [name for name, _ in layouts.smaller(small, wide, _machine())]
     assert names[0] == "evaluate.candidates_per_step = 8"
     assert names[1] == "evaluate.batch_tokens = 4096, evaluate.batch_size = 4"
     assert names[-4] == "merge.rematerialise = True"
@@ -174,12 +172,57 @@ def test_the_smallest_change_is_found(config, small):
 
     def change(room: int) -> str | None:
         machine = _machine(Room(room, 0))
-        choices = ((name, layout, machine) for name, layout in layouts.smaller(wide, machine))
+        choices = (
+            (name, layout, machine) for name, layout in layouts.smaller(small, wide, machine)
+        )
         return layouts.fitting(small, choices)
 
     fewer = draw_up(small, dataclasses.replace(wide, candidates_per_step=8), _machine())
     assert change(_needed(fewer, "disk")) == names[0]
     assert change(10) is None
+
+
+def _by(job, method: str):
+    """The job, of a base and two checkpoints, as a search over a method."""
+    return job._replace(method=searched(method, {}, job.checkpoints - 1, with_base=True))
+
+
+def test_a_method_by_leaf_is_planned_by_its_own_program(config, small):
+    """Each candidate reads all checkpoints; changes that the method can't take are not named."""
+    layout = _layout(config, pop=2, fsdp=2, tensor=2, candidates_per_step=8, residency="device")
+    linear, ties = (draw_up(job, layout, _machine()) for job in (small, _by(small, "ties")))
+    merge = ties.measured.programs[0]
+    assert merge.name.startswith("ties, leaf by leaf: ")
+    assert merge.name in page(ties)
+    leaves = work.placed(small.abstract, small.model.sharding_rules, make_mesh(2, 1, 2, 2))
+    largest = max(work.shares(leaves).values())
+    assert 3 * largest <= merge.arguments < 3.1 * largest + 1000
+    assert merge.temporaries > largest
+    # K read for each of 4 candidates and not for all of them: (12 + 4) / (3 + 4).
+    ratio = ties.seconds["search"].merge / linear.seconds["search"].merge
+    assert ratio == pytest.approx(16 / 7)
+    changes = [name for name, _ in layouts.smaller(_by(small, "ties"), layout, _machine())]
+    assert changes
+    assert not [name for name in changes if "residency" in name or "rematerialise" in name]
+
+
+def test_a_weighted_sum_by_a_method_is_planned_as_one(config, small):
+    layout = _layout(config, pop=2, fsdp=2, tensor=2)
+    merge, *_ = draw_up(_by(small, "task_arithmetic"), layout, _machine()).measured.programs
+    assert merge.name == "merge"
+    assert not merge.collectives
+
+
+def test_the_method_is_that_of_the_config(config):
+    config = config.copy_and_resolve_references()
+    config.merge.method = "dare_ties"
+    base, *config.pool.checkpoints = (
+        config.pool.checkpoints[0].replace("*", f"model{number}") for number in range(3)
+    )
+    config.pool.base = base
+    of = job_of(config).method
+    assert of
+    assert (of.method, of.with_base) == ("dare_ties", True)
 
 
 @pytest.mark.slow
@@ -285,94 +328,6 @@ def test_the_command(config, tmp_path):
     unknown = _command(f"--config={file}", "--topology=v5e:64x4")
     assert unknown.returncode == 2
     assert "unknown topology" in unknown.stderr
-
-
-def _command_r_plus():
-    from configs import command_r_plus
-
-    return command_r_plus.get_config()
-
-
-@pytest.mark.slow
-@pytest.mark.tpu
-def test_command_r_plus_on_a_slice_of_v5p():
-    """The figures of the reference: 48.4 GiB of pool, 3.0 GiB a merged model, on 64 chips.
-
-    No chip holds more than its share of the pool, its share of two merged models and one layer.
-    """
-    answer = plan(_command_r_plus(), "v5p:4x4x4")
-    made = answer.plan
-    assert answer.fits
-    assert made is not None
-    need = made.measured.need
-    assert need.pool / 2**30 == pytest.approx(48.4, abs=0.05)
-    assert need.merged / 2 / 2**30 == pytest.approx(3.0, abs=0.05)
-    assert made.measured.programs[0].collectives == {}
-    assert not made.measured.whole
-    layer = made.bytes / 64
-    assert need.working < layer
-    assert need.on_device("device") < made.room.device
-
-
-@pytest.mark.slow
-@pytest.mark.tpu
-def test_a_slice_that_is_too_small_is_refused_with_the_smallest_that_suffices():
-    config = _command_r_plus()
-    answer = plan(config, "v5p:2x2x2")
-    assert not answer.fits
-    assert answer.slice == "v5p:4x4x4"
-    refused = plans.refusal(answer, "v5p:2x2x2")
-    assert "v5p:4x4x4, the smallest slice that suffices" in refused.expected
-
-
-def _merges(topologies: tuple[str, ...]) -> list[Program]:
-    """The merge alone of each slice, for a process that may get to know the chips of several."""
-    jax.config.update("jax_platforms", "cpu")
-    config = _command_r_plus()
-    job, made = plans.job_of(config), []
-    for of in map(chips.topology, topologies):
-        mesh = make_mesh(fsdp=-1, tensor=config.mesh.tensor, devices=absent_devices(of))
-        tree = work.placed(job.abstract, job.model.sharding_rules, mesh)
-        step = work.Step(tree, job.checkpoints, 1, mesh)
-        streamed = estimate.arithmetic(step).on_device("device") > chips.CHIPS[of.kind].memory
-        made.append(estimate.compile_merge(step, streamed=streamed))
-    return made
-
-
-@pytest.mark.slow
-@pytest.mark.tpu
-def test_no_slice_has_a_collective_in_the_merge():
-    topologies = ("v5e:8x16", "v6e:8x8", "v6e:16x16", "v5p:4x4x8")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        merges = process.submit(_merges, topologies).result()
-    assert [merge.name for merge in merges].count("merge") == 2  # the pools of the others stream
-    for merge in merges:
-        assert not merge.refused
-        assert merge.collectives == {}
-
-
-def _merge_of_a_population(dtype: str, storage: str) -> tuple[Program, int]:
-    """Four candidates of eight checkpoints on a chip, and the bytes of a leaf."""
-    jax.config.update("jax_platforms", "cpu")
-    mesh = make_mesh(devices=absent_devices(chips.topology("v5e:1x1"))[:1])
-    leaf = jax.ShapeDtypeStruct((4, 2048, 2048), dtype)
-    tree = work.placed({"gate": leaf}, ((".*", ()),), mesh)
-    step = work.Step(tree, 8, 4, mesh, storage=storage)
-    return estimate.compile_merge(step, streamed=False), leaf.size * leaf.dtype.itemsize
-
-
-@pytest.mark.slow
-@pytest.mark.tpu
-@pytest.mark.parametrize(
-    ("dtype", "storage"), [("bfloat16", "exact"), ("float32", "exact"), ("bfloat16", "int8")]
-)
-def test_a_population_on_a_chip_has_no_wide_copy_of_the_pool(dtype, storage):
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        merge, leaf = process.submit(_merge_of_a_population, dtype, storage).result()
-    assert not merge.refused
-    assert merge.temporaries < leaf / 2  # a copy of all in float32 would be 16
 
 
 def test_refusals_say_what_would_suffice():

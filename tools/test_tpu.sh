@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 bash tools/install.sh test
 [ -d .cache/libtpu ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
   --constraint constraints.txt --target .cache/libtpu libtpu
-PYTHONPATH=.cache/libtpu .venv/bin/python -m pytest -q -m tpu tests/plan_test.py "$@"
+PYTHONPATH=.cache/libtpu .venv/bin/python -m pytest -q -m tpu tests/planning/slices_test.py "$@"

@@ -212,6 +212,26 @@ class LeafMerger:
 ByMethod = CombinationMerger | LeafMerger
 
 
+def leaf_program(
+    of: Searched, like: jax.ShapeDtypeStruct, count: int, *, stacked: bool
+) -> tuple[Any, tuple[Any, ...]]:
+    """`LeafMerger`'s program that merges a leaf for `count` candidates, and abstract arguments.
+
+    Args:
+        of: the method.
+        like: the leaf, with its sharding.
+        count: of the candidates.
+        stacked: whether the leaf's first axis is that of layers.
+    """
+    assert isinstance(like.sharding, NamedSharding)
+    mesh, layers = like.sharding.mesh, like.shape[0] if stacked else 1
+    keys = jax.ShapeDtypeStruct((layers, *draws.key(0, "").shape), np.uint32)
+    over_pop = NamedSharding(mesh, PartitionSpec("pop"))
+    rows = jax.ShapeDtypeStruct((count, layers, of.width), np.float32, sharding=over_pop)
+    leaves = (like,) * (of.checkpoints + of.with_base)
+    return _program(of, stacked, like.sharding, by_method=True), (leaves, keys, rows)
+
+
 def _on_host() -> Any:
     """Candidates are few numbers: what they are merged from is computed on the CPU."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])

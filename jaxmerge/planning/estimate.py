@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmerge.merge import differences, linear
+from jaxmerge.merge.by_method import every_place, leaf_program
 from jaxmerge.merge.differences import stored_bytes
 from jaxmerge.merge.leafwise import adding
 from jaxmerge.models.model import Model
@@ -131,21 +132,31 @@ def uncompiled(model: Model, step: Step) -> Measured:
 
 
 def compile_merge(step: Step, *, streamed: bool) -> Program:
-    """The merge of a step; where the pool is streamed, that of a leaf of one checkpoint."""
+    """The merge of a step; of its largest leaf where it goes by leaf: as methods with thresholds or
+    draws do, and where the pool is streamed, checkpoint by checkpoint.
+    """
+    leaves, of_leaf = named_leaves(step.tree), shares(step.tree)
+    name = max(leaves, key=lambda each: of_leaf[each])
+    if step.by_leaf:
+        stacked = bool(step.stacked) and name.startswith(f"{step.stacked}/")
+        merge, arguments = leaf_program(
+            step.by_leaf, leaves[name], step.candidates, stacked=stacked
+        )
+        return compile_program(f"{step.by_leaf.method}, leaf by leaf: {name}", merge, *arguments)
+    # What a method weighs, it weighs layer by layer.
+    groups = every_place(step.tree, step.stacked) if step.method else step.groups
     if streamed:
-        leaves, of_leaf = named_leaves(step.tree), shares(step.tree)
-        name = max(leaves, key=lambda each: of_leaf[each])
-        by_slice = step.groups is not None and len(step.groups.of_leaf[name]) > 1
+        by_slice = groups is not None and len(groups.of_leaf[name]) > 1
         add, arguments = adding(leaves[name], step.candidates, by_slice=by_slice)
         return compile_program(f"merge, leaf by leaf: {name}", add, *arguments)
     over_pop = NamedSharding(step.mesh, PartitionSpec("pop"))
-    of_groups = (len(step.groups.names),) if step.groups else ()
+    of_groups = (len(groups.names),) if groups else ()
     shape = (step.candidates, *of_groups, step.checkpoints)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over_pop)
     if step.storage != "exact":
         held = differences.abstract(step.tree, step.checkpoints, step.storage)
-        return compile_program("merge", differences.program(*held, step.groups), *held, weights)
-    jitted = linear.program(step.once, population=True, groups=step.groups)
+        return compile_program("merge", differences.program(*held, groups), *held, weights)
+    jitted = linear.program(step.once, population=True, groups=groups)
     name = "merge, but for the layers" if step.layers else "merge"
     return compile_program(name, jitted, (step.once,) * step.checkpoints, weights)
 
@@ -217,7 +228,8 @@ def roofline(
     bytes do at the rates, and nothing overlaps.
     """
     mesh, here, merged = step.mesh, step.here, step.merged()
-    once = (step.checkpoints + here) * sum(shares(step.once).values()) / step.candidates
+    read = step.checkpoints * (here if step.by_leaf else 1)
+    once = (read + here) * sum(shares(step.once).values()) / step.candidates
     late = _late(step)
     seconds: dict[str, Seconds] = {}
     amounts: dict[str, Amount] = {}

@@ -14,6 +14,7 @@ from jaxmerge.evaluation.batches import Limits
 from jaxmerge.evaluation.respond import Responder
 from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.merge.groups import Groups
+from jaxmerge.merge.searched import Searched
 from jaxmerge.models.model import Model
 from jaxmerge.planning import estimate, work
 from jaxmerge.planning.estimate import Amount, Measured, Rates, Seconds
@@ -47,6 +48,7 @@ class Job(NamedTuple):
         storage: how a pool on the devices is held; see `pool.load`.
         groups: of leaves that share their weights; None: all do.
         minibatch: examples of a task in a step of a search by gradients; 0: there is none.
+        method: that candidates are merged by; None: they are weighted sums.
     """
 
     model: Model
@@ -60,6 +62,7 @@ class Job(NamedTuple):
     storage: str = "exact"
     groups: Groups | None = None
     minibatch: int = 0
+    method: Searched | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +220,8 @@ def _least(job: Job, layout: Layout, machine: Machine) -> Step:
         job.model.layers if layout.rematerialise else "",
         job.storage,
         job.groups,
+        job.method,
+        job.model.layers,
     )
 
 
@@ -258,10 +263,10 @@ def fitting(job: Job, choices: Iterable[tuple[str, Layout, Machine]]) -> str | N
     return None
 
 
-def smaller(layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
+def smaller(job: Job, layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
     """Layouts on the same machine that need less of its devices, those that cost least first."""
     mesh = dict(_mesh(layout, machine).shape)
-    if layout.residency not in (AUTO, "disk"):
+    if layout.residency not in (AUTO, "disk") and (not job.method or job.method.summed):
         yield f'pool.residency = "{AUTO}"', dataclasses.replace(layout, residency=AUTO)
     if layout.candidates_per_step == 0 or _candidates(layout, machine) > mesh["pop"]:
         yield (
@@ -276,7 +281,7 @@ def smaller(layout: Layout, machine: Machine) -> Iterator[tuple[str, Layout]]:
             f"evaluate.batch_tokens = {limits.tokens}, evaluate.batch_size = {limits.rows}",
             dataclasses.replace(layout, limits=limits),
         )
-    if layout.residency in (AUTO, "device") and not layout.rematerialise:
+    if layout.residency in (AUTO, "device") and not layout.rematerialise and not job.method:
         yield (
             f"{REMATERIALISE} = True",
             dataclasses.replace(layout, rematerialise=True, residency="device"),

@@ -18,6 +18,7 @@ from jaxmerge.evaluation.soft import FORMS, program
 from jaxmerge.evaluation.tokenizer import Tokenizer
 from jaxmerge.merge.groups import Groups
 from jaxmerge.merge.rematerialised import deferred, without
+from jaxmerge.merge.searched import Searched
 from jaxmerge.models.model import Model
 from jaxmerge.planning.counting import Product, products
 from jaxmerge.sharding import Rules, shardings
@@ -184,12 +185,14 @@ class Step(NamedTuple):
 
     Attributes:
         tree: one checkpoint, as `placed` gives it.
-        checkpoints: K.
+        checkpoints: K, and the base where a method takes one.
         candidates: on all devices.
         mesh: of the run.
         layers: `Model.layers` where they are rematerialised; "": whole models are merged.
         storage: how a pool on the devices is held; see `pool.load`.
         groups: of leaves that share their weights; None: all do.
+        method: that candidates are merged by; None: they are weighted sums.
+        stacked: `Model.layers`, of which each is merged by itself by a method; "": there are none.
     """
 
     tree: PyTree
@@ -199,6 +202,13 @@ class Step(NamedTuple):
     layers: str = ""
     storage: str = "exact"
     groups: Groups | None = None
+    method: Searched | None = None
+    stacked: str = ""
+
+    @property
+    def by_leaf(self) -> Searched | None:
+        """The method, if each candidate reads every checkpoint anew, leaf by leaf."""
+        return self.method if self.method and not self.method.summed else None
 
     @property
     def here(self) -> int:
