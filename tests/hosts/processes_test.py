@@ -93,14 +93,26 @@ GRADIENT = """; config.search.strategy, config.space.granularity = "gradient", "
 """.replace("\n", "")
 
 
+# The weighted sum, one whose coefficients a method makes, and a merge that goes leaf by leaf.
+CLIMBED = {
+    "linear": "",
+    "multislerp": '; config.merge.method = "multislerp"',
+    "nuslerp by rows": """; config.merge.method = "nuslerp"
+; config.merge.genes = dict(nuslerp_row_wise=True, nuslerp_flatten=False)
+; config.pool.checkpoints = (config.pool.checkpoints[0].replace("*", "model[01]"),)
+""".replace("\n", ""),
+}
+
+
 @pytest.mark.slow
-def test_two_processes_climb_as_one_does(pool, tmp_path):
+@pytest.mark.parametrize("method", CLIMBED.values(), ids=CLIMBED)
+def test_two_processes_climb_as_one_does(pool, tmp_path, method):
     """Along the same gradients, with models that are spread over both."""
     shape = {"pop": 1, "data": 1, "fsdp": 2, "tensor": 2}
-    one = Command(tmp_path, pool, mesh(4, **shape) + GRADIENT)
+    one = Command(tmp_path, pool, mesh(4, **shape) + GRADIENT + method)
     code, _, err = one.run()
     assert code == 0, err
-    two = Processes(tmp_path / "two", pool, mesh(2, **shape) + GRADIENT)
+    two = Processes(tmp_path / "two", pool, mesh(2, **shape) + GRADIENT + method)
     for code, _, err in two.run():
         assert code == 0, err
     assert tiny.log(two.command.workdir) == tiny.log(one.workdir)
