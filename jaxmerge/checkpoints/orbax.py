@@ -24,6 +24,7 @@ from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.orbax_writing import Later
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError, at
+from jaxmerge.models.architecture import completed
 from jaxmerge.textfiles import parse_json
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
@@ -157,7 +158,7 @@ def describe(
         format="orbax",
         abstract=abstract,
         subtree=found,
-        architecture=ours.get("architecture", {}),
+        architecture=completed(ours.get("architecture", {})),
         checksums=checksums,
         item=item,
         carried=carried,

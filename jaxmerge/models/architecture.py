@@ -124,3 +124,17 @@ class DecoderConfig:
             raise JaxmergeError(
                 message, where="DecoderConfig", expected="fields that go together", found=str(self)
             )
+
+
+def completed(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint says of its model, with the fields that a decoder has got since.
+
+    Versions that did not know a field made what its default is.
+    """
+    if said.get("model") != "decoder":
+        return said
+    fields = {key: value for key, value in said.items() if key != "model"}
+    try:
+        return {"model": "decoder", **DecoderConfig.from_plain(fields).plain()}
+    except (TypeError, KeyError, JaxmergeError):  # of a later version, or wrong: told where used
+        return said

@@ -16,10 +16,11 @@ import orbax.checkpoint as orbax_v0
 import pytest
 from jax.sharding import Mesh
 
-from jaxmerge.checkpoints import orbax, orbax_writing
+from jaxmerge.checkpoints import orbax, orbax_writing, survey
 from jaxmerge.checkpoints.digest import check_digests, digests
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError
+from jaxmerge.models.architecture import DecoderConfig
 from jaxmerge.models.decoder import SHARDING_RULES
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.trees import PyTree, named_leaves
@@ -127,6 +128,19 @@ def test_described_without_reading_data(copy):
     assert source.architecture == ARCHITECTURE
     known = {name: digest.checksum for name, digest in digests(make_tree()).items()}
     assert source.checksums == known
+
+
+def test_fields_that_a_decoder_has_got_since(tmp_path, mesh):
+    """Checkpoints of versions that did not know them are alike with those of today."""
+    whole = {"model": "decoder", **DecoderConfig(8, 4, 2, 2, 1, 2, 6).plain()}
+    older = {name: value for name, value in whole.items() if name != "residual_scale"}
+    later = {**whole, "of_next_year": 1}
+    for name, architecture in (("whole", whole), ("older", older), ("later", later)):
+        orbax.save(tmp_path / name, place(make_tree(), mesh), architecture=architecture)
+    found = {each.name: each.architecture for each in survey.survey([str(tmp_path / "[wo]*")])}
+    assert found == {"whole": whole, "older": whole}
+    with pytest.raises(JaxmergeError, match="architecture of_next_year is"):
+        survey.survey([str(tmp_path / "*")])
 
 
 @pytest.mark.parametrize("name", ["embedding", "layers/query", "layers/up"])
