@@ -93,15 +93,8 @@ GRADIENT = """; config.search.strategy, config.space.granularity = "gradient", "
 """.replace("\n", "")
 
 
-# The weighted sum, one whose coefficients a method makes, and a merge that goes leaf by leaf.
-CLIMBED = {
-    "linear": "",
-    "multislerp": '; config.merge.method = "multislerp"',
-    "nuslerp by rows": """; config.merge.method = "nuslerp"
-; config.merge.genes = dict(nuslerp_row_wise=True, nuslerp_flatten=False)
-; config.pool.checkpoints = (config.pool.checkpoints[0].replace("*", "model[01]"),)
-""".replace("\n", ""),
-}
+# The weighted sum, and one whose coefficients a method makes.
+CLIMBED = {"linear": "", "multislerp": '; config.merge.method = "multislerp"'}
 
 
 @pytest.mark.slow
