@@ -29,8 +29,12 @@ from jaxmerge.hosts import processes
 from jaxmerge.textfiles import parse_json, read_text
 from jaxmerge.trees import PyTree, map_named, named_leaves, nested
 
-_STEP = "metadata.json"  # Levanter's: which step, and whether it may be deleted
+_STEP = "metadata.json"  # of both: which step; Levanter's whether it may be deleted
 _INDEX = "tensorstore_index.json"  # EasyDeL's: paths, shapes and dtypes
+_OPTIMISER = "tx_structure.json"  # EasyDeL's: the tree of an optimiser's state, which is not merged
+# What _STEP says of a checkpoint and what is not so of a merge: Levanter would delete it, EasyDeL
+# look for an optimiser's state and for a model with adapters.
+_NOT_SO = ("is_temporary", "has_optimizer_state", "has_resume_model")
 _DATABASE = "manifest.ocdbt"
 _DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # by the file of an array's metadata
 _CHUNK = 2**26  # bytes
@@ -76,7 +80,9 @@ def describe(
     custom = {
         "driver": {each: drivers[each] for each in named_leaves(taken).values()},
         "database": _in_database(where),
-        "files": {file.name: read_text(file) for file in path.glob("*.json")},
+        "files": {
+            file.name: read_text(file) for file in path.glob("*.json") if file.name != _OPTIMISER
+        },
     }
     return Source(name, where, "zarr", abstract, found, {}, {}, carried=carried, custom=custom)
 
@@ -154,9 +160,9 @@ def _said(file: str, text: str, prefix: str, written: list[dict[str, Any]]) -> s
     said = parse_json(text.encode(), file)
     if not isinstance(said, dict):
         return text
-    if file == _STEP and said.get("is_temporary"):
-        said["is_temporary"] = False  # or Levanter deletes it
-    elif file == _INDEX:
+    if file == _STEP:
+        said |= {key: False for key in _NOT_SO if key in said}
+    else:
         of = prefix.split("/")[0] or next((each["path"].split("/")[0] for each in written), "")
         said = {**said, "prefixes": {of: written}} if "prefixes" in said else said
     return json.dumps(said, indent=2 if file == _INDEX else None)

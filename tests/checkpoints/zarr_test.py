@@ -60,9 +60,11 @@ def levanter(path: Path, seed: int, *, database: bool = True) -> Path:
 
 
 def easydel(path: Path, seed: int) -> Path:
-    """A checkpoint of EasyDeL: the same in directories, with an index."""
+    """A training state of EasyDeL: the same in directories, with an index, and what is in it."""
     levanter(path, seed, database=False)
-    (path / "metadata.json").unlink()
+    said = {"step": seed, "is_temporary": False, "has_optimizer_state": True}
+    (path / "metadata.json").write_text(json.dumps(said))
+    (path / "tx_structure.json").write_text('{"format": "pytree-structure", "prefix": "tx"}')
     entries: dict[str, Any] = {}
     for name, leaf in state(seed).items():
         entry = {"path": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -114,6 +116,10 @@ def test_merged_by_name_and_written_as_it_came(tmp_path, kind):
     if kind == "easydel":
         index = json.loads((path / "tensorstore_index.json").read_text())
         assert {name: len(entries) for name, entries in index["prefixes"].items()} == {"model": 4}
+        # EasyDeL looks for an optimiser's state where these say that there is one.
+        said = {"step": 1, "is_temporary": False, "has_optimizer_state": False}
+        assert json.loads((path / "metadata.json").read_text()) == said
+        assert not (path / "tx_structure.json").exists()
     else:
         said = {"step": 1, "timestamp": "2026-01-01T00:00:00", "is_temporary": False}
         assert json.loads((path / "metadata.json").read_text()) == said
