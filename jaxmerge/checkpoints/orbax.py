@@ -141,6 +141,7 @@ def describe(
     ours: Any = custom.pop("jaxmerge", {})
     where, tree = str(directory / item), metadata.metadata
     found = subtree or ours.get("subtree", "") or parameters.subtree(where, tree)
+    beside = () if subtree else parameters.beside(tree, found)
     whole = map_named(
         lambda leaf, of: _abstract(where, leaf, of), parameters.at(where, tree, found)
     )
@@ -163,6 +164,7 @@ def describe(
         item=item,
         carried=carried,
         custom=custom,
+        beside=beside,
     )
 
 

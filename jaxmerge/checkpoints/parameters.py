@@ -87,6 +87,25 @@ def subtree(where: str, tree: PyTree) -> str:
     return "/".join(path)
 
 
+def beside(tree: PyTree, path: str) -> tuple[str, ...]:
+    """The keys next to the parameters that may be a model's too, such as running means.
+
+    An optimiser's state, counters and generators are none.
+
+    Args:
+        tree: of all that a checkpoint holds; its leaves have shapes and dtypes.
+        path: from `subtree`.
+    """
+
+    def of_model(leaf: Any) -> bool:
+        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return bool(floating and leaf.shape)
+
+    others = set(tree) - {path.split("/")[0]} if path else set()
+    others = [key for key in others if not _OPTIMISER.fullmatch(str(key))]
+    return tuple(sorted(key for key in others if any(map(of_model, jax.tree.leaves(tree[key])))))
+
+
 def at(where: str, tree: PyTree, path: str) -> PyTree:
     """The part of a tree that a path such as `params/decoder` leads to.
 

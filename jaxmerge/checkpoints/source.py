@@ -32,6 +32,7 @@ class Source(NamedTuple):
         rows: how its embeddings are read in the vocabulary of the pool, see `rows.Rows`; None: as
             they are stored.
         custom: what others wrote beside an Orbax or zarr checkpoint, kept with what is written.
+        beside: keys of an Orbax tree that hold other arrays of a model, which are not merged.
     """
 
     name: str
@@ -49,3 +50,4 @@ class Source(NamedTuple):
     custom: Mapping[str, Any] = MappingProxyType({})
     view: Any = None
     rows: Any = None
+    beside: tuple[str, ...] = ()

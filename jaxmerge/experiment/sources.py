@@ -99,6 +99,7 @@ def find_checkpoints(
     if "lora" in config.export.formats and not as_stored:
         lora_export.check(sources)
     _say_missing(sources)
+    _say_beside(sources)
     formats = () if as_stored else config.export.formats
     check_like(
         formats,
@@ -130,6 +131,15 @@ def _say_missing(sources: Sequence[Source]) -> None:
                 f"{source.name} has no rows for {source.rows.missing} tokens of the vocabulary: "
                 "they are those of a member that has them"
             )
+
+
+def _say_beside(sources: Sequence[Source]) -> None:
+    keys = sorted({key for source in sources for key in source.beside})
+    if keys and processes.first():
+        _say(
+            f"{', '.join(keys)}: beside {sources[0].subtree} in the checkpoints, and not merged; "
+            "a merge with --config.pool.subtree of that name is of it alone"
+        )
 
 
 @functools.cache  # a command may look at the checkpoints more than once

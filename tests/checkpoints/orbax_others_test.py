@@ -175,6 +175,24 @@ def test_written_back_as_it_came(tmp_path):
     survey([str(steps[0]), str(path)])  # alike
 
 
+def test_what_is_beside_the_parameters_is_named(tmp_path, capsys):
+    """Kauldron's running means: a merge without them would start from those of a new model."""
+    stats = {"batch_stats": {"norm": {"mean": jnp.ones(3)}}}
+    rest = {"opt_state": moments(), "step": jnp.int32(4)}
+    for step, collections in (("1", stats), ("2", stats), ("3", {}), ("4", {})):
+        state = {"params": weights(int(step)), "collections": collections, **rest}
+        save_step(tmp_path / step, default=state)
+    said = "jaxmerge: collections: beside params in the checkpoints, and not merged"
+    merged(tmp_path / "with", tmp_path / "1", tmp_path / "2", weights=(0.5, 0.5))
+    assert said in capsys.readouterr().err
+    merged(tmp_path / "without", tmp_path / "3", tmp_path / "4", weights=(0.5, 0.5))
+    assert "beside" not in capsys.readouterr().err
+    members = (tmp_path / "1", tmp_path / "2")
+    path = merged(tmp_path / "alone", *members, weights=(0.5, 0.5), subtree="collections")
+    assert "beside" not in capsys.readouterr().err
+    assert_same(v1.load(str(path), checkpointable_name="default"), {"collections": stats})
+
+
 def test_steps_of_a_run_by_a_schedule(tmp_path, capsys):
     """The steps that are named alone, in the order of their numbers, oldest first."""
     for step in (500, 1000, 1500, 2000):
