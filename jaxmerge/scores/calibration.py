@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 # exp(nats), exp(nats / tokens) and nats / tokens of an answer.
 FORMS = ("probability", "per_token", "log")
@@ -64,6 +63,8 @@ def line(soft_NxF: Float[np.ndarray, "N F"], true_N: Float[np.ndarray, " N"]) ->
 
 
 def _spearman(soft_N: Float[np.ndarray, " N"], true_N: Float[np.ndarray, " N"]) -> float:
+    from scipy.stats import rankdata  # takes a second to import
+
     if min(len(set(soft_N)), len(set(true_N))) < 2:
         return math.nan
     return float(np.corrcoef(rankdata(soft_N), rankdata(true_N))[0, 1])

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError, check_choice
@@ -102,9 +101,11 @@ def lm_cocktail(setting: Setting) -> Found:
     LM-Cocktail, arXiv 2311.13534, which takes five examples of one task; the temperature is that of
     its authors' code. Of several tasks it is the mean of their losses.
     """
+    from scipy.special import softmax  # merges need no scipy, which takes long to import
+
     assert setting.losses
     losses_K, tokens = setting.losses()
-    found = _weighted("lm-cocktail", setting, scipy.special.softmax(-losses_K / _TEMPERATURE))
+    found = _weighted("lm-cocktail", setting, softmax(-losses_K / _TEMPERATURE))
     return found._replace(tokens=found.tokens + tokens)
 
 
