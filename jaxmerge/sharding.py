@@ -79,7 +79,8 @@ def make_mesh(
     # An axis of the mesh may be a part of a slice's axis: tensor=8 on 4x4x4 chips.
     try:
         grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)
-    # JAX has no mesh for axes that no axes of the slice make up, and none for a part of a slice.
+    # How JAX says that it has no mesh: NotImplementedError for axes that no axes of the slice make
+    # up, ValueError for a part of a slice.
     except (NotImplementedError, ValueError) as error:
         raise JaxmergeError(
             "a mesh of these sizes can't be laid over these devices",

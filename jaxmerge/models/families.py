@@ -78,14 +78,15 @@ def completed(written: Mapping[str, Any], where: str) -> Any:
             json.dump(written, file)
         try:
             return AutoConfig.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # each of its classes checks as it likes, or not at all
-            found = (str(error) or type(error).__name__).replace(copy, os.path.dirname(where))
-    raise JaxmergeError(
-        "transformers refuses the config",
-        where=where,
-        expected="a config that this version of transformers loads",
-        found=found,
-    )
+        # The file is from others, and each of transformers' classes checks it as it likes or not at
+        # all: there is no kind that all of these errors are. Nothing of ours runs in here.
+        except Exception as error:
+            raise JaxmergeError(
+                "transformers refuses the config",
+                where=where,
+                expected="a config that this version of transformers loads",
+                found=(str(error) or type(error).__name__).replace(copy, os.path.dirname(where)),
+            ) from error
 
 
 def _written(path: str) -> dict[str, Any]:

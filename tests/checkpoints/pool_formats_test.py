@@ -1,7 +1,6 @@
 """Pools of Hugging Face directories, adapters and Orbax checkpoints, side by side and by size."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models import families
 from jaxmerge.models.decoder import SHARDING_RULES
+from jaxmerge.planning.here import available_memory
 from jaxmerge.sharding import make_mesh, shardings
 from tests import huggingface_models
 from tests.checkpoints.pool_test import assert_same, refused
@@ -162,8 +162,7 @@ def test_peak_host_memory_of_directories(smollm2, dtype):
 
     64 MiB more are for what is compiled, and for threads and headers. 300 MB are promised.
     """
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if available < 6 * 2**30:
+    if available_memory() < 6 * 2**30:
         pytest.skip("needs 6 GB of free memory")
     command = [sys.executable, "-c", MEASURE_DIRECTORIES, str(smollm2), dtype]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,7 +1,6 @@
 """Pools: what is found, what is loaded, and that everything that is wrong is said at once."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from jaxmerge.checkpoints.mergers import read_leaf
 from jaxmerge.checkpoints.survey import survey
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.models.decoder import SHARDING_RULES
+from jaxmerge.planning.here import available_memory
 from jaxmerge.sharding import make_mesh, shardings
 from jaxmerge.trees import PyTree, named_leaves
 
@@ -334,8 +334,7 @@ print(json.dumps({
 def test_peak_host_memory(tmp_path):
     """Loading 16 checkpoints of 200 MB takes no more than the pool and one checkpoint."""
     count, megabytes = 16, 200
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if available < 12 * 2**30 or shutil.disk_usage(tmp_path).free < 8 * 2**30:
+    if available_memory() < 12 * 2**30 or shutil.disk_usage(tmp_path).free < 8 * 2**30:
         pytest.skip("needs 12 GB of free memory and 8 GB of free disk")
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(count), str(megabytes)]
     done = subprocess.run(command, capture_output=True, text=True)
