@@ -24,7 +24,7 @@ from jaxmerge.checkpoints.leaves import Keep, as_read
 from jaxmerge.checkpoints.orbax_writing import Later
 from jaxmerge.checkpoints.source import Source
 from jaxmerge.errors import JaxmergeError, at
-from jaxmerge.models.architecture import with_defaults
+from jaxmerge.models.architecture import up_to_date
 from jaxmerge.textfiles import parse_json
 from jaxmerge.trees import PyTree, map_named, named_leaves
 
@@ -159,7 +159,7 @@ def describe(
         format="orbax",
         abstract=abstract,
         subtree=found,
-        architecture=with_defaults(ours.get("architecture", {})),
+        architecture=up_to_date(ours.get("architecture", {})),
         checksums=checksums,
         item=item,
         carried=carried,

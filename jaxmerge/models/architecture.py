@@ -126,7 +126,7 @@ class DecoderConfig:
             )
 
 
-def with_defaults(said: Mapping[str, Any]) -> Mapping[str, Any]:
+def up_to_date(said: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a checkpoint says of its model, with the fields that a decoder has got since.
 
     Versions that did not know a field made what its default is.
