@@ -101,7 +101,7 @@ def lm_cocktail(setting: Setting) -> Found:
     LM-Cocktail, arXiv 2311.13534, which takes five examples of one task; the temperature is that of
     its authors' code. Of several tasks it is the mean of their losses.
     """
-    from scipy.special import softmax  # merges need no scipy, which takes long to import
+    from scipy.special import softmax  # of this recipe alone
 
     assert setting.losses
     losses_K, tokens = setting.losses()
