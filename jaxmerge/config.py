@@ -150,7 +150,8 @@ def default() -> Config:
     config.space = ml_collections.ConfigDict()
     # softmax, abs, signed or free; or window, of the steps of one run: two numbers instead of a
     # weight for each checkpoint, the length of the window and its curve. See jaxmerge.search.space.
-    config.space.constraint = "softmax"
+    # "auto": signed for weighted sums and search.strategy = "gradient", softmax for all others.
+    config.space.constraint = "auto"
     # What has weights of its own: "model", one weight a checkpoint; "layer"; a number of groups of
     # layers, such as "4"; "kind", each leaf, all its layers together; "leaf", each leaf and layer;
     # "patterns". See jaxmerge.merge.groups. "auto": "leaf" for search.strategy = "gradient", and
@@ -178,13 +179,16 @@ def default() -> Config:
     config.search.start = "auto"
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
     # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
-    # two true scores: of the iterate, and of the mean of iterates.
+    # two true scores: of the iterate, and of the mean of iterates. Derivatives are taken beside the
+    # genotype, at a draw with this standard deviation (smoothing), which keeps the search from
+    # learning the examples by heart; 0: at the genotype itself.
     config.search.optimizer = "adam"
     config.search.learning_rate = 0.15
     config.search.schedule = "cosine"
     config.search.steps = 60
     config.search.minibatch = 32
     config.search.score_every = 10
+    config.search.smoothing = 0.5
     # Of all other strategies: candidates per generation, 0: 4 + floor(3 ln D), D = G K; and
     # evaluations, of which what is left below a whole generation is not used.
     config.search.population = 0
@@ -291,11 +295,11 @@ def check(config: Config) -> None:
         tensorboard.package()
     if config.merge.rematerialise:
         pool.check_rematerialise(config.pool.residency, config.pool.storage)
-    space.check(config.space.constraint, config.space.bounds, config.space.shrink)
+    space.check(constraint(config), config.space.bounds, config.space.shrink)
     if config.space.constraint == space.WINDOW:
         space.check_window(fields(config))
     groups.check(granularity(config), config.space.patterns)
-    lora_export.check_settings(config.export.formats, constraint=config.space.constraint)
+    lora_export.check_settings(config.export.formats, constraint=constraint(config))
     search = config.search
     gradient.check(settings(config))
     check_least("search.budget_tokens", search.budget_tokens, 0)
@@ -317,11 +321,24 @@ def granularity(config: Config) -> str:
     return config.space.granularity
 
 
+def constraint(config: Config) -> str:
+    """How genotypes become weights; "auto" is what was measured best for the strategy."""
+    if config.space.constraint == "auto":
+        along = config.search.strategy == gradient.NAME
+        return "signed" if along and config.merge.method == "linear" else "softmax"
+    return config.space.constraint
+
+
 def settings(config: Config) -> gradient.Settings:
     """How an optimiser goes, as the config says."""
     search = config.search
     return gradient.Settings(
-        search.optimizer, search.learning_rate, search.schedule, search.steps, search.score_every
+        search.optimizer,
+        search.learning_rate,
+        search.schedule,
+        search.steps,
+        search.score_every,
+        search.smoothing,
     )
 
 

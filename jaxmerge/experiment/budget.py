@@ -75,7 +75,7 @@ def build_strategy(
     Raises:
         JaxmergeError: names the field.
     """
-    init, constraint = config.search.init, config.space.constraint
+    init, constraint = config.search.init, configs.constraint(config)
     wanted = dimension(constraint, checkpoints)
     if init and (len(init) != wanted or not takes_weights(config.merge.method)):
         raise JaxmergeError(

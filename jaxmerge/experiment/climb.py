@@ -234,7 +234,7 @@ class Climb:
             objective,
             start=np.zeros_like(start[:1]) if together else start,
             mapped=(lambda shift: inner(start + shift)) if together else inner,
-            summing=0 if self._config.space.constraint == "free" else len(chosen),
+            summing=0 if configs.constraint(self._config) == "free" else len(chosen),
         )
         ask = _shifted(start, strategy.ask) if together else strategy.ask
         return strategy._replace(ask=ask, tokens=tokens)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxmerge import config as configs
 from jaxmerge.config import Config
 from jaxmerge.experiment import methods
 from jaxmerge.experiment.budget import start_of
@@ -22,7 +23,7 @@ def mapping(config: Config, of: Searched | None, groups: int) -> dict[str, Any]:
     """What `space.mapped` and `space.genotypes` are told, or of a method `row` and its inverse."""
     fields = config.space
     shrink = fields.shrink if groups > 1 else 0.0
-    told = {"constraint": fields.constraint, "bounds": fields.bounds, "shrink": shrink}
+    told = {"constraint": configs.constraint(config), "bounds": fields.bounds, "shrink": shrink}
     if of is None:
         return told
     parts = {"checkpoints": of.checkpoints, "ranges": methods.ranges(of), "weighted": of.weighted}
@@ -48,7 +49,7 @@ def start_genotype(
     if merge is not None:
         return genotypes(config, of, groups, merge)[:, [*chosen]]
     own = start_of(config, chosen)
-    values = of.numbers if of else space.dimension(config.space.constraint, len(chosen))
+    values = of.numbers if of else space.dimension(configs.constraint(config), len(chosen))
     start_GxD = np.zeros((groups, values), np.float32)
     start_GxD[:, : len(own)] = own
     return start_GxD

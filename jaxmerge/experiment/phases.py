@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmerge import config as configs
 from jaxmerge.config import Config, fields
 from jaxmerge.experiment import analyses, climb, front, genotypes, methods
 from jaxmerge.experiment.analyses import Study
@@ -273,10 +274,11 @@ def _numbers(config: Config, prepared: Prepared, checkpoints: int) -> loop.ToNum
 def _to_coefficients(config: Config, prepared: Prepared, checkpoints: int) -> loop.ToWeights:
     """Genotypes to merge weights of so many checkpoints, or to a method's rows."""
     fields, method, groups = config.space, prepared.method, prepared.pool.count
+    constraint = configs.constraint(config)
     if method is None:
         return lambda z: space.weights(
             z,
-            fields.constraint,
+            constraint,
             fields.bounds,
             groups=groups,
             shrink=fields.shrink,
@@ -286,7 +288,7 @@ def _to_coefficients(config: Config, prepared: Prepared, checkpoints: int) -> lo
         z,
         method.checkpoints,
         methods.ranges(method),
-        fields.constraint,
+        constraint,
         fields.bounds,
         weighted=method.weighted,
         groups=groups,

@@ -33,6 +33,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 _PARTS = ("scale", "clip", "clip_by_global_norm", "clip_by_block_rms", "add_decayed_weights")
 
 _LATE = 4  # steps whose soft scores say where the search is
+_DRAWS = 22  # keeps these draws apart from others with the same seed
 _STEP = 1e-4  # of the difference that says how the objective changes with a task's score
 
 
@@ -45,6 +46,8 @@ class Settings(NamedTuple):
         schedule: of the learning rate, down to 0 (`cosine` or `linear`), or `constant`.
         steps: in all.
         every: steps between two true scores.
+        smoothing: standard deviation, in genotype units, of what is added to the genotype where the
+            derivatives of a step are taken.
     """
 
     optimizer: str
@@ -52,6 +55,7 @@ class Settings(NamedTuple):
     schedule: str
     steps: int
     every: int
+    smoothing: float = 0.0
 
     @property
     def generations(self) -> int:
@@ -66,6 +70,7 @@ def check(settings: Settings) -> None:
         ("steps", settings.steps, settings.steps >= 1, "at least 1"),
         ("score_every", settings.every, settings.every >= 1, "at least 1"),
         ("schedule", settings.schedule, settings.schedule in SCHEDULES, ", ".join(SCHEDULES)),
+        ("smoothing", settings.smoothing, settings.smoothing >= 0, "0 or more"),
     ):
         if not right:
             raise JaxmergeError(
@@ -120,7 +125,10 @@ def gradient(
 ) -> Strategy:
     """The strategy; it asks for genotypes like every other one, and needs not be told of scores.
 
-    What is climbed is the objective of the true scores that are to be expected of the soft ones.
+    What is climbed is the objective of the true scores that are to be expected of the soft ones; or
+    its mean over a Gaussian around the genotype, of which each step has one draw (randomised
+    smoothing: Duchi, Bartlett & Wainwright, SIAM J. Optimization 22(2), 2012). A maximum that is
+    narrower than the Gaussian, as few examples have many, does not hold the search.
 
     Args:
         slopes: soft scores of a merge at a step, each task in the form that is asked for, and their
@@ -150,8 +158,9 @@ def gradient(
         forms = {task: line[task].form for task in tasks}
         soft_TxF = late_TxF = np.zeros(seen.shape[1:])  # means over all steps, and over late ones
         for step in range(first, stop):
+            drawn = _drawn(settings.smoothing, seed, step, state["z"].shape)
             with on_host():
-                weights = to_weights(state["z"])
+                weights = to_weights(state["z"] + drawn)
             found = slopes(np.asarray(weights), step, forms)
             now_TxF = np.stack([found[task].scores_F for task in tasks])
             soft_TxF = soft_TxF + (now_TxF - soft_TxF) / (step - first + 1)
@@ -167,7 +176,7 @@ def gradient(
                 alike = np.mean(rise[:, :summing], axis=1, keepdims=True)
                 rise = np.concatenate([rise[:, :summing] - alike, rise[:, summing:]], axis=1)
             with on_host():
-                state = moved(state, jnp.asarray(rise, jnp.float32))
+                state = moved(state, drawn, jnp.asarray(rise, jnp.float32))
                 if step >= settings.steps // 2:
                     state = {**state, "sum": state["sum"] + state["z"]}
         late = stop - settings.steps // 2
@@ -220,15 +229,21 @@ def _first_update(optimizer: optax.GradientTransformation, z: jax.Array) -> Any:
 
 
 def _moved(mapped: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Any:
-    """One step up, along the derivatives by what is merged from."""
+    """One step up, along the derivatives by what is merged from, at so much beside the genotype."""
 
-    def moved(state: State, rise_GxR: jax.Array) -> State:
-        _, back = jax.vjp(mapped, state["z"])
+    def moved(state: State, drawn_GxD: jax.Array, rise_GxR: jax.Array) -> State:
+        _, back = jax.vjp(mapped, state["z"] + drawn_GxD)
         (rise,) = back(rise_GxR)
         updates, inner = optimizer.update(-rise, state["optimizer"], state["z"])
         return {**state, "z": optax.apply_updates(state["z"], updates), "optimizer": inner}
 
     return jax.jit(moved)
+
+
+def _drawn(smoothing: float, seed: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
+    """What a step adds to the genotype; the same in all processes, and after a resume."""
+    generator = np.random.Generator(np.random.PCG64([_DRAWS, seed, step]))
+    return (smoothing * generator.standard_normal(shape)).astype(np.float32)
 
 
 def _by_score(objective: Objective, scores: Mapping[str, float]) -> dict[str, float]:

@@ -303,7 +303,7 @@ def check(constraint: str, bounds: tuple[float, float], shrink: float = 0.0) -> 
         raise JaxmergeError(
             "unknown constraint",
             where="space.constraint",
-            expected=", ".join((*CONSTRAINTS, WINDOW)),
+            expected=", ".join(("auto", *CONSTRAINTS, WINDOW)),
             found=constraint,
         )
     if not bounds[0] < 0 < bounds[1]:
