@@ -47,7 +47,7 @@ def start_genotype(
         merge: the weighted sum to start from; None: as `search.init` says.
     """
     if merge is not None:
-        return genotypes(config, of, groups, merge)[:, [*chosen]]
+        return genotypes(config, of, groups, merge, chosen)
     own = start_of(config, chosen)
     values = of.numbers if of else space.dimension(configs.constraint(config), len(chosen))
     start_GxD = np.zeros((groups, values), np.float32)
@@ -56,7 +56,11 @@ def start_genotype(
 
 
 def genotypes(
-    config: Config, of: Searched | None, groups: int, one: Candidate
+    config: Config,
+    of: Searched | None,
+    groups: int,
+    one: Candidate,
+    chosen: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "G D"]:
     """A genotype of a scored merge, to start from.
 
@@ -68,10 +72,14 @@ def genotypes(
         of: the method that candidates are merged by; None: they are weighted sums.
         groups: G.
         one: the merge.
+        chosen: checkpoints that are left of a weighted sum, with weights that sum to 1; None: all.
     """
     row, K = np.array(one.coefficients, np.float64), len(one.by_checkpoint)
     if one.origin == "individual" or one.origin.startswith("baseline:"):
         row = (1 - _UNIFORM) * row + _UNIFORM / K
+    if chosen is not None:
+        row = row[..., [*chosen]]
+        row = row / row.sum(axis=-1, keepdims=True)
     inverse = space.row_genotypes if of else space.genotypes
     found = inverse(row, **mapping(config, of, groups))
     return np.broadcast_to(found, (groups, found.shape[-1])).astype(np.float32)

@@ -67,6 +67,30 @@ def test_the_objective_rises_to_a_known_optimum(constraint):
     np.testing.assert_allclose(found[1], best, atol=0.05)  # the mean of the last half
 
 
+@pytest.mark.parametrize(("smoothing", "expected"), [(0.0, 0.5), (0.5, 0.8)])
+def test_a_narrow_maximum_does_not_hold_a_smoothed_search(smoothing, expected):
+    """The soft score has a wide maximum at a weight of 0.8, and a narrow one where it starts."""
+
+    def slopes(weights_GxK, step, forms):
+        off = weights_GxK[0, 0] - np.array([0.8, 0.5])
+        height, width = np.array([1.0, 0.5]), np.array([0.4, 0.02])
+        each = height * np.exp(-((off / width) ** 2) / 2)
+        by_first = np.sum(-off / width**2 * each)
+        return {"a": Slope(np.full(3, each.sum()), np.array([[by_first, 0.0]]))}
+
+    settings = gradient.Settings("adam", 0.05, "cosine", 200, 200, smoothing)
+    strategy = gradient.gradient(
+        *(slopes, straight, settings, define(["a"])),
+        start=np.zeros((1, 2), np.float32),
+        mapped=functools.partial(space.mapped, constraint="signed"),
+        summing=2,
+    )
+    found = [strategy.ask(seed, 0, strategy.init(seed))[0] for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2]) == (smoothing == 0)
+    assert space.weights(found[0], "signed")[0, 0] == pytest.approx(expected, abs=0.1)
+
+
 def test_the_two_numbers_of_a_window_are_climbed():
     """From the uniform merge to a window whose weights are the best."""
     best = np.asarray(space.window(np.log(np.array([3.4 / 6, 0.6])), 6))
@@ -99,6 +123,7 @@ def test_the_two_numbers_of_a_window_are_climbed():
         ("steps", 0),
         ("learning_rate", 0.0),
         ("score_every", 0),
+        ("smoothing", -0.1),
     ],
 )
 def test_settings_that_can_not_be(field, value):
