@@ -46,6 +46,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "gradient by layer": {"search.strategy": "gradient", "space.granularity": "layer"},
     "gradient by kind": {"search.strategy": "gradient", "space.granularity": "kind"},
     "gradient by leaf": {"search.strategy": "gradient", "space.granularity": "leaf"},
+    "gradient by leaf, softmax": {
+        **{"search.strategy": "gradient", "space.granularity": "leaf"},
+        **{"space.constraint": "softmax", "search.smoothing": 0.0},
+    },
     "gradient by leaf, from uniform": {
         **{"search.strategy": "gradient", "space.granularity": "leaf", "search.start": "uniform"},
     },
@@ -55,6 +59,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "CMA-ES of Optuna, adapted": {
         **{"search.strategy": "optuna:CmaEsSampler", "space.granularity": "model"},
         "search.params": {"lr_adapt": True},
+    },
+    "CMA-ES, signed": {
+        **{"search.strategy": "CMA_ES", "space.granularity": "model"},
+        "space.constraint": "signed",
     },
     "CMA-ES, eighths": {
         **{"search.strategy": "CMA_ES", "space.granularity": "model", "search.subset": 0.125},
