@@ -133,7 +133,7 @@ def of_search(config: Config, strategy: strategies.Strategy) -> int:
     """Evaluations of the run's search."""
     along = configs.settings(config).generations * gradient.POPULATION
     if config.search.strategy == gradient.NAME:
-        return along + len(preferences_of(config)) * gradient.POPULATION
+        return along + len(preferences_of(config))
     return spent(config.search.budget, strategy) + (along if config.search.warm_start else 0)
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -30,26 +30,10 @@ from jaxmerge.scores.objective import Objective
 from jaxmerge.search import gradient, space
 from jaxmerge.search.archive import Archive
 from jaxmerge.search.baselines import UNIFORM, start_of
-from jaxmerge.search.strategies import Ask, State, Strategy
+from jaxmerge.search.strategies import Strategy
 from jaxmerge.tasks.common import Task, accepting, wants_texts
 
 _LEAST_SIGMA = 0.05  # of `search.sigma`, that a strategy starts with after gradients
-
-
-class _Known(NamedTuple):
-    """What a search knows before its first step.
-
-    Attributes:
-        soft_NxTxF: soft scores of N scored merges, in each form.
-        true_NxT: their true scores.
-        start_1xT: those of where it starts; none where that is not scored.
-        tokens: that it took to know them.
-    """
-
-    soft_NxTxF: np.ndarray
-    true_NxT: np.ndarray
-    start_1xT: np.ndarray
-    tokens: Mapping[str, int]
 
 
 class Climb:
@@ -90,7 +74,7 @@ class Climb:
         self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
         self._true_NxT, self._start = self._true([*known.values()]), self._true(merges[-1:])
         self._from = merges[-1] if start_of(configs.fields(config)) != UNIFORM else None
-        self._lines = self._lines_of(self._soft_NxTxF, self._true_NxT)
+        self._lines = self._before = self._lines_of(self._soft_NxTxF, self._true_NxT)
         self._first["read"] = self._first.get("read", 0) + self._soft.read
         self._dearest = max(one.cost for one in individuals)
         budget = config.search.budget_tokens // budget_divisor(config)
@@ -119,33 +103,19 @@ class Climb:
             chosen: numbers of the checkpoints that have weights; None: all have.
         """
         chosen = range(len(self._pool.names)) if chosen is None else chosen
-        groups = self._pool.count
-        begin = start_genotype(self._config, self._method, groups, chosen, self._from)
-        told = self._soft_NxTxF, self._true_NxT, self._start
-        known = _Known(*told, self._first)
-        return self._made(
-            archive, (origin, name), chosen, begin, self._settings, self._objective, known
-        )
+        begin = start_genotype(self._config, self._method, self._pool.count, chosen, self._from)
+        lines = functools.partial(self._learnt, archive, (origin, name))
+        return self._made(chosen, begin, self._settings, self._objective, lines, self._first)
 
     def toward(
-        self,
-        archive: Archive,
-        origin: str,
-        name: str,
-        objective: Objective,
-        start: Candidate,
-        steps: int,
-        tokens: int,
+        self, objective: Objective, start: Candidate, steps: int, tokens: int
     ) -> Strategy | None:
         """The strategy of a climb from a scored merge, along another objective of the same tasks.
 
-        All groups move together, so that one number a checkpoint is climbed, or a number of a
-        method: with numbers for every leaf, a short climb learns the examples by heart. It looks at
-        true scores once, at its end.
+        It asks for one candidate: the mean of its late iterates. How soft scores stand to true ones
+        is what was known before the search, which a run that goes on knows as well.
 
         Args:
-            archive: that scores its candidates.
-            origin, name: of these.
             objective: what is climbed.
             start: where.
             steps: of the optimiser, at most.
@@ -154,45 +124,31 @@ class Climb:
         Returns:
             None where the tokens are not enough for a step.
         """
-        first = {"read": self._soft.whole}
         settings = configs.settings(self._config)._replace(steps=steps, every=steps)
-        settings = self._within(settings, tokens, cost(first))
+        differentiated = self._soft.differentiated
+        settings = within_tokens(settings, tokens, 0, differentiated, self._dearest)
         if not settings.steps:
             return None
-        settings = settings._replace(every=settings.steps)
-        (soft,) = [self._soft.scores(_by_group(start, self._pool.count))]
-        soft_TxF = np.array([soft[task] for task in self._soft.tasks])
-        true_1xT = self._true([start])
-        known = _Known(
-            np.concatenate([self._soft_NxTxF, soft_TxF[None]]),
-            np.concatenate([self._true_NxT, true_1xT]),
-            true_1xT,
-            first,
-        )
-        of_start = genotypes(self._config, self._method, self._pool.count, start)
-        return self._made(
-            archive,
-            (origin, name),
+        strategy = self._made(
             range(len(self._pool.names)),
-            of_start,
-            settings,
+            genotypes(self._config, self._method, self._pool.count, start),
+            settings._replace(every=settings.steps),
             objective.over(self._soft.tasks),
-            known,
-            together=True,
+            lambda _: self._before,
+            {},
         )
+        return gradient.mean_alone(strategy)
 
     def _made(
         self,
-        archive: Archive,
-        of_search: tuple[str, str],
         chosen: Sequence[int],
         start: Float[np.ndarray, "G D"],
         settings: gradient.Settings,
         objective: Objective,
-        known: _Known,
-        *,
-        together: bool = False,
+        lines: gradient.Lines,
+        took: Mapping[str, int],
     ) -> Strategy:
+        """The strategy, whose first generation has what it took to know how soft scores stand."""
         K, of = len(self._pool.names), self._method
         inner = functools.partial(
             space.row if of else space.mapped,
@@ -209,35 +165,37 @@ class Climb:
             of_chosen = {task: slope.by_weights[:, [*chosen]] for task, slope in found.items()}
             return {task: Slope(found[task].scores_F, of_chosen[task]) for task in found}
 
-        def lines(seen: np.ndarray) -> Mapping[str, Line]:
-            mine = [one for one in archive.past if (one.origin, one.name) == of_search]
-            true_gxT = self._true(mine[:: gradient.POPULATION][: len(seen)])
-            # What the steps of a generation saw lies between the scores before and after them.
-            before_gxT = np.concatenate([known.start_1xT, true_gxT])[: len(seen)]
-            between = (true_gxT + before_gxT) / 2 if len(known.start_1xT) else true_gxT
-            soft = np.concatenate([known.soft_NxTxF, seen.astype(np.float64)])
-            found = self._lines_of(soft, np.concatenate([known.true_NxT, between]))
-            if of_search[0] in ("search", WARM):
-                self._lines = found
-            return found
-
         def tokens(generation: int) -> Mapping[str, int]:
             every = settings.every
             steps = range(generation * every, min((generation + 1) * every, settings.steps))
             told = {"differentiated": self._soft.differentiated(steps)}
-            return {**told, **(known.tokens if generation == 0 else {})}
+            return {**told, **(took if generation == 0 else {})}
 
         strategy = gradient.gradient(
             slopes,
             lines,
             settings,
             objective,
-            start=np.zeros_like(start[:1]) if together else start,
-            mapped=(lambda shift: inner(start + shift)) if together else inner,
+            start=start,
+            mapped=inner,
             summing=0 if configs.constraint(self._config) == "free" else len(chosen),
         )
-        ask = _shifted(start, strategy.ask) if together else strategy.ask
-        return strategy._replace(ask=ask, tokens=tokens)
+        return strategy._replace(tokens=tokens)
+
+    def _learnt(
+        self, archive: Archive, of_search: tuple[str, str], seen: np.ndarray
+    ) -> Mapping[str, Line]:
+        """How soft scores stand to true ones, from what was known and a search's own candidates."""
+        mine = [one for one in archive.past if (one.origin, one.name) == of_search]
+        true_gxT = self._true(mine[:: gradient.POPULATION][: len(seen)])
+        # What the steps of a generation saw lies between the scores before and after them.
+        before_gxT = np.concatenate([self._start, true_gxT])[: len(seen)]
+        between = (true_gxT + before_gxT) / 2 if len(self._start) else true_gxT
+        soft = np.concatenate([self._soft_NxTxF, seen.astype(np.float64)])
+        found = self._lines_of(soft, np.concatenate([self._true_NxT, between]))
+        if of_search[0] in ("search", WARM):
+            self._lines = found
+        return found
 
     def _within(self, settings: gradient.Settings, tokens: int, took: int) -> gradient.Settings:
         scoring = gradient.POPULATION * self._dearest
@@ -288,16 +246,6 @@ class Climb:
 def _by_group(one: Candidate, groups: int) -> Float[np.ndarray, "G K"]:
     row = np.array(one.coefficients, np.float32)
     return np.broadcast_to(row, (groups, row.shape[-1]))
-
-
-def _shifted(start_GxD: Float[np.ndarray, "G D"], ask: Ask) -> Ask:
-    """Asks for genotypes that are so much away from the start, in all groups alike."""
-
-    def asked(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
-        shifts_PxD, state = ask(seed, generation, state)
-        return (start_GxD + shifts_PxD[:, None]).reshape(len(shifts_PxD), -1), state
-
-    return asked
 
 
 def losses(prepared: Prepared) -> tuple[Float[np.ndarray, " K"], int]:

@@ -30,7 +30,7 @@ from jaxmerge.merge.searched import Searched
 from jaxmerge.rundir import ANALYSIS, Candidate, RunDirectory
 from jaxmerge.scores import pareto, stats
 from jaxmerge.scores.objective import Objective, Range
-from jaxmerge.search import gradient, loop, preferences
+from jaxmerge.search import loop, preferences
 from jaxmerge.search.archive import Archive, Request, best
 
 _BELOW = 0.1  # of the pool's range on a task, that the corner is below its worst checkpoint
@@ -100,9 +100,6 @@ def climb(
         left = config.search.budget_tokens - sum(one.cost for one in mine)
         share = max(1, left // (len(preferences_NxT) - number))
         strategy = climbed.toward(
-            archive,
-            FRONT,
-            f"front-{number}",
             wanted,
             start=best(known, wanted),
             steps=config.front.steps,
@@ -110,15 +107,15 @@ def climb(
         )
         if strategy is None:  # the tokens are spent
             continue
-        if archive.recorded(FRONT, f"front-{number}") >= gradient.POPULATION:
-            archive.skip(FRONT, f"front-{number}", gradient.POPULATION)
+        if archive.recorded(FRONT, f"front-{number}"):
+            archive.skip(FRONT, f"front-{number}", 1)
             continue
         loop.search(
             archive,
             strategy,
             to_coefficients,
             objective=wanted,
-            budget=gradient.POPULATION,
+            budget=strategy.population,
             seed=config.seed,
             origin=FRONT,
             name=f"front-{number}",

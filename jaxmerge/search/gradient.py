@@ -199,6 +199,16 @@ def gradient(
     return Strategy(POPULATION, init, ask, tell, expected=expected_of)
 
 
+def mean_alone(strategy: Strategy) -> Strategy:
+    """The same, asking only for the mean of the late iterates: half the true scores."""
+
+    def ask(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
+        z_PxD, state = strategy.ask(seed, generation, state)
+        return z_PxD[-1:], state
+
+    return strategy._replace(population=1, ask=ask)
+
+
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
     rate, steps = settings.learning_rate, settings.steps
     schedule = {

@@ -92,7 +92,7 @@ def test_gradients_climb_along_preferences(finished):
     check_points(workdir, found)
     log = tiny.log(workdir)
     climbs = [line["name"] for line in log if line["origin"] == "front" and line["split"] != "test"]
-    assert climbs == [f"front-{n}" for n in range(3) for _ in range(2)]
+    assert climbs == [f"front-{n}" for n in range(3)]
     # The winner is the best of all in the mean, whoever found it; what is at equal tokens counts
     # the climbs.
     best = max(np.mean([*line["scores"].values()]) for line in log if line["split"] == "search")
@@ -119,9 +119,9 @@ def test_other_strategies(pool, tmp_path, strategy):
     assert again["front"] == found["front"]
 
 
-@pytest.mark.parametrize("climbs", [0, 1, 3, 5])
+@pytest.mark.parametrize("climbs", [0, 1, 2])
 def test_it_goes_on_to_the_same_front(finished, pool, tmp_path, climbs):
-    """From before the climbs, from within one, from between them, and from before the last."""
+    """From before the climbs, from between them, and from before the last."""
     workdir, found = finished
     shutil.copytree(workdir, tmp_path / "run")
     log = tmp_path / "run" / "candidates.jsonl"
