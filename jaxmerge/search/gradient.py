@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError, check_least
@@ -190,7 +189,10 @@ def gradient(
     return Strategy(POPULATION, init, ask, tell, expected=expected_of)
 
 
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
+def _optimizer(settings: Settings) -> Any:
+    """The `optax.GradientTransformation`."""
+    import optax  # of searches alone: a fifth of a second
+
     rate, steps = settings.learning_rate, settings.steps
     schedule = {
         "cosine": lambda: optax.cosine_decay_schedule(rate, steps),
@@ -215,12 +217,13 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
     return made
 
 
-def _first_update(optimizer: optax.GradientTransformation, z: jax.Array) -> Any:
+def _first_update(optimizer: Any, z: jax.Array) -> Any:
     return optimizer.update(z, optimizer.init(z), z)
 
 
-def _moved(mapped: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Any:
+def _moved(mapped: Callable[[Any], Any], optimizer: Any) -> Any:
     """One step up, along the derivatives by what is merged from."""
+    import optax
 
     def moved(state: State, rise_GxR: jax.Array) -> State:
         _, back = jax.vjp(mapped, state["z"])
