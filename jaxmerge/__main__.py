@@ -19,6 +19,7 @@ config file: python -m jaxmerge.run --config=FILE --workdir=DIR.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 
@@ -53,7 +54,11 @@ def main() -> int | None:
         return 2
     module, _, function = COMMANDS[name].partition(":")
     sys.argv[:2] = [f"jaxmerge {name}"]
-    return getattr(importlib.import_module(module), function)()
+    gc.disable()  # what is imported stays; to look for garbage in it again and again takes time
+    command = getattr(importlib.import_module(module), function)
+    gc.freeze()
+    gc.enable()
+    return command()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 
 
 def _principal(weight: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -17,6 +16,8 @@ def _principal(weight: np.ndarray, rank: int, scale: float) -> tuple[np.ndarray,
     Returns:
         Two factors of the part, `[output, rank]` and `[rank, input]`.
     """
+    import scipy.linalg  # of these adapters alone: a fifth of a second
+
     wide = weight.shape[0] <= weight.shape[1]
     square = weight @ weight.T if wide else weight.T @ weight
     last = len(square) - 1

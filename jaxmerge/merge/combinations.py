@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jaxmerge.merge import sums
 
@@ -46,14 +46,44 @@ def geometry(vectors: Sequence[Float[Array, "*S"]], axes: Sequence[int]) -> Geom
         vectors: K arrays, float32; they are read once for each pair, and never copied.
         axes: along which a vector runs; the others are those of the result, taken as one.
     """
-    axes, count = tuple(axes), len(vectors)
-    above = [sums.exponents(vector, axes) for vector in vectors]
+    axes = tuple(axes)
+    above = sums.exponents(vectors, axes)
+    kept = tuple(size for axis, size in enumerate(vectors[0].shape) if axis not in axes)
+    return from_products(above, products(vectors, above, axes), (-1,) if kept else ())
+
+
+def products(
+    vectors: Sequence[Float[Array, "*S"]], above: Sequence[Int32[Array, "*T"]], axes: Sequence[int]
+) -> list[Sequence[Int32[Array, "*T"]]]:
+    """<v_i, v_j> of vectors that are scaled to values below 1, as digits: see `sums`.
+
+    Args:
+        vectors: see `geometry`; `axes` too.
+        above: exponents of each, that it is scaled by.
+
+    Returns:
+        Those of each i with all j <= i.
+    """
     scaled = [sums.scaled(vector, each) for vector, each in zip(vectors, above)]
-    products = {
-        (i, j): sums.total_below_one(scaled[i] * scaled[j], axes)
-        for i in range(count)
+    return [
+        sums.digits_below_one(scaled[i] * scaled[j], axes)
+        for i in range(len(vectors))
         for j in range(i + 1)
-    }
+    ]
+
+
+def from_products(
+    above: Sequence[Int32[Array, "*T"]],
+    digits: Sequence[Sequence[Int32[Array, "*T"]]],
+    outer: tuple[int, ...],
+) -> Geometry:
+    """The geometry of vectors with these exponents and `products`.
+
+    Args:
+        outer: shape of the axes of the result before those of the checkpoints: `(-1,)` or `()`.
+    """
+    count, flat = len(above), iter(digits)
+    products = {(i, j): sums.rounded(next(flat)) for i in range(count) for j in range(i + 1)}
     roots = [jnp.sqrt(products[k, k]) for k in range(count)]
 
     def cosine(i: int, j: int) -> Array:
@@ -66,8 +96,6 @@ def geometry(vectors: Sequence[Float[Array, "*S"]], axes: Sequence[int]) -> Geom
     norms = [sums.scaled(root, -each) for root, each in zip(roots, above)]
     finite = [each < sums.NOT_FINITE for each in above]
     norms = [jnp.where(each, norm, jnp.nan) for each, norm in zip(finite, norms)]
-    kept = tuple(size for axis, size in enumerate(vectors[0].shape) if axis not in axes)
-    outer = (-1,) if kept else ()
     cosines = jnp.stack(
         [cosine(i, j).reshape(outer) for i in range(count) for j in range(count)], -1
     )

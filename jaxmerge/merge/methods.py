@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxmerge.errors import JaxmergeError, check_choice
-from jaxmerge.merge import combinations, draws, masks, selection, task_vectors
+from jaxmerge.merge import blocks, combinations, draws, masks, selection, task_vectors
 from jaxmerge.merge.geometry import geometry
 from jaxmerge.merge.linear import weighted_sum
 
@@ -169,8 +169,9 @@ def merge_tensor(
     """One tensor of K checkpoints, merged.
 
     All arithmetic is float32, rounded once. Programs are compiled once for each shape and number of
-    tensors; other genes, names and seeds take the same. Tensors on a mesh are merged where they
-    lie, to the same bits. It can be traced, as a part of a larger program.
+    tensors, those of combinations on the host for each number of tensors; other genes, names and
+    seeds take the same. Tensors on a mesh are merged where they lie, to the same bits. It can be
+    traced, as a part of a larger program.
 
     Args:
         method: a name in `METHODS`. `slerp` goes from the first tensor (t = 0) to the second.
@@ -224,7 +225,11 @@ def merged(
     if row.kind == "mask":
         return row.rule(tensors, base, genes, key, variant)
     found = coefficients(method, variant, genes, tensors, base)
-    return _combined(tuple(tensors), base, found, axis=vector_axis(genes, tensors[0].ndim))
+    axis = vector_axis(genes, tensors[0].ndim)
+    if axis is None and blocks.fit((tensors, base, found)):
+        made = (_combined(*each, found, axis=None) for each in blocks.cut(tensors, base))
+        return blocks.joined(made, like=tensors[0] if base is None else base)
+    return _combined(tuple(tensors), base, found, axis=axis)
 
 
 def check_inputs(method: str, checkpoints: int, *, with_base: bool) -> None:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError, check_least
@@ -209,7 +208,10 @@ def mean_alone(strategy: Strategy) -> Strategy:
     return strategy._replace(population=1, ask=ask)
 
 
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
+def _optimizer(settings: Settings) -> Any:
+    """The `optax.GradientTransformation`."""
+    import optax  # of searches alone: a fifth of a second
+
     rate, steps = settings.learning_rate, settings.steps
     schedule = {
         "cosine": lambda: optax.cosine_decay_schedule(rate, steps),
@@ -234,12 +236,13 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
     return made
 
 
-def _first_update(optimizer: optax.GradientTransformation, z: jax.Array) -> Any:
+def _first_update(optimizer: Any, z: jax.Array) -> Any:
     return optimizer.update(z, optimizer.init(z), z)
 
 
-def _moved(mapped: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Any:
+def _moved(mapped: Callable[[Any], Any], optimizer: Any) -> Any:
     """One step up, along the derivatives by what is merged from, at so much beside the genotype."""
+    import optax
 
     def moved(state: State, drawn_GxD: jax.Array, rise_GxR: jax.Array) -> State:
         _, back = jax.vjp(mapped, state["z"] + drawn_GxD)

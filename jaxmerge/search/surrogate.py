@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
@@ -190,6 +189,7 @@ def _ascend(
     bounds: tuple[float, float],
 ) -> jax.Array:
     """Where the quadratics promise most, of the places that an ascent reaches from some starts."""
+    import optax  # of searches alone: a fifth of a second
 
     def promised(z_D: jax.Array) -> jax.Array:
         w_R = (jnp.reshape(mapped(z_D), -1) - middle_R) / scale_R

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from jaxmerge.streaming import ahead
 from jaxmerge.streaming.block import pages
 from jaxmerge.streaming.files import Writing
 from jaxmerge.streaming.finished import NAME, Finished, damaged
+from jaxmerge.streaming.pipeline import WORKERS
 from jaxmerge.trees import byte_count, parameter_count
 
 _MEMORY = 2**30  # bytes that tensors that are worked on at a time take, unless one takes more
@@ -204,10 +206,33 @@ def _bytes_read(recipe: Recipe, models: Sequence[Model]) -> int:
 
 
 class _Made(NamedTuple):
-    """A tensor, and the digests of what it was made of."""
+    """A tensor with its digest, and those of what it was made of."""
 
     value: Array
-    digests: list[LeafDigest]
+    digest: LeafDigest
+    of_reads: list[LeafDigest]
+
+
+class _Memory(threading.local):
+    """Pages of a thread for one tensor after the other.
+
+    New pages have to be faulted in, which takes several times as long as to read into them.
+
+    Args:
+        most: bytes of a tensor for which pages are kept.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._kept = most, dict[int, np.ndarray]()
+
+    def take(self, number: int, size: int) -> np.ndarray:
+        """Bytes for one of the reads of a tensor, whose number is `number`."""
+        kept = self._kept.get(number)
+        if kept is None or kept.size < size:
+            kept = pages(max(size, 1))
+            if size <= self._most:
+                self._kept[number] = kept
+        return kept[:size]
 
 
 def _write_file(
@@ -216,17 +241,19 @@ def _write_file(
     recipes: Mapping[str, Recipe],
     models: Sequence[Model],
     finished: Finished,
-    make: Callable[[str, Recipe], _Made],
+    make: Callable[[_Memory, str, Recipe], _Made],
     progress: Callable[[int], object],
 ) -> None:
     inputs: list[dict[str, str]] = [{} for _ in models]
     outputs = {}
+    reads = max((len(recipes[name].reads) for name in file.tensors), default=1)
+    memory = _Memory(_MEMORY // (2 * WORKERS * reads))
     with Writing([place], file) as writing:
 
         def written(name: str) -> tuple[LeafDigest, list[LeafDigest]]:
-            made = make(name, recipes[name])
+            made = make(memory, name, recipes[name])
             writing.write(0, name, 0, np.asarray(made.value).reshape(-1))
-            return digest.digests({name: made.value})[name], made.digests
+            return made.digest, made.of_reads
 
         def size(name: str) -> int:
             return 3 * _bytes_read(recipes[name], models) // 2  # with thresholds and the result
@@ -239,9 +266,14 @@ def _write_file(
     finished.add(file, inputs, {0: outputs})
 
 
-def _made(models: Sequence[Model], seed: int, variant: Variant, name: str, recipe: Recipe) -> _Made:
-    """Reads, casts, aligns and merges."""
-    leaves = [_read(models[each.model], each.tensor) for each in recipe.reads]
+def _made(
+    models: Sequence[Model], seed: int, variant: Variant, memory: _Memory, name: str, recipe: Recipe
+) -> _Made:
+    """Reads, casts, aligns and merges; the next call takes the memory of what was read."""
+    leaves = [
+        _read(models[each.model], each.tensor, functools.partial(memory.take, number))
+        for number, each in enumerate(recipe.reads)
+    ]
     digests = [digest.digests({"": leaf})[""] for leaf in leaves]
     for read, found in zip(recipe.reads, digests):
         if not found.finite:
@@ -251,7 +283,7 @@ def _made(models: Sequence[Model], seed: int, variant: Variant, name: str, recip
                 expected="a checkpoint whose values are finite",
             )
     if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        return _Made(_the_same(name, recipe, digests, models, leaves), digests)
+        return _Made(_the_same(name, recipe, digests, models, leaves), digests[0], digests)
     cast = [leaf.astype(recipe.merged) for leaf in leaves]
     if recipe.align:
         cast = [jnp.asarray(each) for each in recipe.align([np.asarray(leaf) for leaf in cast])]
@@ -264,12 +296,13 @@ def _made(models: Sequence[Model], seed: int, variant: Variant, name: str, recip
         seed=seed,
         variant=variant,
     ).astype(recipe.written)
-    if not bool(jnp.isfinite(value).all()):
+    found = digest.digests({"": value})[""]
+    if not found.finite:
         raise JaxmergeError(
             f"tensor {name} comes out with NaN or infinite values in {recipe.written}",
             expected="bfloat16 or float32 as the dtype that is written, or other numbers",
         )
-    return _Made(value, digests)
+    return _Made(value, found, digests)
 
 
 def _the_same(
@@ -290,13 +323,12 @@ def _the_same(
     return leaves[0]
 
 
-def _read(model: Model, tensor: str) -> Array:
+def _read(model: Model, tensor: str, take: Callable[[int], np.ndarray]) -> Array:
     shape = model.tensors[tensor]
     # In pages of its own, which JAX takes over instead of copying them.
-    size = math.prod(shape.shape) * shape.dtype.itemsize
-    values = pages(max(size, 1))[:size].view(shape.dtype)
+    values = take(math.prod(shape.shape) * shape.dtype.itemsize).view(shape.dtype)
     model.values(tensor, 0, values)
-    return jnp.asarray(values.reshape(shape.shape))
+    return jax.device_put(values.reshape(shape.shape))
 
 
 def _records(

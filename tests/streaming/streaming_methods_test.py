@@ -261,3 +261,16 @@ def test_weights_by_group_of_a_table(tmp_path, method):
     (tmp_path / "table.json").write_text(json.dumps(table))
     with pytest.raises(JaxmergeError, match="layer 0"):
         merge(config, str(tmp_path / "other"))
+
+
+def test_memory_of_tensors_is_used_again():
+    """Of each read its own, as large as was needed so far; of large tensors it is given back."""
+    memory = recipes._Memory(100)
+    one, two = memory.take(0, 50), memory.take(1, 50)
+    assert not np.shares_memory(one, two)
+    assert np.shares_memory(memory.take(0, 20), one)
+    assert memory.take(0, 0).size == 0
+    large = memory.take(0, 8192)
+    assert large.size == 8192
+    assert not np.shares_memory(memory.take(0, 8192), large)
+    assert np.shares_memory(memory.take(0, 100), one)
