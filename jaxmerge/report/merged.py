@@ -78,8 +78,8 @@ def groups_section(run: Run, results: Json) -> str:
     return markup.section(
         "Weights by group",
         markup.note(
-            f"Each of {len(rows)} groups of leaves has weights of its own. The darker, the larger; "
-            "the table above has their means."
+            f"Each of {len(rows)} groups of leaves has weights of its own. The darker, the further "
+            "from 0; blue is below it. The table above has their means."
             + " Numbers of the method are in italics, each column with a scale of its own."
             * bool(genes)
         ),
