@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tools.chaos_runs import IMPORTS, JOBS, PATIENCE, Ended, Job, Place, wait
+from tools.chaos_runs import IMPORTS, JOBS, PATIENCE, Ended, Job, Place, remember_programs, wait
 
 KINDS = {"ENOSPC": 1, "EIO": 2, "EINTR": 3, "short writes": 4, "short reads": 5, "EIO of reads": 6}
 
@@ -222,10 +222,11 @@ def main() -> int:
     given = parser.parse_args()
     if given.what != "kills" and "faults.so" not in os.environ.get("LD_PRELOAD", ""):
         _with_faults(sys.argv[1:])
-    for module in IMPORTS:
-        importlib.import_module(module)
     names, wrong, tried = given.job.split(","), 0, 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as top:
+        remember_programs(Path(top) / "cache")
+        for module in IMPORTS:
+            importlib.import_module(module)
         place = Place(Path(top))
         if given.what == "kills":
             for said in kills(place, names, given.count, given.seed):
@@ -239,8 +240,7 @@ def main() -> int:
             for name in names:
                 for kind, at, said in faults(place, name, given.kind.split(","), given.every):
                     tried, wrong = tried + 1, wrong + bool(said)
-                    if said:
-                        print("WRONG", name, kind, at, said, flush=True)
+                    print(f"{name}, {kind}, call {at}: {said or 'well'}", flush=True)
     print(f"{tried or given.count} tried, {wrong} wrong")
     return 1 if wrong else 0
 

@@ -22,8 +22,11 @@ PATIENCE = 900.0  # seconds that a run may take, on a busy machine
 IMPORTS = (
     *("jaxmerge.run", "jaxmerge.sweep.__main__", "jaxmerge.experiment.search"),
     *("jaxmerge.experiment.merge", "jaxmerge.experiment.results", "jaxmerge.streaming.merge"),
+    *("jaxmerge.experiment.speech", "jaxmerge.models.decoder", "jaxmerge.models.names"),
     # Not evosax, whose import starts a backend of JAX with its threads, which no fork has.
-    *("orbax.checkpoint.experimental.v1", "optax", "transformers"),
+    *("orbax.checkpoint.experimental.v1", "optax", "flax.linen", "tensorstore", "transformers"),
+    *("transformers.models.auto.tokenization_auto", "transformers.models.llama"),
+    "transformers.models.llama.configuration_llama",  # and with it torch
     "tests.tiny",
 )
 CONFIG = """
@@ -36,9 +39,18 @@ def get_config():
     config.tasks.choice = {{"builder": "tests.tiny:choice", "search": 6, "test": 6}}
     config.heldout, config.baselines = (), ("uniform", "greedy")
     config.objective.search_examples = config.objective.test_examples = 6
-    config.search.budget, config.compilation_cache = 8, {cache!r}
+    config.search.budget, config.compilation_cache = 8, ""  # see `remember_programs`
     return config
 """
+
+
+def remember_programs(directory: Path) -> None:
+    """Every program that a run compiles is kept for the others; before JAX is imported.
+
+    `compilation_cache` would leave out those that take less than 0.3 s, which are most of them.
+    """
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 class Job(NamedTuple):
@@ -91,8 +103,7 @@ class Place:
         self.top, self._runs = top, 0
         _forked(lambda: _make_pools(top))
         for name in ("pool", "models"):
-            text = CONFIG.format(pool=str(top / name), cache=str(top / "cache"))
-            (top / f"{name}.py").write_text(text)
+            (top / f"{name}.py").write_text(CONFIG.format(pool=str(top / name)))
 
     def workdir(self) -> Path:
         self._runs += 1
