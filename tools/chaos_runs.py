@@ -60,6 +60,10 @@ class Job(NamedTuple):
     flags: tuple[str, ...]
     pool: str = "pool"
 
+    def typed(self, top: Path, workdir: Path) -> list[str]:
+        """The arguments of the command."""
+        return [f"--config={top / self.pool}.py", f"--workdir={workdir}", *self.flags]
+
 
 JOBS = {
     "search": Job("jaxmerge.run", ()),
@@ -92,7 +96,7 @@ class Ended(NamedTuple):
     calls: int  # that were counted, of writes or reads
 
 
-def _nothing(_: Path) -> None:
+def nothing(_: Path) -> None:
     """Before a run that nothing disturbs."""
 
 
@@ -110,28 +114,33 @@ class Place:
         return self.top / "runs" / str(self._runs)
 
     def start(
-        self, job: Job, workdir: Path, prepare: Callable[[Path], object] = _nothing
+        self, job: Job, workdir: Path, prepare: Callable[[Path], object] = nothing
     ) -> tuple[int, Path]:
         """Forks a run; what it says goes to a file beside the directory."""
         workdir.parent.mkdir(exist_ok=True)
         said = workdir.with_suffix(".said")
-        flags = [f"--config={self.top / job.pool}.py", f"--workdir={workdir}", *job.flags]
-        return _fork(lambda: _run(job.module, flags, prepare), said), said
+        flags = job.typed(self.top, workdir)
+        return fork(lambda: command(job.module, flags, prepare), said), said
 
     def run(
         self,
         job: Job,
         workdir: Path,
         kill_after: float = PATIENCE,
-        prepare: Callable[[Path], object] = _nothing,
+        prepare: Callable[[Path], object] = nothing,
     ) -> Ended:
         pid, said = self.start(job, workdir, prepare)
         code = wait(pid, kill_after)
         if code == -9 and kill_after == PATIENCE:
             raise AssertionError(f"a run hangs: {workdir}")
-        text = said.read_text(errors="replace")
-        calls = [line for line in text.splitlines() if line.startswith("calls ")]
-        return Ended(code, text[-3000:], int(calls[-1].split()[1]) if calls else 0)
+        return ended(code, said)
+
+
+def ended(code: int, said: Path) -> Ended:
+    """How a run has ended that printed into a file."""
+    text = said.read_text(errors="replace")
+    calls = [line for line in text.splitlines() if line.startswith("calls ")]
+    return Ended(code, text[-3000:], int(calls[-1].split()[1]) if calls else 0)
 
 
 def wait(pid: int, seconds: float) -> int:
@@ -146,8 +155,8 @@ def wait(pid: int, seconds: float) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _run(module: str, flags: list[str], prepare: Callable[[Path], object]) -> int:
-    """A command in this process, which is a fork; returns its exit code."""
+def command(module: str, flags: list[str], prepare: Callable[[Path], object]) -> int:
+    """A command in this process; returns its exit code."""
     sys.argv = [module, *flags]
     workdir = Path(next(flag for flag in flags if flag.startswith("--workdir=")).split("=", 1)[1])
     code = 0
@@ -165,7 +174,7 @@ def _run(module: str, flags: list[str], prepare: Callable[[Path], object]) -> in
     return code
 
 
-def _fork(do: Callable[[], int], said: Path) -> int:
+def fork(do: Callable[[], int], said: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -189,7 +198,7 @@ def _forked(do: Callable[[], object]) -> None:
         return 0
 
     with tempfile.NamedTemporaryFile() as said:
-        code = wait(_fork(whole, Path(said.name)), PATIENCE)
+        code = wait(fork(whole, Path(said.name)), PATIENCE)
         assert code == 0, Path(said.name).read_text()
 
 
