@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tools.chaos_runs import IMPORTS, JOBS, PATIENCE, Ended, Job, Place, remember_programs, wait
 from tools.chaos_warm import WarmPlace
 
-SLOW = 120.0  # seconds: a run that a call failed of waits for what does not come
+SLOW = 240.0  # seconds: a run that a call failed of waits for what does not come
 KINDS = {"ENOSPC": 1, "EIO": 2, "EINTR": 3, "short writes": 4, "short reads": 5, "EIO of reads": 6}
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-PATIENCE = 900.0  # seconds that a run may take, on a busy machine
+PATIENCE = 3600.0  # seconds that a run may take, on a machine that others keep busy
 # What a run imports late; a run that is killed is to be in the middle of something else.
 IMPORTS = (
     *("jaxmerge.run", "jaxmerge.sweep.__main__", "jaxmerge.experiment.search"),
