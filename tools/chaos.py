@@ -2,6 +2,7 @@
 
     python tools/chaos.py kills --count=100          SIGKILL at random instants
     python tools/chaos.py faults --job=merge         every write of a run fails, one after the other
+    python tools/chaos.py faults --job=merge --warm  the same in one process, a third of the time
     python tools/chaos.py others                    two processes, a jumping clock, a changing pool
 
 Each job runs once undisturbed. After a disturbance the same command is given again until it ends,
@@ -23,14 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tools.chaos_runs import IMPORTS, JOBS, PATIENCE, Ended, Job, Place, wait
+from tools.chaos_runs import IMPORTS, JOBS, PATIENCE, Ended, Job, Place, remember_programs, wait
+from tools.chaos_warm import WarmPlace
 
+SLOW = 240.0  # seconds: a run that a call failed of waits for what does not come
 KINDS = {"ENOSPC": 1, "EIO": 2, "EINTR": 3, "short writes": 4, "short reads": 5, "EIO of reads": 6}
 
 
@@ -104,28 +107,67 @@ def kills(place: Place, names: list[str], count: int, seed: int) -> Iterator[str
         print(f"{done} kills, {name}{': ' + wrong if wrong else ''}", flush=True)
 
 
+class Fault(NamedTuple):
+    """What a run has before it: calls below a directory that are counted, and which one fails.
+
+    Attributes:
+        below: the directory; "": the run's own.
+        at: the number of the call; 0: none fails.
+    """
+
+    below: str
+    at: int
+    kind: str
+
+    def __call__(self, workdir: Path) -> None:
+        directory = (self.below or str(workdir)).encode()
+        ctypes.CDLL(None).fault_arm(directory, ctypes.c_long(self.at), KINDS[self.kind])
+
+
 def faults(
-    place: Place, name: str, kinds: list[str], every: int, first: int = 1
+    place: Place, name: str, kinds: list[str], every: int, first: int = 1, *, warm: bool = False
 ) -> Iterator[tuple[str, int, str]]:
-    """Each call of a run fails, one after the other; yields kind, call and fault."""
+    """Each call of a run fails, one after the other; yields kind, call and what is wrong."""
     job, workdir = JOBS[name], place.workdir()
     place.run(job, place.workdir())  # compiles
     assert place.run(job, workdir).code == 0
-    wanted = found(workdir)
+    wanted, shared = found(workdir), WarmPlace(place) if warm else None
     for kind in kinds:
         reads = KINDS[kind] >= KINDS["short reads"]
         below = str(place.top / job.pool) if reads else ""
-        counted = place.run(job, place.workdir(), prepare=_armed(below, 0, kind))
-        print(f"{name}, {kind}: {counted.calls} calls", flush=True)
-        for at in range(first, counted.calls + 1, every):
-            workdir = place.workdir()
-            hit = place.run(job, workdir, prepare=_armed(below, at, kind))
-            yield kind, at, _judged(place, job, workdir, hit, wanted)
-            shutil.rmtree(workdir, ignore_errors=True)
+        calls = place.run(job, place.workdir(), prepare=Fault(below, 0, kind)).calls
+        print(f"{name}, {kind}: {calls} calls", flush=True)
+        if shared:
+            shared.run(job, place.workdir())  # compiles
+            calls = max(calls, shared.run(job, place.workdir(), Fault(below, 0, kind)).calls)
+            print(f"{name}, {kind}: {calls} calls, warm", flush=True)
+        for at in range(first, calls + 1, every):
+            fault = Fault(below, at, kind)
+            wrong = _tried(shared or place, job, fault, wanted)
+            if wrong and shared:
+                print(f"{name}, {kind}, call {at}, warm: {wrong}", flush=True)
+                wrong = _tried(place, job, fault, wanted)
+            yield kind, at, wrong
 
 
-def _judged(place: Place, job: Job, workdir: Path, hit: Ended, wanted: dict[str, Any]) -> str:
+def _tried(place: Place | WarmPlace, job: Job, fault: Fault, wanted: dict[str, Any]) -> str:
     """What is wrong with how a run ended that a call failed of, and with the run after it."""
+    workdir, begun = place.workdir(), time.monotonic()
+    try:
+        hit = place.run(job, workdir, prepare=fault)
+        took = time.monotonic() - begun
+        wrong = _judged(place, job, workdir, hit, wanted)
+        if took > SLOW:
+            wrong += f" took {took:.0f} s: {hit.said}"
+        traces = [log.read_text()[-3000:] for log in workdir.rglob("error-*.log") if wrong]
+        return "\n".join([wrong, *traces])
+    finally:
+        shutil.rmtree(workdir, ignore_errors=True)
+
+
+def _judged(
+    place: Place | WarmPlace, job: Job, workdir: Path, hit: Ended, wanted: dict[str, Any]
+) -> str:
     if hit.code not in (0, 2) or "Traceback" in hit.said:
         return f"exit code {hit.code}: {hit.said}"
     before = logs(workdir)
@@ -185,14 +227,6 @@ def changing(place: Place, name: str, seed: int) -> str:
     return "" if code == 2 else f"exit code {code}: {said.read_text()[-2000:]}"
 
 
-def _armed(below: str, at: int, kind: str) -> Callable[[Path], None]:
-    def arm(workdir: Path) -> None:
-        directory = (below or str(workdir)).encode()
-        ctypes.CDLL(None).fault_arm(directory, ctypes.c_long(at), KINDS[kind])
-
-    return arm
-
-
 def _with_faults(arguments: list[str]) -> None:
     """Compiles `faults.c`, and goes on as a process that has it."""
     library = Path(tempfile.mkdtemp(prefix="faults-")) / "faults.so"
@@ -218,14 +252,17 @@ def main() -> int:
     parser.add_argument("--job", default=",".join(JOBS))
     parser.add_argument("--kind", default=",".join(KINDS), help="of faults")
     parser.add_argument("--every", type=int, default=1, help="a fault at each so manieth call")
+    parser.add_argument("--first", type=int, default=1, help="the first of them")
+    parser.add_argument("--warm", action="store_true", help="faults of runs in one process")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.what != "kills" and "faults.so" not in os.environ.get("LD_PRELOAD", ""):
         _with_faults(sys.argv[1:])
-    for module in IMPORTS:
-        importlib.import_module(module)
     names, wrong, tried = given.job.split(","), 0, 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as top:
+        remember_programs(Path(top) / "cache")
+        for module in IMPORTS:
+            importlib.import_module(module)
         place = Place(Path(top))
         if given.what == "kills":
             for said in kills(place, names, given.count, given.seed):
@@ -237,10 +274,11 @@ def main() -> int:
                 print(said, flush=True)
         else:
             for name in names:
-                for kind, at, said in faults(place, name, given.kind.split(","), given.every):
+                kinds, calls = given.kind.split(","), (given.every, given.first)
+                tries = faults(place, name, kinds, *calls, warm=given.warm)
+                for kind, at, said in tries:
                     tried, wrong = tried + 1, wrong + bool(said)
-                    if said:
-                        print("WRONG", name, kind, at, said, flush=True)
+                    print(f"{name}, {kind}, call {at}: {said or 'well'}", flush=True)
     print(f"{tried or given.count} tried, {wrong} wrong")
     return 1 if wrong else 0
 

@@ -17,13 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-PATIENCE = 900.0  # seconds that a run may take, on a busy machine
+PATIENCE = 3600.0  # seconds that a run may take, on a machine that others keep busy
 # What a run imports late; a run that is killed is to be in the middle of something else.
 IMPORTS = (
     *("jaxmerge.run", "jaxmerge.sweep.__main__", "jaxmerge.experiment.search"),
     *("jaxmerge.experiment.merge", "jaxmerge.experiment.results", "jaxmerge.streaming.merge"),
+    *("jaxmerge.experiment.speech", "jaxmerge.models.decoder", "jaxmerge.models.names"),
     # Not evosax, whose import starts a backend of JAX with its threads, which no fork has.
-    *("orbax.checkpoint.experimental.v1", "optax", "transformers"),
+    *("orbax.checkpoint.experimental.v1", "optax", "flax.linen", "tensorstore", "transformers"),
+    *("transformers.models.auto.tokenization_auto", "transformers.models.llama"),
+    "transformers.models.llama.configuration_llama",  # and with it torch
     "tests.tiny",
 )
 CONFIG = """
@@ -36,9 +39,18 @@ def get_config():
     config.tasks.choice = {{"builder": "tests.tiny:choice", "search": 6, "test": 6}}
     config.heldout, config.baselines = (), ("uniform", "greedy")
     config.objective.search_examples = config.objective.test_examples = 6
-    config.search.budget, config.compilation_cache = 8, {cache!r}
+    config.search.budget, config.compilation_cache = 8, ""  # see `remember_programs`
     return config
 """
+
+
+def remember_programs(directory: Path) -> None:
+    """Every program that a run compiles is kept for the others; before JAX is imported.
+
+    `compilation_cache` would leave out those that take less than 0.3 s, which are most of them.
+    """
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 class Job(NamedTuple):
@@ -47,6 +59,10 @@ class Job(NamedTuple):
     module: str
     flags: tuple[str, ...]
     pool: str = "pool"
+
+    def typed(self, top: Path, workdir: Path) -> list[str]:
+        """The arguments of the command."""
+        return [f"--config={top / self.pool}.py", f"--workdir={workdir}", *self.flags]
 
 
 JOBS = {
@@ -80,7 +96,7 @@ class Ended(NamedTuple):
     calls: int  # that were counted, of writes or reads
 
 
-def _nothing(_: Path) -> None:
+def nothing(_: Path) -> None:
     """Before a run that nothing disturbs."""
 
 
@@ -91,36 +107,40 @@ class Place:
         self.top, self._runs = top, 0
         _forked(lambda: _make_pools(top))
         for name in ("pool", "models"):
-            text = CONFIG.format(pool=str(top / name), cache=str(top / "cache"))
-            (top / f"{name}.py").write_text(text)
+            (top / f"{name}.py").write_text(CONFIG.format(pool=str(top / name)))
 
     def workdir(self) -> Path:
         self._runs += 1
         return self.top / "runs" / str(self._runs)
 
     def start(
-        self, job: Job, workdir: Path, prepare: Callable[[Path], object] = _nothing
+        self, job: Job, workdir: Path, prepare: Callable[[Path], object] = nothing
     ) -> tuple[int, Path]:
         """Forks a run; what it says goes to a file beside the directory."""
         workdir.parent.mkdir(exist_ok=True)
         said = workdir.with_suffix(".said")
-        flags = [f"--config={self.top / job.pool}.py", f"--workdir={workdir}", *job.flags]
-        return _fork(lambda: _run(job.module, flags, prepare), said), said
+        flags = job.typed(self.top, workdir)
+        return fork(lambda: command(job.module, flags, prepare), said), said
 
     def run(
         self,
         job: Job,
         workdir: Path,
         kill_after: float = PATIENCE,
-        prepare: Callable[[Path], object] = _nothing,
+        prepare: Callable[[Path], object] = nothing,
     ) -> Ended:
         pid, said = self.start(job, workdir, prepare)
         code = wait(pid, kill_after)
         if code == -9 and kill_after == PATIENCE:
             raise AssertionError(f"a run hangs: {workdir}")
-        text = said.read_text(errors="replace")
-        calls = [line for line in text.splitlines() if line.startswith("calls ")]
-        return Ended(code, text[-3000:], int(calls[-1].split()[1]) if calls else 0)
+        return ended(code, said)
+
+
+def ended(code: int, said: Path) -> Ended:
+    """How a run has ended that printed into a file."""
+    text = said.read_text(errors="replace")
+    calls = [line for line in text.splitlines() if line.startswith("calls ")]
+    return Ended(code, text[-3000:], int(calls[-1].split()[1]) if calls else 0)
 
 
 def wait(pid: int, seconds: float) -> int:
@@ -135,8 +155,8 @@ def wait(pid: int, seconds: float) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _run(module: str, flags: list[str], prepare: Callable[[Path], object]) -> int:
-    """A command in this process, which is a fork; returns its exit code."""
+def command(module: str, flags: list[str], prepare: Callable[[Path], object]) -> int:
+    """A command in this process; returns its exit code."""
     sys.argv = [module, *flags]
     workdir = Path(next(flag for flag in flags if flag.startswith("--workdir=")).split("=", 1)[1])
     code = 0
@@ -154,7 +174,7 @@ def _run(module: str, flags: list[str], prepare: Callable[[Path], object]) -> in
     return code
 
 
-def _fork(do: Callable[[], int], said: Path) -> int:
+def fork(do: Callable[[], int], said: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -178,7 +198,7 @@ def _forked(do: Callable[[], object]) -> None:
         return 0
 
     with tempfile.NamedTemporaryFile() as said:
-        code = wait(_fork(whole, Path(said.name)), PATIENCE)
+        code = wait(fork(whole, Path(said.name)), PATIENCE)
         assert code == 0, Path(said.name).read_text()
 
 

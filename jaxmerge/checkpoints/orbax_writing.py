@@ -65,7 +65,10 @@ def write(path: epath.Path, item: str, tree: PyTree, custom: Mapping[str, Any]) 
     )
     args: Any = v0.args.PyTreeSave(tree, custom_metadata=MARK)
     if item:
-        handler = v0.CompositeCheckpointHandler(**{item: handler})
+        # At once: what waits for directories that another thread makes, and can't, waits 300 s.
+        before = v0.options.AsyncOptions(create_directories_asynchronously=False)
+        options = v0.CompositeOptions(async_options=before)
+        handler = v0.CompositeCheckpointHandler(composite_options=options, **{item: handler})
         args = v0.args.Composite(**{item: args})
     try:
         with v0.Checkpointer(handler) as checkpointer:

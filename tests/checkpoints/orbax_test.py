@@ -1,6 +1,8 @@
 """Orbax checkpoints: written and read on any mesh, and refused when anything is wrong with them."""
 
+import errno
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -258,6 +260,23 @@ def test_leaves_are_made_when_their_turn_comes(tmp_path, mesh, monkeypatch):
     with pytest.raises(JaxmergeError, match="damaged"):
         orbax.save(tmp_path / "failed", tree, leaf=fails)
     assert [each.name for each in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
+    """As soon as the item's directory can't be made: what writes into it does not wait for it."""
+    makes = os.mkdir
+
+    def mkdir(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name.startswith("state."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        makes(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    begun = time.monotonic()
+    with pytest.raises(JaxmergeError, match="No space left"):
+        orbax.save(tmp_path / "saved", make_tree())
+    assert time.monotonic() - begun < 60  # Orbax's own patience is 300 s
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
