@@ -34,11 +34,16 @@ from jaxmerge.experiment.merge import merge
 from jaxmerge.models.decoder import decoder
 from tests.checkpoints import trainers_test
 
-PACKAGES = {"tunix": "google-tunix", "gemma": "gemma", "maxtext": "maxtext"}
+PACKAGES = {
+    **{"tunix": "google-tunix", "gemma": "gemma", "maxtext": "maxtext"},
+    "levanter": "marin-levanter",  # by the name of `levanter` there is one of 2023
+}
+STORED = {"levanter": "zarr"}  # others than Orbax
 _GEMMAS = ("gemma2", "gemma3")
 FAMILIES = {
+    "levanter": ("llama", "mistral", "qwen2", "qwen3"),
     "tunix": ("llama", "qwen2", "qwen3", "gemma3"),
-    "gemma": _GEMMAS,
+    **dict.fromkeys(("gemma", "gemma_flat", "gemma_stacked"), _GEMMAS),
     "maxtext": ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", *_GEMMAS),
     "maxtext_unscanned": ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", *_GEMMAS),
 }
@@ -48,6 +53,8 @@ _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 # Whatever its config says, Tunix 0.1.7 turns Llama and Qwen 3 by this theta.
 _MILLION = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    # Its attention of these has heads of D / H, whatever their `head_dim`.
+    "levanter": {family: {"hidden_size": 48} for family in ("mistral", "qwen2")},
     "tunix": dict.fromkeys(("llama", "qwen3"), _MILLION),
     "maxtext": {
         "llama": {"rope_parameters": _LLAMA31},
@@ -80,14 +87,14 @@ def prepare(trainer: str, family: str, at: Path) -> None:
     np.save(at / "tokens.npy", tokens)
 
 
-def merged(at: Path) -> None:
-    """The merge of the trainer's checkpoints, by name and for transformers."""
+def merged(at: Path, stored: str) -> None:
+    """The merge of the trainer's checkpoints, by name as it stores them, and for transformers."""
     config = configs.default()
     config.pool.checkpoints = (str(at / "0"), str(at / "1"))
     config.pool.base = str(at / "base")
     # Exact in bfloat16, which MaxText rounds a tied head to, whatever its dtypes are.
     config.merge.weights = (0.25, 0.75)
-    config.export.formats = ("orbax", "huggingface")
+    config.export.formats = (stored, "huggingface")
     by_name, exported = merge(config, str(at / "run"))
     by_name.rename(at / "merged")
     exported.rename(at / "huggingface")
@@ -161,7 +168,7 @@ def main() -> int:
         prepare(said.trainer, family, at)
     in_trainer("save")
     for at in places.values():
-        merged(at)
+        merged(at, STORED.get(said.trainer, "orbax"))
     in_trainer("read")
     same = [check(at) for at in places.values()]
     for family, at in places.items() if said.keep else ():

@@ -7,6 +7,7 @@ The logits of DIR/0 and of DIR/merged go to logits-0.npy and logits-merged.npy. 
 those of DIR/base/config.json, of Hugging Face; tokens are DIR/tokens.npy.
 """
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -95,15 +96,15 @@ class Tunix:
 
 
 class Gemma:
-    """A model of the gemma package, saved and loaded by `gm.ckpts`."""
+    """A model of the gemma package, saved and loaded by `gm.ckpts`, which reads three forms."""
 
-    def __init__(self, said: dict[str, Any]):
+    def __init__(self, said: dict[str, Any], form: str = "nested"):
         gm = importlib.import_module("gemma.gm")
         kinds = gm.nn.AttentionType
         third = said["model_type"] == "gemma3_text"
         pattern = [kinds.LOCAL_SLIDING] * (5 if third else 1) + [kinds.GLOBAL]
         count = said["num_hidden_layers"]
-        self._gm = gm
+        self._gm, self._form, self._pattern = gm, form, len(pattern)
         self._model = gm.nn.Transformer(
             config=gm.nn.config.TransformerConfig(
                 num_embed=said["vocab_size"],
@@ -131,6 +132,11 @@ class Gemma:
 
     def save(self, path: Path, seed: int) -> None:
         params = randomised(self._shapes(), seed)
+        forms = importlib.import_module("gemma.gm.ckpts._checkpoint")
+        if self._form == "flat":
+            params = forms._nested_to_flat(params)
+        elif self._form == "stacked":
+            params = forms._nested_to_stacked(params, self._pattern)
         self._gm.ckpts.save_params(params, path, wait_until_finished=True)
 
     def logits(self, path: Path, tokens: Any) -> Any:
@@ -223,15 +229,57 @@ class MaxText:
         return jax.jit(apply)(params, tokens, positions, jnp.ones_like(tokens))
 
 
-def unscanned(said: dict[str, Any]) -> MaxText:
-    return MaxText(said, scanned=False)
+class Levanter:
+    """A model of Levanter, in a training state that its `checkpoint` saves; it loads `model`."""
+
+    def __init__(self, said: dict[str, Any]):
+        transformers = importlib.import_module("transformers")
+        self._saving = importlib.import_module("levanter.checkpoint")
+        self._attention = importlib.import_module("levanter.layers.attention")
+        self._haliax = importlib.import_module("haliax")
+        module, name = {
+            "llama": ("llama", "LlamaConfig"),
+            "mistral": ("mistral", "MistralConfig"),
+            "qwen2": ("qwen", "QwenConfig"),
+            "qwen3": ("qwen", "Qwen3Config"),
+        }[said["model_type"]]
+        kind = getattr(importlib.import_module(f"levanter.models.{module}"), name)
+        plain = kind.from_hf_config(transformers.AutoConfig.for_model(**said))
+        # It takes these from no config of Hugging Face's, or not of all families.
+        more = {"head_dim": said["head_dim"], "tie_word_embeddings": said["tie_word_embeddings"]}
+        self._config = dataclasses.replace(
+            plain, **more, attn_backend=self._attention.AttentionBackend.VANILLA
+        )
+        self._rows = self._haliax.Axis("vocab", said["vocab_size"])
+
+    def _shapes(self) -> Any:
+        equinox = importlib.import_module("equinox")
+        init, key = self._config.model_type.init, jax.random.key(0)
+        return equinox.filter_eval_shape(init, self._rows, self._config, key=key)
+
+    def save(self, path: Path, seed: int) -> None:
+        model = randomised(self._shapes(), seed)
+        moments = jax.tree.map(jnp.zeros_like, model)
+        state = {"model": model, "opt_state": {"mu": moments}, "step": jnp.int32(seed)}
+        self._saving.save_checkpoint(state, seed, str(path))
+
+    def logits(self, path: Path, tokens: Any) -> Any:
+        where = {"axis_mapping": {}, "mesh": jax.make_mesh((1,), ("data",))}
+        load = functools.partial(self._saving.load_checkpoint, subpath="model", **where)
+        model = load(self._shapes(), str(path))
+        named = self._haliax.named(tokens, ("batch", "position"))
+        mask = self._attention.AttentionMask.causal()
+        return self._haliax.named_jit(lambda model: model(named, attn_mask=mask))(model).array
 
 
 TRAINERS = {
+    "levanter": Levanter,
     "tunix": Tunix,
     "gemma": Gemma,
+    "gemma_flat": functools.partial(Gemma, form="flat"),
+    "gemma_stacked": functools.partial(Gemma, form="stacked"),
     "maxtext": MaxText,
-    "maxtext_unscanned": unscanned,
+    "maxtext_unscanned": functools.partial(MaxText, scanned=False),
 }
 
 

@@ -35,9 +35,7 @@ def leaves(
     layer, L = _layer(known, "/w" if flat or stacked else "", transposed), known.config.layers
     if stacked:
         length = pattern_length(known)
-        if L % length:
-            return None
-        for j in range(length):
+        for j in range(length):  # of the first kinds there is one more where layers remain
             prefix = f"stacked_layers/attention_type_{j}/"
             table |= rows(prefix, range(j, L, length), layer, 0)
         return table

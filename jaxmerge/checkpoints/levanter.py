@@ -1,4 +1,4 @@
-"""Levanter's names and axes: github.com/marin-community/marin, lib/levanter, of summer 2026.
+"""The names and axes of Levanter, version 0.2.227 (marin-levanter): its Llama, Mistral and Qwen.
 
 The layers are one axis, the first. Values are those of Hugging Face; kernels are [out, in], with
 query heads in groups that share a key head.

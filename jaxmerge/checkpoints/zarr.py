@@ -10,13 +10,15 @@ was lost from one of zeros: neither here nor in the trainers.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -31,6 +33,7 @@ from jaxmerge.trees import PyTree, map_named, named_leaves, nested
 
 _STEP = "metadata.json"  # of both: which step; Levanter's whether it may be deleted
 _INDEX = "tensorstore_index.json"  # EasyDeL's: paths, shapes and dtypes
+_MANIFEST = "manifest.json"  # Levanter's, of 2026: the same and chunks; it opens what is named here
 _OPTIMISER = "tx_structure.json"  # EasyDeL's: the tree of an optimiser's state, which is not merged
 # What _STEP says of a checkpoint and what is not so of a merge: Levanter would delete it, EasyDeL
 # look for an optimiser's state and for a model with adapters.
@@ -155,13 +158,15 @@ def save(
 
 def _said(file: str, text: str, prefix: str, written: list[dict[str, Any]]) -> str:
     """A trainer's file beside the arrays, as it is of the merge."""
-    if file not in (_STEP, _INDEX):
+    if file not in (_STEP, _INDEX, _MANIFEST):
         return text
     said = parse_json(text.encode(), file)
     if not isinstance(said, dict):
         return text
     if file == _STEP:
         said |= {key: False for key in _NOT_SO if key in said}
+    elif file == _MANIFEST:
+        said["arrays"] = [{**each, "chunk_shape": _chunk(**each)} for each in written]
     else:
         of = prefix.split("/")[0] or next((each["path"].split("/")[0] for each in written), "")
         said = {**said, "prefixes": {of: written}} if "prefixes" in said else said
@@ -211,13 +216,18 @@ def _open(where: str, name: str, driver: str) -> Any:
     return tensorstore.open({"driver": driver, "kvstore": store}, open=True).result()
 
 
+def _chunk(shape: Sequence[int], dtype: Any, **_: Any) -> list[int]:
+    """The shape of the chunks that an array is written in: rows of its first axis."""
+    row = max(math.prod(shape[1:]) * jnp.dtype(dtype).itemsize, 1)
+    chunk = [min(_CHUNK // row, shape[0]), *shape[1:]] if shape else []
+    return [max(size, 1) for size in chunk]
+
+
 def _write(where: str, name: str, driver: str, values: np.ndarray, *, database: bool) -> None:
     import tensorstore
 
-    row = values.nbytes // max(len(values) if values.ndim else 1, 1)
     shape = list(values.shape)
-    chunk = [max(min(_CHUNK // max(row, 1), shape[0]), 1), *shape[1:]] if shape else []
-    chunk = [max(size, 1) for size in chunk]
+    chunk = _chunk(shape, values.dtype)
     if driver == "zarr":
         metadata: dict[str, Any] = {"shape": shape, "chunks": chunk, "compressor": None}
     else:

@@ -98,6 +98,7 @@ class LeafwiseMerger:
         for k in np.flatnonzero(np.any(weights_CxK != 0, axis=tuple(range(by_slice + 1)))):
             leaf = self._leaf(int(k), name)
             total = add(jax.block_until_ready(total), leaf, weights_CxK[..., k], alone_C)
+            del leaf  # which is given up when it has been added, not when the next has been read
         return finish(total)
 
     def _leaf(self, k: int, name: str) -> Array:

@@ -63,11 +63,13 @@ def describe(path: Path, **where: str) -> Any:
     return orbax.describe(path.name, orbax.absolute(path), **where)
 
 
-def merged(out: Path, *members: Path, weights: tuple[float, ...], **fields: str) -> Path:
-    """The Orbax merge of members, by `--mode=merge`."""
+def merged(
+    out: Path, *members: Path, weights: tuple[float, ...], storage: str = "orbax", **fields: str
+) -> Path:
+    """The merge of members by name, by `--mode=merge`."""
     config = configs.default()
     config.pool.checkpoints = tuple(map(str, members))
-    config.merge.weights, config.export.formats = weights, ("orbax",)
+    config.merge.weights, config.export.formats = weights, (storage,)
     for name, value in fields.items():
         config.pool[name] = value
     (path,) = merge(config, str(out))

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as v0
 import pytest
 
 from jaxmerge import config as configs
-from jaxmerge.checkpoints import huggingface, orbax, trainers
+from jaxmerge.checkpoints import gemma, huggingface, orbax, trainers
 from jaxmerge.checkpoints.survey import find
 from jaxmerge.checkpoints.tables import AXES, Change, Leaf, covers, from_decoder, to_decoder
 from jaxmerge.errors import JaxmergeError
@@ -19,7 +20,7 @@ from jaxmerge.experiment.merge import merge
 from jaxmerge.models import families
 from jaxmerge.models.decoder import decoder
 from jaxmerge.trees import named_leaves
-from tests.checkpoints.orbax_others_test import assert_same, merged
+from tests.checkpoints.orbax_others_test import assert_same, merged, save_flat
 
 # Where these read a checkpoint as it is stored they do not say where, which Orbax warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
@@ -207,16 +208,57 @@ def test_what_no_trainer_wrote_stays_as_it_is(tmp_path):
     assert [source.format for source in found] == ["orbax", "orbax"]
 
 
-@pytest.mark.parametrize("layout", ["maxtext", "tunix"])
+@pytest.mark.parametrize("layout", trainers.FORMS)
 def test_merged_by_name_it_is_the_trainers(tmp_path, layout):
     """One-hot, the bytes and metadata of a member, in the item that it was in."""
-    base = directory(tmp_path / "base", "qwen3")
+    base = directory(tmp_path / "base", "gemma3" if layout == "gemma" else "qwen3")
     members = [written(tmp_path / f"m{i}", layout, base, i) for i in (0, 1)]
+    storage = trainers.FORMS[layout].storage
+    path = merged(tmp_path / "out", *members, weights=(0.0, 1.0), storage=storage)
+    reader = trainers.STORED[storage]
+    one, other = (reader.describe("m", orbax.absolute(each)) for each in (path, members[1]))
+    assert (one.item, one.subtree) == (other.item, other.subtree)
+    if storage == "orbax":
+        assert one.custom == other.custom == trainers.FORMS[layout].custom
+    else:
+        said = [(each / "metadata.json").read_text() for each in (path, members[1])]
+        assert json.loads(said[0]) == json.loads(said[1])
+    assert_same(*(reader.restore(each, each.abstract) for each in (one, other)))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("transposed", ["_plain", "_transposed"])
+@pytest.mark.parametrize("form", ["gemma", "gemma_flat", "gemma_stacked"])
+def test_the_forms_that_gemma_reads(tmp_path, form, transposed, family):
+    """Nested, flat as it is published, and stacked: as the decoder's; by name, the member's."""
+    base = directory(tmp_path / "base", family)  # 8 layers, of which Gemma 3 stacks 6
+    known = trainers.known(str(base))
+    assert known
+    table = gemma.tables()[form + transposed](known)
+    assert table
+    members = []
+    for seed in (0, 1):
+        leaves, tree = named_leaves(params(base, seed)), {}
+        for name, leaf in table.items():
+            value = from_decoder(leaves, leaf, known.config)
+            *above, last = f"transformer/{name}".split("/")
+            if form == "gemma":
+                _put(tree, [*above, last], value)
+            else:  # whose keys have slashes in them
+                tree.setdefault("/".join(above), {})[last] = value
+        members.append(save_flat(tmp_path / f"m{seed}", tree))
+    source, found = restored(members[1], base)
+    assert source.format == "gemma"
+    assert_same(dict(named_leaves(found)), dict(named_leaves(params(base, 1))))
     path = merged(tmp_path / "out", *members, weights=(0.0, 1.0))
-    for one, other in zip(_stored(path), _stored(members[1])):
-        if isinstance(one, type(other)) and hasattr(one, "item"):
-            assert (one.item, one.custom) == (other.item, other.custom)
-    assert_same(orbax.restore(*_stored(path)), orbax.restore(*_stored(members[1])))
+    with v0.StandardCheckpointer() as checkpointer:
+        assert_same(checkpointer.restore(path), checkpointer.restore(members[1]))
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
 
 
 def test_padded_rows_of_an_embedding_are_left_out(tmp_path):
