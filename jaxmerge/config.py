@@ -148,9 +148,8 @@ def default() -> Config:
     config.merge.rematerialise = False
 
     config.space = ml_collections.ConfigDict()
-    # softmax, abs, signed or free; or window, of the steps of one run: two numbers instead of a
-    # weight for each checkpoint, the length of the window and its curve. See jaxmerge.search.space.
-    # "auto": signed for weighted sums and search.strategy = "gradient", softmax for all others.
+    # See jaxmerge.search.space: softmax, abs, signed or free; window, of the steps of one run, whose
+    # length and curve are searched; "auto": signed for weighted sums along gradients, else softmax.
     config.space.constraint = "auto"
     # What has weights of its own: "model", one weight a checkpoint; "layer"; a number of groups of
     # layers, such as "4"; "kind", each leaf, all its layers together; "leaf", each leaf and layer;
@@ -165,10 +164,9 @@ def default() -> Config:
     config.space.bounds = (-8.0, 8.0)  # genotypes are clipped to these, in units of that module
 
     config.search = ml_collections.ConfigDict()
-    # "gradient" climbs a soft score, see jaxmerge.search.gradient; "surrogate" fits quadratics, see
-    # jaxmerge.search.surrogate; any name in evosax.algorithms: "CMA_ES" is the method of
-    # arXiv 2412.04144; or a sampler of Optuna, such as "optuna:TPESampler" or, for a front,
-    # "optuna:NSGAIISampler".
+    # "gradient" climbs a soft score, "surrogate" fits quadratics, see jaxmerge.search; any name in
+    # evosax.algorithms: "CMA_ES" is the method of arXiv 2412.04144; or a sampler of Optuna, such as
+    # "optuna:TPESampler" or, for a front, "optuna:NSGAIISampler".
     config.search.strategy = "gradient"
     # "gradient": before the strategy, which then starts where gradients ended; "": nothing.
     config.search.warm_start = ""
@@ -179,9 +177,8 @@ def default() -> Config:
     config.search.start = "auto"
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
     # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
-    # two true scores: of the iterate, and of the mean of iterates. Derivatives are taken beside the
-    # genotype, at a draw with this standard deviation (smoothing), which keeps the search from
-    # learning the examples by heart; 0: at the genotype itself.
+    # two true scores: of the iterate, and of the mean of iterates. Derivatives are taken at a draw
+    # around the genotype with this standard deviation (smoothing), so that no example is learnt.
     config.search.optimizer = "adam"
     config.search.learning_rate = 0.15
     config.search.schedule = "cosine"
@@ -203,11 +200,10 @@ def default() -> Config:
     # fields of the strategy's Params, or arguments of the sampler.
     config.search.sigma = 0.5
     config.search.params = ml_collections.ConfigDict()
-    # Fewer tokens: share of each task's search examples that a generation sees, such as 0.125: each
-    # sees another part, and parts are alike in difficulty, as the single checkpoints' scores have
-    # it; 1: all.
+    # Share of each task's search examples that a generation sees, such as 0.125: each sees another
+    # part, and parts are alike in difficulty, as the single checkpoints' scores have it; 1: all.
     config.search.subset = 1.0
-    config.search.finalists = 3  # with a subset: scored on all examples, to choose the winner from
+    config.search.finalists = 3  # with a subset: scored on all examples, for the decision
     config.search.save_seconds = 60.0  # between saves of the strategy's state
 
     # Of a front: merges that trade the tasks off, each tested; see jaxmerge.experiment.front.
@@ -331,15 +327,8 @@ def constraint(config: Config) -> str:
 
 def settings(config: Config) -> gradient.Settings:
     """How an optimiser goes, as the config says."""
-    search = config.search
-    return gradient.Settings(
-        search.optimizer,
-        search.learning_rate,
-        search.schedule,
-        search.steps,
-        search.score_every,
-        search.smoothing,
-    )
+    names = ("optimizer", "learning_rate", "schedule", "steps", "score_every", "smoothing")
+    return gradient.Settings(*(config.search[name] for name in names))
 
 
 def check_evaluation(config: Config) -> None:
