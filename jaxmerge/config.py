@@ -148,8 +148,8 @@ def default() -> Config:
     config.merge.rematerialise = False
 
     config.space = ml_collections.ConfigDict()
-    # See jaxmerge.search.space: softmax, abs, signed or free; window, of the steps of one run, whose
-    # length and curve are searched; "auto": signed for weighted sums along gradients, else softmax.
+    # See jaxmerge.search.space: softmax, abs, signed or free; window, of the steps of one run, of
+    # which length and curve are searched; "auto": signed for sums along gradients, else softmax.
     config.space.constraint = "auto"
     # What has weights of its own: "model", one weight a checkpoint; "layer"; a number of groups of
     # layers, such as "4"; "kind", each leaf, all its layers together; "leaf", each leaf and layer;
