@@ -178,7 +178,7 @@ def default() -> Config:
     # Of "gradient": an optimiser of optax by name, its learning rate in genotype units, how that
     # falls (cosine, linear or constant), steps, examples of each task in a step, and steps between
     # two true scores: of the iterate, and of the mean of iterates. Derivatives are taken at a draw
-    # around the genotype with this standard deviation (smoothing), so that no example is learnt.
+    # around the genotype, with this standard deviation (smoothing); 0: at the genotype itself.
     config.search.optimizer = "adam"
     config.search.learning_rate = 0.15
     config.search.schedule = "cosine"

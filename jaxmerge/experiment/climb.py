@@ -74,7 +74,7 @@ class Climb:
         self._soft_NxTxF = np.array([[each[task] for task in self._soft.tasks] for each in soft])
         self._true_NxT, self._start = self._true([*known.values()]), self._true(merges[-1:])
         self._from = merges[-1] if start_of(configs.fields(config)) != UNIFORM else None
-        self._lines = self._before = self._lines_of(self._soft_NxTxF, self._true_NxT)
+        self._lines = self._lines_before = self._lines_of(self._soft_NxTxF, self._true_NxT)
         self._first["read"] = self._first.get("read", 0) + self._soft.read
         self._dearest = max(one.cost for one in individuals)
         budget = config.search.budget_tokens // budget_divisor(config)
@@ -134,7 +134,7 @@ class Climb:
             genotypes(self._config, self._method, self._pool.count, start),
             settings._replace(every=settings.steps),
             objective.over(self._soft.tasks),
-            lambda _: self._before,
+            lambda _: self._lines_before,
             {},
         )
         return gradient.mean_alone(strategy)

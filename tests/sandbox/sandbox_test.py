@@ -178,7 +178,7 @@ kinds = []
 for number in range(3):
     try:
         candidate(number)
-    except Exception as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         kinds.append(type(error))
 assert kinds == [KeyError, ValueError, RuntimeError], kinds
 """
