@@ -139,7 +139,7 @@ def test_other_methods(read, genome, constraint, genes, searched):
     jobs.set_fields(config, read(OTHERS + genome + TASKS))
     configs.check(config)
     assert config.merge.variant == "mergekit"
-    assert (config.space.constraint, config.merge.genes.to_dict()) == (constraint, genes)
+    assert (configs.constraint(config), config.merge.genes.to_dict()) == (constraint, genes)
     of = methods.searched(config, 2)
     assert of
     assert [gene.name for gene in of.genes] == searched
