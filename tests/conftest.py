@@ -20,6 +20,9 @@ install_import_hook("jaxmerge", "beartype.beartype")
 
 
 CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they start, find
+# Directories that compare runs with runs: a third of their time went into optimising programs that
+# run for milliseconds. All others, where kernels are tested, have the programs that users have.
+QUICKLY_COMPILED = ("experiment", "hosts", "report", "search", "sweep")
 
 
 def pytest_configure(config):
@@ -64,11 +67,14 @@ def late_reads():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_of_a_module():
+def programs_of_a_module(request):
     """Lets compiled programs go: each holds maps of memory, of which a process may have 65,530.
 
     The compiler crashes when there are no more, which it did after 1,400 tests.
     """
+    quickly = request.path.parent.name in QUICKLY_COMPILED
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # for what tests start
     yield
     jax.clear_caches()
     gc.collect()
