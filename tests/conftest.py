@@ -21,8 +21,8 @@ install_import_hook("jaxmerge", "beartype.beartype")
 
 CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they start, find
 # Directories that compare runs with runs: a third of their time went into optimising programs that
-# run for milliseconds. All others, where kernels are tested, have the programs that users have.
-QUICKLY_COMPILED = ("experiment", "hosts", "report", "search", "sweep")
+# run for milliseconds. All others, kernels and several processes, have the programs of users.
+QUICKLY_COMPILED = ("experiment", "report", "search", "sweep")
 
 
 def pytest_configure(config):
