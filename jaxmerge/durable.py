@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from jaxmerge.errors import JaxmergeError, at, way_out
 
-HOLDER = ".lock-holder"  # which process has a directory, where files can't be locked
+LOCK = ".lock"  # begins the names of locks, and of the files that stand for one
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -128,8 +128,8 @@ class Lock:
     """Keeps other processes out of a directory for as long as it is open.
 
     The system lets go of it with the process. Some file systems have no such locks (Lustre without
-    its option, some of NFS and FUSE): there the file `HOLDER` names the process that has the
-    directory, which keeps out those of the same machine.
+    its option, some of NFS and FUSE): there a file beside it, of its name and `-holder`, names the
+    process that has the directory, which keeps out those of the same machine.
 
     Attributes:
         missing: why other machines are not kept out; "": they are.
@@ -140,7 +140,7 @@ class Lock:
     """
 
     def __init__(self, path: Path):
-        self.missing, self._holder = "", path.with_name(HOLDER)
+        self.missing, self._holder = "", path.with_name(f"{path.name}-holder")
         self._stream = path.open("ab")
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

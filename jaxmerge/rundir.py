@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmerge.durable import (
-    HOLDER,
+    LOCK,
     Lock,
     as_json,
     open_or_create,
@@ -180,7 +180,7 @@ class RunDirectory:
             self.moved = check(path, config)
             with at(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = Lock(self.path / ".lock")
+                self._lock = Lock(self.path / LOCK)
             self.unlocked = self._lock.missing
         try:
             if writer:
@@ -301,7 +301,7 @@ def check_new(path: Path, first: str) -> None:
         others = [
             entry.name
             for entry in sorted(path.iterdir())
-            if not any(entry.match(known) for known in (".lock", HOLDER, TRACES, f"{first}*.tmp"))
+            if not any(entry.match(known) for known in (f"{LOCK}*", TRACES, f"{first}*.tmp"))
         ]
     if others:
         raise JaxmergeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from jaxmerge import config as configs
 from jaxmerge import durable, rundir
 from jaxmerge.config import Config
+from jaxmerge.durable import LOCK, Lock
 from jaxmerge.errors import JaxmergeError, at
 from jaxmerge.experiment.held import Held
 from jaxmerge.experiment.prepare import made_of
@@ -54,7 +56,8 @@ def sweep(
 
     Raises:
         JaxmergeError: before anything is run: the grid, the config of a cell or the directory is
-            not right. What a cell's run raises is told in the outcome.
+            not right, or another process runs this shard. What a cell's run raises is told in the
+            outcome.
     """
     cells = grid.cells(config, axes)
     mine = grid.shard(_in_running_order(cells), shard)
@@ -63,14 +66,28 @@ def sweep(
         configs.check(cell.config)
         rundir.check(path / cell.name, configs.plain(cell.config))
     _record(path, config, cells, shard)
+    with at(path):
+        lock = Lock(path / f"{LOCK}-{_of_file(shard)}")
+    with contextlib.closing(lock):
+        finished, failed = _run(mine, path, command)
+    return Outcome(
+        {cell.name: finished[cell.name] for cell in cells if cell.name in finished},
+        {cell.name: failed[cell.name] for cell in cells if cell.name in failed},
+    )
+
+
+def _run(
+    cells: Sequence[Cell], path: Path, command: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What was found by each cell's run, and why the others failed."""
     held, finished, failed = Held(), {}, {}
-    for number, cell in enumerate(mine, start=1):
+    for number, cell in enumerate(cells, start=1):
         directory = path / cell.name
         known = _findings(directory)
         if known is not None:
             finished[cell.name] = known
             continue
-        print(f"jaxmerge: cell {number} of {len(mine)}: {cell.name}", file=sys.stderr, flush=True)
+        print(f"jaxmerge: cell {number} of {len(cells)}: {cell.name}", file=sys.stderr, flush=True)
         try:
             finished[cell.name] = search(
                 cell.config, str(directory), _command(command, cell, directory), held
@@ -78,10 +95,7 @@ def sweep(
         except JaxmergeError as error:
             failed[cell.name] = str(error)
             print(f"jaxmerge: {cell.name} failed: {error}", file=sys.stderr, flush=True)
-    return Outcome(
-        {cell.name: finished[cell.name] for cell in cells if cell.name in finished},
-        {cell.name: failed[cell.name] for cell in cells if cell.name in failed},
-    )
+    return finished, failed
 
 
 def table(finished: Mapping[str, Mapping[str, Any]]) -> str:
@@ -136,10 +150,14 @@ def _record(path: Path, config: Config, cells: Sequence[Cell], shard: str) -> No
     rundir.check_new(path, "sweep.json")
     with at(path):
         path.mkdir(parents=True, exist_ok=True)
-    with durable.replacing(file, "-" + shard.replace("/", "-")) as temporary:
+    with durable.replacing(file, f"-{_of_file(shard)}") as temporary:
         temporary.write_text(
             json.dumps({**record, "cells": [cell.name for cell in cells]}, indent=2)
         )
+
+
+def _of_file(shard: str) -> str:
+    return shard.replace("/", "-")
 
 
 def _findings(directory: Path) -> dict[str, Any] | None:

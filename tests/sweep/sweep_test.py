@@ -1,5 +1,6 @@
 """Sweeps on a tiny pool: cells are what separate runs would be, failures, shards, kills."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxmerge import config as configs
+from jaxmerge.durable import Lock
 from jaxmerge.errors import JaxmergeError
 from jaxmerge.experiment import prepare as preparing
 from jaxmerge.experiment.search import search as run
@@ -164,6 +166,20 @@ def test_shards_make_the_whole(swept, pool, tmp_path):
         assert tiny.log(tmp_path / name) == tiny.log(swept[0] / name)
     read = [json.loads((path / "sweep.json").read_text()) for path in (tmp_path, swept[0])]
     assert read[0] == read[1]
+
+
+def test_two_processes_do_not_share_a_shard(pool, tmp_path):
+    """The second is refused at once, and not cell by cell; that of another shard is not."""
+    config, axes = _config(pool), ["seed=0,1"]
+    (tmp_path / "sweep").mkdir()
+    with contextlib.closing(Lock(tmp_path / "sweep" / ".lock-1-2")):
+        with pytest.raises(JaxmergeError, match="another process") as raised:
+            sweep(config, axes, str(tmp_path / "sweep"), shard="1/2")
+        assert raised.value.where == str(tmp_path / "sweep")
+        other = sweep(config, axes, str(tmp_path / "sweep"), shard="2/2")
+    assert (list(other.finished), other.failed) == (["seed=1"], {})
+    assert not (tmp_path / "sweep" / "seed=0").exists()
+    assert list(sweep(config, axes, str(tmp_path / "sweep"), shard="1/2").finished) == ["seed=0"]
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(pool, tmp_path):
