@@ -214,6 +214,9 @@ def default() -> Config:
     # (chebyshev).
     config.front.steps = 20
     config.front.scalarisation = "weighted"
+    # Search examples of each task, where objective.search_examples is less, to which fronts fit
+    # themselves; 0: no more than for one winner.
+    config.front.search_examples = 384
     # Every point is written, to WORKDIR/points/1, 2 and so on, and not the winner alone.
     config.front.export = False
 
@@ -254,10 +257,7 @@ def default() -> Config:
     config.compilation_cache = "~/.cache/jaxmerge/xla"
 
     config.lock()
-    for free in (
-        *(config.pool.model_args, config.tasks, config.search.params),
-        config.merge.genes,
-    ):
+    for free in (config.pool.model_args, config.tasks, config.search.params, config.merge.genes):
         free.unlock()
     return config
 
@@ -266,15 +266,10 @@ def reference() -> str:
     """The fields of a config with their defaults and comments, as they stand in `default`."""
     lines = [line.strip() for line in inspect.getsource(default).splitlines()]
     fields = [line for line in lines if re.match(r"#|config\.\S+ = ", line)]
-    sections = [
-        name
-        for name, value in default().items()
-        if isinstance(value, ml_collections.ConfigDict) and value
-    ]
+    sections = [name for name, value in default().items() if hasattr(value, "lock") and value]
     shown = [line for line in fields if not re.match(rf"config\.({'|'.join(sections)}) = ", line)]
-    return "Fields of a config:\n  " + "\n  ".join(shown).replace(
-        "ml_collections.ConfigDict()", "{}"
-    )
+    told = "\n  ".join(["Fields of a config:", *shown])
+    return told.replace("ml_collections.ConfigDict()", "{}")
 
 
 def check(config: Config) -> None:
@@ -296,13 +291,12 @@ def check(config: Config) -> None:
         space.check_window(fields(config))
     groups.check(granularity(config), config.space.patterns)
     lora_export.check_settings(config.export.formats, constraint=constraint(config))
-    search = config.search
     gradient.check(settings(config))
-    check_least("search.budget_tokens", search.budget_tokens, 0)
-    check_choice("search.warm_start", search.warm_start, ("", gradient.NAME))
-    if gradient.NAME in (search.strategy, search.warm_start):
+    check_least("search.budget_tokens", config.search.budget_tokens, 0)
+    check_choice("search.warm_start", config.search.warm_start, ("", gradient.NAME))
+    if gradient.NAME in (config.search.strategy, config.search.warm_start):
         gradient.check_fields(fields(config))
-    parts.check(search.subset, search.finalists)
+    parts.check(config.search.subset, config.search.finalists)
     preferences.check(fields(config))
     surrogate.check_fields(fields(config))
     baselines.check(config.baselines, config.pool.base)
@@ -325,6 +319,12 @@ def constraint(config: Config) -> str:
     return config.space.constraint
 
 
+def search_examples(config: Config) -> int:
+    """How many of each task steer the search, which may be for a front."""
+    least = config.front.search_examples if config.front.points else 0
+    return max(config.objective.search_examples, least)
+
+
 def settings(config: Config) -> gradient.Settings:
     """How an optimiser goes, as the config says."""
     names = ("optimizer", "learning_rate", "schedule", "steps", "score_every", "smoothing")
@@ -335,7 +335,7 @@ def check_evaluation(config: Config) -> None:
     """The part of `check` that an evaluation of checkpoints needs too."""
     objective(config)
     builders = {name: config.tasks[name].get("builder", "") for name in config.tasks}
-    sizes = config.objective.search_examples, config.objective.test_examples
+    sizes = search_examples(config), config.objective.test_examples
     tasks.check(config.objective.tasks, config.heldout, builders, *sizes)
     pool.check(config.pool.residency, config.pool.storage)
     evaluator.check(**{name: config.evaluate[name] for name in evaluator.FIELDS})

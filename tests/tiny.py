@@ -98,6 +98,7 @@ def run_config(config, pool: Path):
     config.heldout = ("unseen",)
     config.objective.search_examples = 10
     config.objective.test_examples = 20
+    config.front.search_examples = 0
     config.evaluate.batch_size = 8
     config.search.strategy = "CMA_ES"
     config.search.population, config.search.init = 4, ()

@@ -130,7 +130,7 @@ def build_task(config: Config, name: str) -> Task:
     builder = arguments.pop("builder", name)
     build = BUILDERS.get(builder) or _imported(builder, f"tasks.{name}.builder")
     sizes = {
-        "search": config.objective.search_examples,
+        "search": configs.search_examples(config),
         "test": config.objective.test_examples,
     }
     try:

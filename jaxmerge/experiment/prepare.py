@@ -238,7 +238,7 @@ def made_of(config: Config) -> dict[str, Any]:
     merged = [*(plain["merge"][field] for field in fields), plain["space"]["per_checkpoint"]]
     merged += [plain["seed"]] if plain["merge"]["method"] != "linear" else []
     pool = [sources, plain["mesh"], merged, grain]
-    sizes = [objective["search_examples"], objective["test_examples"]]
+    sizes = [configs.search_examples(config), objective["test_examples"]]
     tasks = [plain["tasks"], objective["tasks"], plain["heldout"], sizes]
     strategy = [search[field] for field in ("strategy", "population", "init", "sigma", "params")]
     of_gradient = search["strategy"] == gradient.NAME

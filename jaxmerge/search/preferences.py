@@ -28,6 +28,7 @@ def check(fields: Mapping[str, Any]) -> None:
     points, tasks = fields["front.points"], fields["objective.tasks"]
     check_least("front.points", points, 0)
     check_least("front.steps", fields["front.steps"], 0)
+    check_least("front.search_examples", fields["front.search_examples"], 0)
     check_choice("front.scalarisation", fields["front.scalarisation"], SCALARISATIONS)
     if points and len(tasks) < 2:
         raise JaxmergeError(

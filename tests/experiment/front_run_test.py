@@ -29,7 +29,7 @@ from tests.command import ROOT
 
 def config_of(pool, strategy="gradient"):
     config = tiny.run_config(configs.default(), pool)
-    config.front.points, config.front.steps = 3, 2
+    config.front.points, config.front.steps, config.front.search_examples = 3, 2, 12
     config.search.strategy, config.search.steps, config.search.score_every = strategy, 2, 1
     config.search.minibatch = 4
     config.tasks.text = {"builder": "tests.tiny:text"}
@@ -59,6 +59,7 @@ def check_points(workdir, found):
     box = front.box({task: Range(**of) for task, of in found["objective"]["reference"].items()})
     assert of_front["corner"]["search"] == dict(zip(box.tasks, box.corner_T.tolist()))
     searched = [line for line in log if line["split"] == "search"]
+    assert {count for line in searched for count in line["n"].values()} == {12}  # 10 for a winner
     scores = np.array([[line["scores"][task] for task in box.tasks] for line in searched])
     on_front = {json.dumps(searched[i]["scores"]) for i in pareto.front(scores)}
     assert 1 <= len(of_front["points"]) <= 3

@@ -53,6 +53,7 @@ def test_a_single_task_still_breaks_ties_by_the_others():
         ("front.points", -1, r"front\.points"),
         ("front.steps", -1, r"front\.steps"),
         ("front.scalarisation", "sum", r"front\.scalarisation"),
+        ("front.search_examples", -1, r"front\.search_examples"),
         ("objective.tasks", ["a"], r"objective\.tasks"),
         ("search.subset", 0.5, r"search\.subset"),
         ("space.constraint", "window", r"space\.constraint"),
@@ -61,7 +62,7 @@ def test_a_single_task_still_breaks_ties_by_the_others():
 def test_what_cant_be_is_refused(field, value, said):
     right = {"front.points": 8, "front.steps": 20, "front.scalarisation": "weighted"}
     right |= {"objective.tasks": ["a", "b"], "search.subset": 1.0}
-    right |= {"space.constraint": "softmax"}
+    right |= {"space.constraint": "softmax", "front.search_examples": 0}
     preferences.check(right)
     with pytest.raises(JaxmergeError, match=said):
         preferences.check({**right, field: value})
