@@ -36,15 +36,10 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ.pop(CACHE))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """With several workers slow tests run one after the other: they start processes of their own.
-
-    The others go to the workers file by file.
-    """
-    for item in items:
-        slow = item.get_closest_marker("slow")
-        item.add_marker(pytest.mark.xdist_group("slow" if slow else item.path.stem))
+    """Files with slow tests come first, since workers take a file at a time: none ends the row."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,6 +24,6 @@ for version in "$@"; do
   done
   echo "== Python $version: $(sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9-]*\).*/\1/p' pyproject.toml |
     xargs "$python" -m pip show 2>/dev/null | awk '/^Name:/ {name = $2} /^Version:/ {printf "%s %s  ", name, $2}')"
-  "$python" -m pytest -q -n 2 --dist loadgroup -m 'not slow and not tpu' || failed+=("$version")
+  "$python" -m pytest -q -n 2 --dist loadfile -m 'not slow and not tpu' || failed+=("$version")
 done
 [ ${#failed[@]} -eq 0 ] || { echo "the tests failed with Python ${failed[*]}" >&2; exit 1; }

@@ -6,4 +6,4 @@ bash tools/install.sh test
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/pyright
-.venv/bin/python -m pytest -q -n 2 --dist loadgroup "$@"
+.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
