@@ -20,9 +20,10 @@ install_import_hook("jaxmerge", "beartype.beartype")
 
 
 CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they start, find
-# Directories that compare runs with runs: a third of their time went into optimising programs that
-# run for milliseconds. All others, kernels and several processes, have the programs of users.
-QUICKLY_COMPILED = ("experiment", "report", "search", "sweep")
+# Directories and modules that compare runs with runs: a third of their time went into optimising
+# programs that run for milliseconds. All others, also several processes that find what one finds,
+# have the programs of users.
+QUICKLY_COMPILED = {"experiment", "report", "search", "sweep", "lost_test", "lm_eval_model_test"}
 
 
 def pytest_configure(config):
@@ -67,7 +68,7 @@ def programs_of_a_module(request):
 
     The compiler crashes when there are no more, which it did after 1,400 tests.
     """
-    quickly = request.path.parent.name in QUICKLY_COMPILED
+    quickly = not QUICKLY_COMPILED.isdisjoint((request.path.parent.name, request.path.stem))
     jax.config.update("jax_disable_most_optimizations", quickly)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # for what tests start
     yield

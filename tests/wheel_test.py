@@ -42,7 +42,7 @@ def _installed(directory: Path) -> Path:
     subprocess.run([python, *wheel], check=True)
     (built,) = directory.glob("*.whl")
     pins = f"--constraint={ROOT / 'constraints.txt'}"
-    subprocess.run([python, *pip, "install", pins, built], check=True)
+    subprocess.run([python, *pip, "install", "--no-compile", pins, built], check=True)
     shutil.rmtree(sources)
     return python.parent
 
