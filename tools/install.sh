@@ -15,5 +15,5 @@ if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; the
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "installing into .venv ..."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-  --no-compile --constraint constraints.txt --editable ".${extra:+[$extra]}"  # what is imported compiles then
+  --constraint constraints.txt --editable ".${extra:+[$extra]}"
 echo "$wanted" > "$stamp"

@@ -16,7 +16,7 @@ wanted="$(cat pyproject.toml constraints.txt | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "installing into .venv-newest ..."
   [ -x .venv-newest/bin/python ] || "$python" -m venv .venv-newest
-  .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+  .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
     --editable . pytest pytest-xdist beartype
   echo "$wanted" > "$stamp"
 fi
