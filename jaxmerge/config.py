@@ -266,7 +266,7 @@ def reference() -> str:
     """The fields of a config with their defaults and comments, as they stand in `default`."""
     lines = [line.strip() for line in inspect.getsource(default).splitlines()]
     fields = [line for line in lines if re.match(r"#|config\.\S+ = ", line)]
-    sections = [name for name, value in default().items() if hasattr(value, "lock") and value]
+    sections = [name for name, of in default().to_dict().items() if isinstance(of, dict) and of]
     shown = [line for line in fields if not re.match(rf"config\.({'|'.join(sections)}) = ", line)]
     told = "\n  ".join(["Fields of a config:", *shown])
     return told.replace("ml_collections.ConfigDict()", "{}")

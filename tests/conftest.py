@@ -38,7 +38,7 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, since workers take a file at a time: none ends the row."""
+    """Workers take a file at a time. Those with slow tests come first, so that none begins last."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
