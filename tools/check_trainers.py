@@ -44,8 +44,10 @@ FAMILIES = {
     "levanter": ("llama", "mistral", "qwen2", "qwen3"),
     "tunix": ("llama", "qwen2", "qwen3", "gemma3"),
     **dict.fromkeys(("gemma", "gemma_flat", "gemma_stacked"), _GEMMAS),
-    "maxtext": ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", *_GEMMAS),
-    "maxtext_unscanned": ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", *_GEMMAS),
+    **dict.fromkeys(
+        ("maxtext", "maxtext_unscanned"),
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", *_GEMMAS),
+    ),
 }
 # What the trainers can be told only so.
 _LLAMA31 = {**trainers_test.LLAMA31, "original_max_position_embeddings": 8192}
@@ -58,7 +60,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "tunix": dict.fromkeys(("llama", "qwen3"), _MILLION),
     "maxtext": {
         "llama": {"rope_parameters": _LLAMA31},
-        "mixtral": {"rope_parameters": _PLAIN},
+        **dict.fromkeys(("mistral", "mixtral"), {"rope_parameters": _PLAIN}),
         "qwen3_moe": {"norm_topk_prob": True},
     },
 }
