@@ -4,8 +4,9 @@
     python -m jaxmerge.run --config=configs/smollm2.py --workdir=runs/smollm2
     python tools/verify_export.py --config=configs/smollm2.py --workdir=runs/smollm2
 
-On 2 CPU cores the pool took about 35 minutes, the search 81 beside a little other work. The fine-tunes
-differ in mixture, rate, seed and method; none is good at more than one of the three tasks:
+On 2 CPU cores the pool took about 35 minutes, the search 81 beside a little other
+work. The fine-tunes differ in mixture, rate, seed and method; none is good at more than one of the
+three tasks:
 
     test scores, %              sums      sequence       reorder          mean
     --------------------------------------------------------------------------

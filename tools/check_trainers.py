@@ -60,7 +60,8 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "tunix": dict.fromkeys(("llama", "qwen3"), _MILLION),
     "maxtext": {
         "llama": {"rope_parameters": _LLAMA31},
-        **dict.fromkeys(("mistral", "mixtral"), {"rope_parameters": _PLAIN}),
+        "mistral": {"rope_parameters": _PLAIN},
+        "mixtral": {"rope_parameters": _PLAIN},
         "qwen3_moe": {"norm_topk_prob": True},
     },
 }
