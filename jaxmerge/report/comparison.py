@@ -360,8 +360,10 @@ def _link(directory: Path, out: Path) -> str:
 
 
 def _name(cell: Cell) -> str:
-    """The name of a run, with its link; lines break after the fields that a sweep names it by."""
-    name = text(cell.name).replace(",", ",<wbr>")
+    """The name of a run, with its link; lines break between the fields that a sweep names it by,
+    and before their values.
+    """
+    name = text(cell.name).replace(",", ",<wbr>").replace("=", "=<wbr>")
     return f'<a href="{text(cell.link)}">{name}</a>' if cell.link else name
 
 

@@ -277,7 +277,8 @@ class Page(HTMLParser):
         self.attributes: list[str] = []
         self.text: dict[str, list[str]] = {}
         self._open = ""
-        self.feed(source)
+        # A place where a line may break is none in a text.
+        self.feed(source.replace("<wbr>", ""))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
