@@ -30,32 +30,6 @@ def test_two_processes_find_what_one_finds(pool, tmp_path):
     assert not _said(other, two.command)
 
 
-GRADIENT = """; config.search.strategy, config.space.granularity = "gradient", "leaf"
-; config.baselines = ()
-; config.search.steps, config.search.score_every, config.search.minibatch = 4, 2, 4
-; config.objective.tasks, config.heldout = ("choice",), ()
-; config.analyses.leave_one_out = config.analyses.transfer = False
-""".replace("\n", "")
-
-
-# The weighted sum, and one whose coefficients a method makes.
-CLIMBED = {"linear": "", "multislerp": '; config.merge.method = "multislerp"'}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", CLIMBED.values(), ids=CLIMBED)
-def test_two_processes_climb_as_one_does(pool, tmp_path, method):
-    """Along the same gradients, with models that are spread over both."""
-    shape = {"pop": 1, "data": 1, "fsdp": 2, "tensor": 2}
-    one = Command(tmp_path, pool, mesh(4, **shape) + GRADIENT + method)
-    code, _, err = one.run()
-    assert code == 0, err
-    two = Processes(tmp_path / "two", pool, mesh(2, **shape) + GRADIENT + method)
-    for code, _, err in two.run():
-        assert code == 0, err
-    assert tiny.log(two.command.workdir) == tiny.log(one.workdir)
-
-
 def _said(out: str, command: Command) -> str:
     """The table and what follows, without paths; Gloo prints of its connections before."""
     start = out.find("test scores")
