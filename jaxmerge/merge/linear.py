@@ -263,7 +263,11 @@ class ResidentMerger:
 
     def pullback(self, gradients: PyTree, _: Float[np.ndarray, "C *G K"]) -> Float[Array, "C G K"]:
         """See `Merger`; they are the same at all weights."""
-        return pullback([named_leaves(tree) for tree in self._trees], gradients, self._groups)
+        return pullback(self._named, gradients, self._groups)
+
+    @functools.cached_property
+    def _named(self) -> list[dict[str, Array]]:
+        return [named_leaves(tree) for tree in self._trees]
 
     def _program(self, *, into: bool) -> Callable[..., PyTree]:
         return program(self._trees[0], population=True, into=into, groups=self._groups)
