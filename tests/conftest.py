@@ -24,7 +24,7 @@ CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they st
 # programs that run for milliseconds. All others, also several processes that find what one finds,
 # have the programs of users.
 QUICKLY_COMPILED = {"experiment", "report", "search", "sweep"}
-QUICKLY_COMPILED |= {"climb_test", "lost_test", "lm_eval_model_test"}
+QUICKLY_COMPILED |= {"check_device_test", "climb_test", "lost_test", "lm_eval_model_test"}
 
 
 def pytest_configure(config):
