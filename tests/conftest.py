@@ -25,6 +25,7 @@ CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they st
 # have the programs of users.
 QUICKLY_COMPILED = {"experiment", "report", "search", "sweep"}
 QUICKLY_COMPILED |= {"check_device_test", "climb_test", "lost_test", "lm_eval_model_test"}
+QUICKLY_COMPILED |= {"python_guide_test"}
 
 
 def pytest_configure(config):
