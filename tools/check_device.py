@@ -8,9 +8,10 @@ side by side and one after the other, and a gradient step against a pass forward
 examples. One table, and below it the fields of a config with which a candidate took least time.
 Ends with 1 where device and CPU differ by more than rounding.
 
-Measured is the first device that JAX has; several work side by side, each as this one. Times are
-medians, without compiling. On a machine that does other work too they say little. JAX must have
-both devices: where JAX_PLATFORMS is set, it is to be `cuda,cpu` or `tpu,cpu`.
+Measured is the first device that JAX has; several work side by side, each as this one, and
+`candidates_per_step` is then to be so many times as many. Times are medians, without compiling. On
+a machine that does other work too they say little. JAX must have both devices: where JAX_PLATFORMS
+is set, it is to be `cuda,cpu` or `tpu,cpu`.
 """
 
 from __future__ import annotations
