@@ -20,12 +20,13 @@ install_import_hook("jaxmerge", "beartype.beartype")
 
 
 CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they start, find
-# Directories and modules that compare runs with runs: a third of their time went into optimising
+# Directories and modules that compare runs with runs, or what is said: a third of their time went into optimising
 # programs that run for milliseconds. All others, also several processes that find what one finds,
 # have the programs of users.
-QUICKLY_COMPILED = {"experiment", "report", "search", "sweep"}
-QUICKLY_COMPILED |= {"check_device_test", "climb_test", "lost_test", "lm_eval_model_test"}
-QUICKLY_COMPILED |= {"python_guide_test"}
+QUICKLY_COMPILED = {
+    *("experiment", "report", "search", "sweep"),
+    *("check_device_test", "climb_test", "lm_eval_model_test", "lost_test", "python_guide_test"),
+}
 
 
 def pytest_configure(config):

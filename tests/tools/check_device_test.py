@@ -29,24 +29,25 @@ def test_a_table_with_the_best_settings(tmp_path, capsys):
     }
 
 
-@pytest.mark.parametrize("part", ["_merged", "_logits_and_derivatives"])
-def test_what_differs_is_wrong(monkeypatch, part):
+@pytest.mark.parametrize(
+    ("part", "spoiled", "wrong"),
+    [
+        ("_merged", lambda bits: bits + np.ones_like(bits), ["merge of float32"]),
+        (
+            "_logits_and_derivatives",
+            lambda found: [1.001 * each for each in found],
+            [f"{name} in float32, highest precision" for name in ("logits", "derivatives")],
+        ),
+    ],
+)
+def test_what_differs_is_wrong(monkeypatch, part, spoiled, wrong):
     right, calls = getattr(check_device, part), []
 
-    def once_wrong(dtype):
-        """The device is asked first."""
-        found = right(dtype)
+    def first_spoiled(dtype):
+        """The device is asked before the CPU."""
         calls.append(dtype)
-        wrong = len(calls) == 1
-        return (
-            [each * (1 + wrong * 1e-3) for each in found]
-            if isinstance(found, list)
-            else (found + np.asarray(wrong, found.dtype))
-        )
+        return spoiled(right(dtype)) if len(calls) == 1 else right(dtype)
 
-    monkeypatch.setattr(check_device, part, once_wrong)
-    rows = [*check_device.agreements(jax.devices()[0])]
-    first = {"_merged": ["merge of float32"]}.get(
-        part, ["logits in float32, highest precision", "derivatives in float32, highest precision"]
-    )
-    assert [row.what for row in rows if row.right is False] == first
+    monkeypatch.setattr(check_device, part, first_spoiled)
+    rows = check_device.agreements(jax.devices()[0])
+    assert [row.what for row in rows if row.right is False] == wrong
