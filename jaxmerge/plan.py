@@ -29,9 +29,10 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import jax
@@ -109,32 +110,52 @@ def plan(config: Config, topology: str = THIS) -> Answer:
     """
     of = chips.topology(topology)
     spawn = multiprocessing.get_context("spawn")  # JAX, here perhaps at work already, starts anew
-    with (
-        tempfile.NamedTemporaryFile("r") as said,
-        ProcessPoolExecutor(1, mp_context=spawn) as process,
-    ):
+    # No ProcessPoolExecutor: a process that ends at once complains of a pool's semaphores.
+    here, there = spawn.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("r") as said:
+        process = spawn.Process(target=_apart, args=(there, config, of, said.name))
+        resource_tracker.ensure_running()  # by `start` it would be, which lets SIGINT in again
         # Ctrl-C reaches both; this one answers it, and the other ends with this one.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            answer = process.submit(_answer, config, of, said.name)
+            process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        there.close()
         try:
-            return answer.result()
-        except BrokenProcessPool as broken:
+            answer, trace = here.recv()
+        except EOFError:
             raise JaxmergeError(
                 "the compiler ended its process",
                 where=f"--topology={topology}",
                 expected="another topology or mesh; if it ends for all of them, please report it",
                 found=said.read()[-2000:].strip(),
-            ) from broken
+            ) from None
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.join()
+            here.close()
+    if isinstance(answer, Exception):
+        raise answer from RuntimeError(trace)
+    return answer
 
 
-def _answer(config: Config, of: Topology, said: str) -> Answer:
-    """`plan`, in a process of its own whose complaints go to the file `said`."""
+def _apart(there: Connection, config: Config, of: Topology, said: str) -> None:
+    """Sends the answer, or the error and its trace; complaints of this process go to `said`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(said, "w") as file:
         os.dup2(file.fileno(), 2)
+    try:
+        message = _answer(config, of), ""
+    except Exception as error:
+        message = error, traceback.format_exc()
+    there.send(message)
+
+
+def _answer(config: Config, of: Topology) -> Answer:
+    """`plan`, in this process."""
     configs.check(config)
     _set_up(config, of)
     job, layout, machine = job_of(config), layout_of(config), _machine(of)

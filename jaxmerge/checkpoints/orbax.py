@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -58,7 +59,7 @@ def save(
 
     Raises:
         JaxmergeError: there is something at `path`, or it can't be written; what is carried can't
-            be read.
+            be read; a leaf has 64 bits.
     """
     path = absolute(path)
     with at(path):
@@ -66,6 +67,7 @@ def save(
             raise JaxmergeError(
                 "there is something here already", where=str(path), expected="a path that is free"
             )
+    parameters.check_width(str(path), params)
     checksums: dict[str, str] = {}
     make = leaf or named_leaves(params).__getitem__
 
@@ -87,8 +89,7 @@ def save(
         custom, item = {**like.custom, **custom}, like.item
         if like.carried:
             carried = _load(like, _repeated(like.carried, params))
-            kept = jax.tree.map(lambda of: Later(lambda: of, of.shape, of.dtype), carried)
-            tree = parameters.joined(tree, kept)
+            tree = parameters.joined(tree, jax.tree.map(_kept, carried))
         tree = parameters.under(tree, like.subtree)
     with at(path), _system_errors():
         orbax_writing.write(path, item, tree, custom)
@@ -131,7 +132,7 @@ def describe(
 
     Raises:
         JaxmergeError: the metadata can't be read, or hold no such item or subtree; it is not clear
-            which item or subtree holds the parameters.
+            which item or subtree holds the parameters; a parameter has 64 bits.
     """
     directory, item = _which(path, item, subtree)
     if item and subtree.split("/")[0] == item and len(_items(directory)) > 1:
@@ -153,6 +154,7 @@ def describe(
         )
     checksums = ours.get("checksums", {}) if found == ours.get("subtree", "") else {}
     abstract, carried = parameters.split(whole, checksums)
+    parameters.check_width(where, abstract)
     return Source(
         name=name,
         path=str(directory),
@@ -212,14 +214,29 @@ def _load(source: Source, abstract: PyTree) -> PyTree:
     return parameters.at(source.path, tree, source.subtree)
 
 
+def _kept(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):  # which Orbax tells apart
+        return leaf
+    return Later(lambda: leaf, leaf.shape, leaf.dtype)
+
+
 def _repeated(abstract: PyTree, beside: PyTree) -> PyTree:
-    """The leaves with a sharding: whole on every device that others lie on."""
+    """The leaves with a sharding: whole on every device that others lie on.
+
+    Those of 64 bits, which JAX would cut, are asked for as NumPy's.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     where = getattr(jax.tree.leaves(beside)[0], "sharding", None) or here
     if isinstance(where, NamedSharding):
         where = NamedSharding(where.mesh, PartitionSpec())
+    wide = (np.int64, np.uint64)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract
+        lambda leaf: (
+            np.empty(leaf.shape, leaf.dtype)
+            if leaf.dtype in wide
+            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        ),
+        abstract,
     )
 
 

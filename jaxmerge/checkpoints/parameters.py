@@ -154,14 +154,30 @@ def header(where: str, shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtyp
         JaxmergeError: it is of a type that JAX does not have.
     """
     if dtype != jnp.bfloat16 and (dtype.kind not in "biuf" or dtype.itemsize > 4):
-        raise JaxmergeError(
-            "the array is of a type that can't be merged",
-            where=where,
-            expected="booleans or numbers of 32 bits at most, which JAX has: "
-            "array.astype(numpy.float32) before it is saved",
-            found=str(dtype),
-        )
+        raise _unknown(where, dtype)
     return jax.ShapeDtypeStruct(tuple(shape), dtype.newbyteorder("="))
+
+
+def check_width(where: str, abstract: PyTree) -> None:
+    """Raises `JaxmergeError` where a leaf has more than 32 bits: JAX would cut it without a word.
+
+    Args:
+        where: the checkpoint, for messages.
+        abstract: tree of arrays or of `ShapeDtypeStruct`.
+    """
+    for name, leaf in named_leaves(abstract).items():
+        if leaf.dtype.itemsize > 4:
+            raise _unknown(f"{where}, leaf {name}", leaf.dtype)
+
+
+def _unknown(where: str, dtype: np.dtype) -> JaxmergeError:
+    return JaxmergeError(
+        "the array is of a type that can't be merged",
+        where=where,
+        expected="booleans or numbers of 32 bits at most, which JAX has: "
+        "array.astype(numpy.float32) before it is saved",
+        found=str(dtype),
+    )
 
 
 def under(tree: PyTree, path: str) -> PyTree:

@@ -77,7 +77,7 @@ def sampler(
     _try(name, live, np.zeros((2 * population, T)))
 
     def init(seed: int) -> State:
-        return {"told": np.zeros((0, T))}
+        return {"told": np.zeros((0, T), np.float32)}
 
     def ask(seed: int, generation: int, state: State) -> tuple[np.ndarray, State]:
         z_PxD = live.ask(seed, generation, np.asarray(state["told"]))
@@ -86,7 +86,7 @@ def sampler(
     def tell(
         seed: int, generation: int, z_PxD: np.ndarray, fitness: np.ndarray, state: State
     ) -> State:
-        told = np.asarray(fitness, np.float64).reshape(len(z_PxD), T)
+        told = np.asarray(fitness, np.float32).reshape(len(z_PxD), T)
         told = np.where(np.isfinite(told), told, -WORST)
         return {"told": np.concatenate([np.asarray(state["told"]), told])}
 

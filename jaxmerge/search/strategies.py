@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from jaxmerge.errors import JaxmergeError
 
-State = Any  # a pytree of arrays
+State = Any  # a pytree of arrays of 32 bits at most, as they are saved
 
 _SVES = ("SV_CMA_ES", "SV_Open_ES")  # several populations that repel each other
 _SV_POPULATIONS = 2

@@ -121,9 +121,9 @@ def surrogate(
     def tell(
         seed: int, generation: int, z_PxD: np.ndarray, fitness: np.ndarray, state: State
     ) -> State:
-        return {"told": np.array(generation + 1)}  # all else is in what is known
+        return {"told": np.int32(generation + 1)}  # all else is in what is known
 
-    return Strategy(population, lambda seed: {"told": np.array(0)}, ask, tell, by_task=tasks > 1)
+    return Strategy(population, lambda seed: {"told": np.int32(0)}, ask, tell, by_task=tasks > 1)
 
 
 def _preferences(tasks: int, population: int, rng: np.random.Generator) -> Float[np.ndarray, "P T"]:

@@ -237,6 +237,23 @@ def test_keys_with_slashes(tmp_path, residency):
         assert_same(leaf(name), expected)
 
 
+def test_a_counter_of_64_bits_is_kept(tmp_path):
+    count = np.int64(2**40 + 5)
+    paths = [save_flat(tmp_path / name, {**weights(0), "step": count}) for name in "ab"]
+    with v0.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(merged(tmp_path / "out", *paths, weights=(0.5, 0.5)))
+    assert found["step"] == count
+
+
+def test_parameters_of_64_bits_are_refused(tmp_path):
+    wide = {"w": np.ones(2), "b": np.ones(2, np.float32)}
+    with pytest.raises(JaxmergeError, match="leaf w: the array is of a type that"):
+        describe(save_flat(tmp_path / "theirs", wide))
+    with pytest.raises(JaxmergeError, match="leaf w: the array is of a type that"):
+        orbax.save(tmp_path / "ours", wide)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_names_that_collide_are_refused(tmp_path):
     tree = {"a/b": {"c": jnp.ones(2)}, "a": {"b/c": jnp.zeros(2)}}
     with pytest.raises(JaxmergeError, match="same name"):

@@ -37,9 +37,9 @@ def writing(_: Process, workdir: Path) -> bool:
 
 
 def compiling(process: Process, _: Path) -> bool:
-    """It says so before it does."""
-    assert process.stderr
-    return "compiling" in process.stderr.readline()
+    """The process that compiles is at work: what it complains of goes to a file."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return any(Path(f"/proc/{child}/fd/2").resolve().is_file() for child in children)
 
 
 HALF = "orbax.orbax-checkpoint-tmp"
