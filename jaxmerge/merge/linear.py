@@ -102,7 +102,8 @@ def of_population(
 
     Args:
         merge: the merge of a leaf for one candidate.
-        stored: what it is made of: arrays with the axes of the leaf, the last of any size.
+        stored: what it is made of: arrays with the axes of the leaf, the last of any size; the
+            first array is like what is made.
         weights_PxK: of the candidates; `[P, L, K]` where slices of the leaf have weights of their
             own.
         rows: of the leaf, axes but the last taken as one, that are merged at a time; 0: all. Where
@@ -112,15 +113,15 @@ def of_population(
     of_candidates = jax.vmap(merge, in_axes=(None, 0))
     if not rows:
         return of_candidates(stored, weights_PxK)
-    *axes, _ = jax.tree.leaves(stored)[0].shape
+    *axes, D = jax.tree.leaves(stored)[0].shape
     P, R = len(weights_PxK), math.prod(axes)
     stored = jax.tree.map(lambda each: each.reshape(R, each.shape[-1]), stored)
     if spare is None:
-        # A row of each candidate rather than zeros: it varies over the axes of the mesh that the
-        # result varies over.
-        first_PxK = weights_PxK if weights_PxK.ndim == 2 else weights_PxK[:, 0]
-        row = of_candidates(jax.tree.map(lambda each: each[:1], stored), first_PxK)
-        spare = jnp.broadcast_to(row, (P, R, row.shape[-1]))
+        # Of a row and of weights rather than zeros: it varies over the axes of the mesh that the
+        # result varies over. Not a merged row: a TPU tiles a whole 8-bit array anew to cut a row.
+        first = jax.tree.leaves(stored)[0][:1]
+        row = (weights_PxK.reshape(P, -1)[:, :1, None] * first[None]).astype(first.dtype)
+        spare = jnp.broadcast_to(row, (P, R, D))
 
     def some_rows(i: Array, merged_PxRxD: Array) -> Array:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * rows, slice_size=rows)
@@ -131,9 +132,9 @@ def of_population(
         made = of_candidates(jax.tree.map(cut, stored), these_PxK)
         return jax.lax.dynamic_update_slice_in_dim(merged_PxRxD, made, i * rows, axis=1)
 
-    merged_PxRxD = spare.reshape(P, R, spare.shape[-1])
+    merged_PxRxD = spare.reshape(P, R, D)
     merged_PxRxD = jax.lax.fori_loop(0, R // rows, some_rows, merged_PxRxD)
-    return merged_PxRxD.reshape(P, *axes, spare.shape[-1])
+    return merged_PxRxD.reshape(P, *axes, D)
 
 
 def rows_at_a_time(
