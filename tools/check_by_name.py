@@ -18,30 +18,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools.trainer_environments import environment
+
 HERE = Path(__file__).resolve().parent
-PACKAGES = {
-    "kauldron": ("kauldron",),
-    # EasyDeL 0.3.0 imports these without naming them, whatever the model is.
-    "easydel": ("easydel", "pillow", "torch", "torchvision"),
-}
+TRAINERS = ("kauldron", "easydel")
 WEIGHTS = ("1,0", "0.25,0.75")
-
-
-def environment(trainer: str, directory: Path, make_with: str) -> str:
-    """The Python of an environment with the trainer's packages, made if it is not there."""
-    at = directory / f"env-{trainer}"
-    if not at.exists():
-        subprocess.run([make_with, "-m", "venv", at], check=True)
-        pip = [at / "bin" / "python", "-m", "pip", "install", "-q"]
-        # pip 23 had not found versions for Kauldron's dependencies after two minutes.
-        subprocess.run([*pip, "-U", "pip"], check=True)
-        subprocess.run([*pip, *PACKAGES[trainer]], check=True)
-    return str(at / "bin" / "python")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trainer", choices=PACKAGES)
+    parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--python", help="of an environment that is there")
     parser.add_argument("--make-with", default=sys.executable)

@@ -8,9 +8,7 @@ Its logits are compared with those of the package's decoder and of transformers 
 Ends with 1 where they differ.
 
 The trainer runs in an environment of its own, `DIR/env-TRAINER`, which the first run makes with
-Python 3.12 (`python3.12`, or what `--make-with` names), unless `--python` is that of one. MaxText
-0.2.5 names none of its dependencies: make one by hand, with jax, transformers and what its imports
-ask for.
+Python 3.12 (`python3.12`, or what `--make-with` names), unless `--python` is that of one.
 """
 
 import argparse
@@ -33,11 +31,8 @@ from jaxmerge.checkpoints.survey import find
 from jaxmerge.experiment.merge import merge
 from jaxmerge.models.decoder import decoder
 from tests.checkpoints import trainers_test
+from tools.trainer_environments import environment
 
-PACKAGES = {
-    **{"tunix": "google-tunix", "gemma": "gemma", "maxtext": "maxtext"},
-    "levanter": "marin-levanter",  # by the name of `levanter` there is one of 2023
-}
 STORED = {"levanter": "zarr"}  # others than Orbax
 _GEMMAS = ("gemma2", "gemma3")
 FAMILIES = {
@@ -68,15 +63,6 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 # Of the largest logit. All compute in float32, in orders of their own: through up to 8 layers some
 # hundred roundings of 6e-8 add up.
 TOLERANCE = 2e-5
-
-
-def environment(trainer: str, directory: Path, make_with: str) -> str:
-    """The Python of an environment with the trainer's package, made if it is not there."""
-    at = directory / f"env-{trainer}"
-    if not at.exists():
-        subprocess.run([make_with, "-m", "venv", at], check=True)
-        subprocess.run([at / "bin" / "pip", "install", "-q", PACKAGES[trainer]], check=True)
-    return str(at / "bin" / "python")
 
 
 def prepare(trainer: str, family: str, at: Path) -> None:
