@@ -1,7 +1,9 @@
 """Whole plans: for CPU devices and for TPU slices that are not there, and what is refused."""
 
+import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -336,3 +338,17 @@ def test_refusals_say_what_would_suffice():
     assert "the mesh has no place" in str(error)
     assert error.expected == "x = 1 on v5e:1x1; or v5e:2x2, the smallest slice that suffices"
     assert "no slice" in plans.refusal(Answer(None, "m", "", ""), "v5e:1x1").expected
+
+
+def ends_its_process(**_):
+    """A task's builder, in place of a compiler that aborts."""
+    os.write(2, b"F0000 layouts do not fit")
+    os._exit(134)
+
+
+def test_a_compiler_that_ends_its_process(config):
+    config = copy.deepcopy(config)
+    config.tasks.generation = {"builder": "tests.plan_test:ends_its_process"}
+    with pytest.raises(JaxmergeError, match="the compiler ended its process") as caught:
+        plan(config)
+    assert caught.value.found == "F0000 layouts do not fit"
