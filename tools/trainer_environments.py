@@ -5,7 +5,8 @@ from pathlib import Path
 
 PACKAGES = {
     "tunix": ["google-tunix"],
-    "gemma": ["gemma"],
+    # Later ones want protobuf 7, and tensorflow, of whose data sets gemma has its own, 6.
+    "gemma": ["gemma", "sentencepiece<0.2.2"],
     "levanter": ["marin-levanter"],  # by the name of `levanter` there is one of 2023
     "kauldron": ["kauldron"],
     # EasyDeL 0.3.0 imports these without naming them, whatever the model is.
