@@ -202,9 +202,11 @@ def train_pool(
     return pool
 
 
-def score(model: Model, pool: Mapping[str, Params], seed: int) -> dict[str, dict[str, float]]:
-    """Mean score of every checkpoint on every task's `search` split; `test` stays unseen."""
-    tasks = [build(seed=seed, train=0, test=0) for build in TASKS.values()]
+def score(
+    model: Model, pool: Mapping[str, Params], seed: int, count: int
+) -> dict[str, dict[str, float]]:
+    """Mean scores of the checkpoints on `count` search examples a task; `test` stays unseen."""
+    tasks = [build(seed=seed, train=0, search=count, test=0) for build in TASKS.values()]
     evaluator = Evaluator(
         merger(tuple(pool.values())),
         model,
@@ -261,6 +263,7 @@ def make_pool(
             raise JaxmergeError("there is something here already", where=str(path))
     model = decoder(ARCHITECTURE)
     trunk, stages = (SMALL_TRUNK, SMALL_BRANCHES) if small else (TRUNK, BRANCHES)
+    count = 16 if small else 192
     pool = train_pool(model, trunk, stages, seed)
     branches = {name: params for name, params in pool.items() if name != "trunk"}
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -272,8 +275,8 @@ def make_pool(
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"\n{out}: scores on the search split, in percent; * best of the column, (held out)\n")
-    print(table(score(model, branches, seed)))
+    print(f"\n{out}: scores on {count} search examples, in percent; * best, (held out)\n")
+    print(table(score(model, branches, seed, count)))
 
 
 def main(argv: list[str]) -> None:
