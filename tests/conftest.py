@@ -20,11 +20,12 @@ install_import_hook("jaxmerge", "beartype.beartype")
 
 
 CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they start, find
-# Directories and modules that compare runs with runs, or look at what is said: a third of their
-# time went into optimising programs that run for milliseconds. All others, also several processes
-# that find what one finds, have the programs of users.
+# Directories and modules that compare runs with runs, or models and scores with what others make of
+# them, or look at what is said: a third of their time went into optimising programs that run for
+# milliseconds. All others, also several processes that find what one finds, and the tools on real
+# models, have the programs of users.
 QUICKLY_COMPILED = {
-    *("experiment", "report", "search", "sweep"),
+    *("evaluation", "experiment", "models", "report", "search", "sweep"),
     *("check_device_test", "climb_test", "lm_eval_model_test", "lost_test", "python_guide_test"),
 }
 
