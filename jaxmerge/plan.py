@@ -149,7 +149,7 @@ def _apart(there: Connection, config: Config, of: Topology, said: str) -> None:
         os.dup2(file.fileno(), 2)
     try:
         message = _answer(config, of), ""
-    except Exception as error:
+    except Exception as error:  # any: `plan` raises it again, in the process that asked
         message = error, traceback.format_exc()
     there.send(message)
 
