@@ -26,7 +26,8 @@ CACHE = "JAXMERGE_TESTS_CACHE"  # a directory that all workers, and what they st
 # models, have the programs of users.
 QUICKLY_COMPILED = {
     *("evaluation", "experiment", "models", "report", "search", "sweep"),
-    *("check_device_test", "climb_test", "lm_eval_model_test", "lost_test", "python_guide_test"),
+    *("bench_strategies_test", "check_device_test", "climb_test", "lm_eval_model_test"),
+    *("lost_test", "python_guide_test"),
 }
 
 

@@ -2,8 +2,8 @@
 
     python -m tools.bench_front --out=DIR
 
-Makes a run of --mode=front for each way and each seed of the search, one after the other, and then
-the table of docs/front.md. The same command goes on where it was stopped; a run that is finished in
+Makes a run for each way and each seed of the search, one after the other, and then the table of
+docs/front.md. The same command goes on where it was stopped; a run that is finished in
 DIR is not made again. With --tables nothing is run.
 
 What is compared is the hypervolume on test of the points of each front: they are chosen by the same
@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxmerge.experiment.held import Held
 from tools.bench_strategies import directory, interval, make, markdown
 
 PLAIN = ("CMA-ES, no front", "gradient, no front")  # what the others are compared with
@@ -49,19 +49,15 @@ _COMMON = {
 }
 
 
-def command(args: argparse.Namespace, way: str, seed: int) -> list[str]:
-    """The command of a run."""
+def arguments(args: argparse.Namespace, way: str, seed: int) -> list[str]:
+    """What the command line of a run says of its config."""
     fields = {
         **_COMMON,
         **{"seed": seed, "search.budget_tokens": args.tokens, "front.points": args.points},
         **WAYS[way],
     }
-    return [
-        *(sys.executable, "-m", "jaxmerge.run", "--mode=front", f"--config={args.config}"),
-        f"--workdir={directory(args.out, way, seed)}",
-        *(f"--config.{name}={value}" for name, value in fields.items()),
-        *args.set,
-    ]
+    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [f"--config={args.config}", *given, *args.set]
 
 
 def found(workdir: Path) -> dict[str, float]:
@@ -122,9 +118,10 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
+    held = Held()
     for seed in () if args.tables else range(args.seeds):
         for way in args.ways:
-            make(directory(args.out, way, seed), command(args, way, seed))
+            make(directory(args.out, way, seed), arguments(args, way, seed), held)
     runs: dict[str, dict[int, dict[str, float]]] = {}
     for way in WAYS:
         for seed in range(args.seeds):

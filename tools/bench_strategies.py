@@ -2,17 +2,18 @@
 
     python tools/bench_strategies.py --out=DIR
 
-Makes a run for each way and each seed of the search, in processes of their own, one after the
-other, and then the tables of docs/strategies.md. The same command goes on where it was stopped, and
-a run that is finished in DIR is not made again; with more --seeds, only those that are new. With
---tables nothing is run, and the tables are those of what is finished.
+Makes a run for each way and each seed of the search, one after the other, and then the tables of
+docs/strategies.md. As in a sweep, the pool is loaded once, and what several runs score is scored
+once. The same command goes on where it was stopped, and a run that is finished in DIR is not made
+again; with more --seeds, only those that are new. With --tables nothing is run, and the tables are
+those of what is finished.
 
 Every run has the same pool, the same examples and the same --tokens; gradients take as many steps
 as these are enough for. How tokens are counted stands in docs/searching.md, "Budgets in tokens".
 
-A pool of SmolLM2 (an hour and more for each run on 2 cores), with fewer seeds:
+A pool of SmolLM2, with fewer seeds, as each run takes long there; see docs/strategies.md:
 
-    python tools/bench_strategies.py --out=DIR --config=configs/smollm2.py --tokens=500000 --seeds=3
+    python tools/bench_strategies.py --out=DIR --config=configs/smollm2.py --tokens=300000 --seeds=1
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import argparse
 import json
 import os
 import platform
-import subprocess
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,12 +30,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import flags
+from ml_collections import config_flags
 from scipy import stats as scipy_stats
 
+from jaxmerge.experiment.held import Held
+from jaxmerge.experiment.search import search
 from jaxmerge.scores import pareto, stats
 from jaxmerge.scores.objective import Objective, from_plain
 
-ROOT = Path(__file__).parents[1]
 PLAIN = "CMA-ES"  # what all others are compared with: the paper's method
 
 _WARM = {"search.warm_start": "gradient", "search.steps": 24}  # leaves a good half of the tokens
@@ -101,8 +105,8 @@ class Found(NamedTuple):
 Runs = Mapping[str, Mapping[int, Found]]  # by way and seed
 
 
-def command(args: argparse.Namespace, way: str, seed: int) -> list[str]:
-    """The command of a run."""
+def arguments(args: argparse.Namespace, way: str, seed: int) -> list[str]:
+    """What the command line of a run says of its config."""
     baselines = BASELINES if way == PLAIN else BASELINES[:-1]
     fields = {
         **_COMMON,
@@ -113,12 +117,8 @@ def command(args: argparse.Namespace, way: str, seed: int) -> list[str]:
         **({"pool.checkpoints": (args.pool,)} if args.pool else {}),
         **WAYS[way],
     }
-    return [
-        *(sys.executable, "-m", "jaxmerge.run"),
-        *(f"--config={args.config}", f"--workdir={directory(args.out, way, seed)}"),
-        *(f"--config.{name}={value}" for name, value in fields.items()),
-        *args.set,
-    ]
+    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [f"--config={args.config}", *given, *args.set]
 
 
 def directory(out: Path, way: str, seed: int) -> Path:
@@ -126,17 +126,22 @@ def directory(out: Path, way: str, seed: int) -> Path:
     return out / f"{way.replace(',', '').replace(' ', '-')}-{seed}"
 
 
-def make(workdir: Path, asked: Sequence[str]) -> None:
-    """Makes a run by its command, unless it is finished; its output goes to a file beside it."""
+def make(workdir: Path, given: Sequence[str], held: Held) -> None:
+    """Makes a run, unless it is finished.
+
+    Args:
+        workdir: its run directory.
+        given: see `arguments`.
+        held: what the runs before it have left.
+    """
     if (workdir / "results.json").exists():
         return
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=parsed, sys_argv=["", *given])
+    parsed(["", *given])
     started, load = time.perf_counter(), os.getloadavg()[0]
-    log = workdir.with_suffix(".log")
-    with log.open("w") as stream:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        made = subprocess.run(asked, cwd=ROOT, stdout=stream, stderr=stream, env=environment)
-    if made.returncode:
-        sys.exit(f"{' '.join(asked)}\nended with exit code {made.returncode}; see {log}")
+    command = ["python", "-m", "jaxmerge.run", *given, f"--workdir={workdir}"]
+    search(parsed["config"].value, str(workdir), shlex.join(command), held)
     seconds = time.perf_counter() - started
     (workdir / "bench.json").write_text(json.dumps({"load": load, "wall": round(seconds, 1)}))
     print(f"{workdir.name}: {seconds:.0f} s, load {load:.1f} before", flush=True)
@@ -370,9 +375,10 @@ def main() -> None:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
+    held = Held()
     for seed in seeds if not args.tables else ():
         for way in args.ways:
-            make(directory(args.out, way, seed), command(args, way, seed))
+            make(directory(args.out, way, seed), arguments(args, way, seed), held)
     report(args, seeds)
 
 

@@ -1,11 +1,14 @@
 """What tools/bench_strategies.py makes of runs."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 
+from jaxmerge.experiment.held import Held
 from jaxmerge.scores.objective import define
+from tests import tiny
 from tests.report.fabricated import TASKS, add_analyses, fabricate
 from tools import bench_strategies as bench
 
@@ -63,3 +66,39 @@ def test_what_a_run_says(tmp_path):
     assert 0.2 < found.hypervolume < 1
     weights = np.array([*results["best"]["weights"].values()])
     assert found.nonzero == np.mean(np.abs(weights) > 0.01)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by ml_collections
+def test_ways_are_runs_that_share_what_they_score(tmp_path):
+    """Each with its fields of the config; a run that is finished is not made again."""
+    tiny.pool(tmp_path / "pool")
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from jaxmerge import config\nfrom tests import tiny\n\n"
+        f"get_config = lambda: tiny.run_config(config.default(), {str(tmp_path / 'pool')!r})\n"
+    )
+    given = ["--config.objective.search_examples=4", "--config.objective.test_examples=6"]
+    args = argparse.Namespace(config=config, pool="", tokens=800, out=tmp_path, set=given)
+    held, ways = Held(), (bench.PLAIN, "SNES by leaf")
+    for way in (*ways, *ways):
+        bench.make(bench.directory(tmp_path, way, 1), bench.arguments(args, way, 1), held)
+    told = {}
+    for way in ways:
+        directory = bench.directory(tmp_path, way, 1)
+        made = json.loads((directory / "config.json").read_text())
+        assert made["seed"] == 1
+        assert {field: _at(made, field) for field in bench.WAYS[way]} == bench.WAYS[way]
+        assert 0 < bench.found(directory, "search").tokens <= 800
+        told[way] = json.loads((directory / "results.json").read_text())
+    first, second = told.values()
+    assert "--config.search.strategy=SNES" in second["command"]
+    assert first["individuals"] == second["individuals"]
+    assert second["seconds"]["individuals"] < first["seconds"]["individuals"] / 2
+    assert {*bench.collected(tmp_path, [0, 1])} == {*ways, *bench.BASELINES}
+
+
+def _at(plain, field):
+    """A field of a plain config by its path."""
+    for name in field.split("."):
+        plain = plain[name]
+    return plain
