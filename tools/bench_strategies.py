@@ -39,7 +39,7 @@ from jaxmerge.experiment.search import search
 from jaxmerge.scores import pareto, stats
 from jaxmerge.scores.objective import Objective, from_plain
 
-PLAIN = "CMA-ES"  # what all others are compared with: the paper's method
+PLAIN = "CMA-ES"  # the paper's method; its runs have the random draws too
 
 _WARM = {"search.warm_start": "gradient", "search.steps": 24}  # leaves a good half of the tokens
 
@@ -219,8 +219,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return float(np.mean(values) - wide), float(np.mean(values) + wide)
 
 
-def summary(runs: Runs, objective: Objective) -> dict[str, Any]:
-    """Of each way the means over its seeds, and how it compares with `PLAIN`."""
+def summary(runs: Runs, objective: Objective, against: str = PLAIN) -> dict[str, Any]:
+    """Of each way the means over its seeds, and how it compares with the way `against`."""
     said: dict[str, Any] = {}
     for way, by_seed in runs.items():
         each = [*by_seed.values()]
@@ -238,8 +238,8 @@ def summary(runs: Runs, objective: Objective) -> dict[str, Any]:
             "hypervolume": float(np.mean([one.hypervolume for one in each])),
             "nonzero": float(np.mean([one.nonzero for one in each])),
         }
-        if way != PLAIN and PLAIN in runs:
-            told["over"] = _paired(by_seed, runs[PLAIN], objective)
+        if way != against and against in runs:
+            told["over"] = _paired(by_seed, runs[against], objective)
         said[way] = told
     return said
 
@@ -280,15 +280,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def tables(said: Mapping[str, Any], single: Mapping[str, float]) -> str:
+def tables(said: Mapping[str, Any], single: Mapping[str, float], against: str = PLAIN) -> str:
     """The summary as Markdown.
 
     Args:
         said: see `summary`.
+        against: see `summary`.
         single: held-out scores of the best single checkpoint, by task.
     """
     heldout = [*single]
-    header = ["way", "test", f"over {PLAIN}, examples", "seeds", *heldout, "tokens", "seconds"]
+    header = ["way", "test", f"over {against}, examples", "seeds", *heldout, "tokens", "seconds"]
     rows = []
     for way, told in said.items():
         over = told.get("over") or {}
@@ -341,7 +342,7 @@ def report(args: argparse.Namespace, seeds: Sequence[int]) -> None:
         return
     first = directory(args.out, PLAIN, next(iter(runs[PLAIN])))
     results = json.loads((first / "results.json").read_text())
-    said = summary(runs, from_plain(results["objective"]))
+    said = summary(runs, from_plain(results["objective"]), args.against)
     single = next((one["heldout"] for one in results["individuals"] if one["heldout"]), {})
     loads = [json.loads(path.read_text())["load"] for path in args.out.glob("*/bench.json")]
     machine = {
@@ -354,7 +355,7 @@ def report(args: argparse.Namespace, seeds: Sequence[int]) -> None:
     path = args.out / "bench_strategies.json"
     path.write_text(json.dumps({**record, "single": single, "ways": said}, indent=1) + "\n")
     print(json.dumps(record))
-    print(tables(said, single), flush=True)
+    print(tables(said, single, args.against), flush=True)
 
 
 def main() -> None:
@@ -370,6 +371,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], help="--set=--config.FIELD=VALUE, for all runs"
     )
+    parser.add_argument("--against", choices=WAYS, default=PLAIN, help="what the others are over")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args()
     args.out = args.out.resolve()

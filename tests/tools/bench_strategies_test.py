@@ -45,6 +45,9 @@ def test_ways_are_compared_over_the_seeds_of_both():
     assert ours["tokens"] == 1001
     assert said["random"]["over"]["delta"] == 0
     assert said["random"]["over"]["ci95_seeds"] is None
+    turned = bench.summary(RUNS, define(["sums"]), against="gradient by leaf")
+    assert turned[bench.PLAIN]["over"]["delta"] == pytest.approx(-np.mean(expected))
+    assert "over" not in turned["gradient by leaf"]
 
 
 def test_the_tables_have_a_line_for_each_way():
