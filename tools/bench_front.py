@@ -119,8 +119,8 @@ def main() -> None:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     held = Held()
-    for seed in () if args.tables else range(args.seeds):
-        for way in args.ways:
+    for way in () if args.tables else args.ways:
+        for seed in range(args.seeds):
             make(directory(args.out, way, seed), arguments(args, way, seed), held)
     runs: dict[str, dict[int, dict[str, float]]] = {}
     for way in WAYS:

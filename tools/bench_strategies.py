@@ -3,10 +3,10 @@
     python tools/bench_strategies.py --out=DIR
 
 Makes a run for each way and each seed of the search, one after the other, and then the tables of
-docs/strategies.md. As in a sweep, the pool is loaded once, and what several runs score is scored
-once. The same command goes on where it was stopped, and a run that is finished in DIR is not made
-again; with more --seeds, only those that are new. With --tables nothing is run, and the tables are
-those of what is finished.
+docs/strategies.md. As in a sweep, the seeds of a way share the pool and the scores of checkpoints
+and baselines. The same command goes on where it was stopped, and a run that is finished in DIR is
+not made again; with more --seeds, only those that are new. With --tables nothing is run, and the
+tables are those of what is finished.
 
 Every run has the same pool, the same examples and the same --tokens; gradients take as many steps
 as these are enough for. How tokens are counted stands in docs/searching.md, "Budgets in tokens".
@@ -378,8 +378,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     held = Held()
-    for seed in seeds if not args.tables else ():
-        for way in args.ways:
+    for way in args.ways if not args.tables else ():
+        for seed in seeds:
             make(directory(args.out, way, seed), arguments(args, way, seed), held)
     report(args, seeds)
 
