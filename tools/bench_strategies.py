@@ -285,8 +285,8 @@ def tables(said: Mapping[str, Any], single: Mapping[str, float], against: str = 
 
     Args:
         said: see `summary`.
-        against: see `summary`.
         single: held-out scores of the best single checkpoint, by task.
+        against: see `summary`.
     """
     heldout = [*single]
     header = ["way", "test", f"over {against}, examples", "seeds", *heldout, "tokens", "seconds"]

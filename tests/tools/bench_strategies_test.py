@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxmerge.experiment import prepare as preparing
 from jaxmerge.experiment.held import Held
 from jaxmerge.scores.objective import define
 from tests import tiny
@@ -72,8 +73,11 @@ def test_what_a_run_says(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by ml_collections
-def test_ways_are_runs_that_share_what_they_score(tmp_path):
-    """Each with its fields of the config; a run that is finished is not made again."""
+def test_a_way_is_runs_that_share_the_pool(tmp_path, monkeypatch):
+    """Each with the fields of its way; one that is finished is not made again."""
+    loads = []
+    load = preparing.load
+    monkeypatch.setattr(preparing, "load", lambda *a, **k: loads.append(1) or load(*a, **k))
     tiny.pool(tmp_path / "pool")
     config = tmp_path / "config.py"
     config.write_text(
@@ -82,22 +86,24 @@ def test_ways_are_runs_that_share_what_they_score(tmp_path):
     )
     given = ["--config.objective.search_examples=4", "--config.objective.test_examples=6"]
     args = argparse.Namespace(config=config, pool="", tokens=800, out=tmp_path, set=given)
-    held, ways = Held(), (bench.PLAIN, "SNES by leaf")
-    for way in (*ways, *ways):
-        bench.make(bench.directory(tmp_path, way, 1), bench.arguments(args, way, 1), held)
-    told = {}
+    held, ways = Held(), (bench.PLAIN, "CMA-ES, signed")
+    for _ in range(2):
+        for way in ways:
+            for seed in (1, 2):
+                workdir = bench.directory(tmp_path, way, seed)
+                bench.make(workdir, bench.arguments(args, way, seed), held)
+    assert len(loads) == 1
     for way in ways:
-        directory = bench.directory(tmp_path, way, 1)
+        directory = bench.directory(tmp_path, way, 2)
         made = json.loads((directory / "config.json").read_text())
-        assert made["seed"] == 1
+        assert made["seed"] == 2
         assert {field: _at(made, field) for field in bench.WAYS[way]} == bench.WAYS[way]
         assert 0 < bench.found(directory, "search").tokens <= 800
-        told[way] = json.loads((directory / "results.json").read_text())
-    first, second = told.values()
-    assert "--config.search.strategy=SNES" in second["command"]
-    assert first["individuals"] == second["individuals"]
-    assert second["seconds"]["individuals"] < first["seconds"]["individuals"] / 2
-    assert {*bench.collected(tmp_path, [0, 1])} == {*ways, *bench.BASELINES}
+    told = json.loads((directory / "results.json").read_text())
+    assert "--config.space.constraint=signed" in told["command"]
+    runs = bench.collected(tmp_path, [0, 1, 2])
+    assert {*runs} == {*ways, *bench.BASELINES}
+    assert all([*by_seed] == [1, 2] for by_seed in runs.values())
 
 
 def _at(plain, field):
