@@ -99,6 +99,7 @@ def test_a_way_is_runs_that_share_the_pool(tmp_path, monkeypatch):
         assert made["seed"] == 2
         assert {field: _at(made, field) for field in bench.WAYS[way]} == bench.WAYS[way]
         assert 0 < bench.found(directory, "search").tokens <= 800
+    directory = bench.directory(tmp_path, "CMA-ES, signed", 2)
     told = json.loads((directory / "results.json").read_text())
     assert "--config.space.constraint=signed" in told["command"]
     runs = bench.collected(tmp_path, [0, 1, 2])
